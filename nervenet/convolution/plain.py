@@ -50,8 +50,9 @@ def forward(x, weight, stride, padding):
     """Return y (N, H_out, W_out, C_out), the convolution of x (N, H, W, C_in) with weight (KH, KW, C_in, C_out)."""
     KH, KW, C_in, C_out = weight.shape
     size = output_size(x.shape[1:3], (KH, KW), stride, padding)
+    xp = get_array_module(x)
     padded = pad(x, padding)                                                 # (N, H + 2PH, W + 2PW, C_in)
-    y = get_array_module(x).zeros((len(x), *size, C_out), x.dtype)           # (N, H_out, W_out, C_out)
+    y = xp.zeros((len(x), *size, C_out), xp.result_type(x, weight))          # (N, H_out, W_out, C_out)
     for i, j, rows, columns in taps((KH, KW), stride, size):
         y += padded[:, rows, columns] @ weight[i, j]                         # (…, C_in) @ (C_in, C_out)
     return y

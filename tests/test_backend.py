@@ -1,0 +1,102 @@
+import operator
+
+import numpy
+import pytest
+from conftest import stand_in
+
+from nervenet import backend
+
+
+def test_the_array_decides_the_module(xp):
+    assert backend.get_array_module(xp.zeros(2)) is xp
+    assert backend.get_array_module(numpy.zeros(2)) is numpy
+    assert backend.get_array_module(numpy.zeros(2), xp.zeros(2)) is xp
+
+
+def test_move_there_and_back_keeps_values_and_dtype(xp):
+    device = 'cpu' if xp is numpy else 'gpu'
+    host = numpy.arange(6, dtype='float32').reshape(2, 3)
+    there = backend.move(host, device)
+    assert backend.device_of(there) == device
+    assert backend.move(there, device) is there
+    back = backend.move(there, 'cpu')
+    assert back.dtype == numpy.float32 and numpy.array_equal(back, host)
+
+
+def test_move_refuses_an_unknown_device():
+    with pytest.raises(ValueError, match="'tpu'; expected 'cpu' or 'gpu'"):
+        backend.move(numpy.zeros(2), 'tpu')
+
+
+def test_stand_in_refuses_every_implicit_mix_of_host_and_device():
+    device, host = stand_in.ones((2, 2)), numpy.ones((2, 2))
+    for mix in (lambda: device + host, lambda: host + device, lambda: device @ host, lambda: host @ device,
+                lambda: numpy.add(device, host), lambda: numpy.maximum(device, 0), lambda: stand_in.maximum(device, host),
+                lambda: stand_in.concatenate([device, host]), lambda: device.__setitem__(0, host[0]), lambda: numpy.asarray(device),
+                lambda: operator.iadd(device, host), lambda: operator.iadd(host, device), lambda: device[numpy.array([0, 1])],
+                lambda: float(device.sum()), lambda: bool(device[0, 0] > 0), lambda: numpy.exp(device)):
+        with pytest.raises(TypeError):
+            mix()
+
+
+def test_generator_like_draws_where_the_array_lives_and_follows_the_seed(xp):
+    draws = [backend.to_cpu(backend.generator_like(xp.zeros(1), numpy.random.default_rng(seed)).random(5)) for seed in (1, 1, 2)]
+    assert numpy.array_equal(draws[0], draws[1]) and not numpy.array_equal(draws[0], draws[2])
+    assert backend.device_of(backend.generator_like(xp.zeros(1), numpy.random.default_rng(1)).random(5)) == \
+        backend.device_of(xp.zeros(1))
+
+
+def test_cpu_is_always_available():
+    assert backend.select_device('cpu') == ('cpu', 'device: cpu')
+
+
+def test_select_device_refuses_an_unknown_request():
+    with pytest.raises(ValueError, match="expected 'auto', 'gpu' or 'cpu'"):
+        backend.select_device('cuda')
+
+
+def test_a_working_gpu_is_taken(monkeypatch):
+    monkeypatch.setattr(backend, 'cupy', stand_in)
+    assert backend.select_device('auto') == ('gpu', 'device: gpu')
+    assert backend.select_device('gpu') == ('gpu', 'device: gpu')
+
+
+def broken(fault):
+    """A stand-in that imports well and fails in use, as CuPy does without a driver, a compiler or cuBLAS."""
+    class Broken(type(stand_in)):
+        pass
+    module = Broken('broken')
+    if fault == 'no driver':
+        def raises():
+            raise OSError('libcuda.so.1: cannot open shared object file\nsecond line')
+        module.cuda = type('cuda', (), {'runtime': type('runtime', (), {'getDeviceCount': staticmethod(raises)})})
+    elif fault == 'no device':
+        module.cuda = type('cuda', (), {'runtime': type('runtime', (), {'getDeviceCount': staticmethod(lambda: 0)})})
+    elif fault == 'no compiler':
+        def arange(*args, **kwargs):
+            raise RuntimeError('cannot compile')
+        module.arange = arange
+    elif fault == 'wrong product':
+        module.arange = lambda *args, **kwargs: stand_in.zeros(4)
+    return module
+
+
+@pytest.mark.parametrize('fault, reason', [
+    ('no driver', 'OSError: libcuda.so.1: cannot open shared object file'), ('no device', 'finds no CUDA device'),
+    ('no compiler', 'cannot compile'), ('wrong product', 'computes wrongly')])
+def test_auto_falls_back_in_one_line_and_gpu_fails_with_it(monkeypatch, fault, reason):
+    monkeypatch.setattr(backend, 'cupy', broken(fault))
+    device, line = backend.select_device('auto')
+    assert device == 'cpu' and reason in line and '\n' not in line
+    with pytest.raises(RuntimeError) as error:
+        backend.select_device('gpu')
+    message = str(error.value)
+    assert reason in message and 'nervenet[cuda12]' in message and '--device cpu' in message and '\n' not in message
+
+
+def test_without_cupy_the_reason_is_told(monkeypatch):
+    monkeypatch.setattr(backend, 'cupy', None)
+    monkeypatch.setattr(backend, '_why_no_cupy', 'CuPy cannot be imported (ImportError: no module)')
+    assert backend.select_device('auto') == ('cpu', 'device: cpu, because CuPy cannot be imported (ImportError: no module)')
+    with pytest.raises(RuntimeError, match='cannot be imported'):
+        backend.move(numpy.zeros(1), 'gpu')

@@ -1,0 +1,145 @@
+import numpy
+import pytest
+
+from nervenet import UNet, backend
+
+ARCHITECTURES = {'norm': dict(norm='batch'), 'no norm': dict(norm=None), 'dropout': dict(dropout=0.3), 'shallow': dict(depth=1),
+                 'colour, two classes': dict(in_channels=3, out_channels=2)}
+
+
+def small_unet(rng, **options):
+    """A small U-Net whose biases and norms are not at their symmetric starting values."""
+    model = UNet(**{'base_channels': 3, 'depth': 2, 'rng': rng, 'dtype': float, **options})
+    for name, array in model.parameters().items():
+        if array.ndim == 1:
+            array += 0.3 * rng.standard_normal(array.shape)
+    return model
+
+
+def test_names_are_those_of_the_architecture():
+    model = UNet(base_channels=2, depth=2, norm=None)
+    assert list(model.parameters()) == [
+        f'{stage}.{array}' for stage in
+        ('stem.conv1', 'stem.conv2', 'downs.0.conv1', 'downs.0.conv2', 'downs.1.conv1', 'downs.1.conv2', 'ups.0.upconv', 'ups.0.conv1',
+         'ups.0.conv2', 'ups.1.upconv', 'ups.1.conv1', 'ups.1.conv2', 'head') for array in ('weight', 'bias')]
+    shapes = {name: array.shape for name, array in model.parameters().items()}
+    assert shapes['downs.1.conv1.weight'] == (3, 3, 4, 8) and shapes['ups.0.upconv.weight'] == (2, 2, 4, 8)
+    assert shapes['ups.0.conv1.weight'] == (3, 3, 8, 4) and shapes['head.weight'] == (1, 1, 2, 1)
+
+
+def test_a_convolution_that_a_norm_follows_has_no_bias_and_buffers_are_saved():
+    state = UNet(base_channels=2, depth=1).state_dict()
+    assert {'stem.norm1.weight', 'stem.norm1.bias', 'stem.norm1.running_mean', 'stem.norm1.running_var', 'ups.0.upconv.bias',
+            'head.bias'} <= state.keys()
+    assert 'stem.conv1.bias' not in state
+    assert 'stem.norm1.running_mean' not in UNet(base_channels=2, depth=1).parameters()
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 7), (2, 2), (13, 19), (16, 16), (33, 5)])
+@pytest.mark.parametrize('options', ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_any_image_size_goes_in_and_comes_out_training_included(size, options, rng, xp):
+    model = small_unet(rng, dtype='float32', **options)
+    device = 'cpu' if xp is numpy else 'gpu'
+    model.to(device)
+    x = backend.move(rng.random((2, *size, model.in_channels), dtype='float32'), device)
+    logits = model.forward(x)
+    assert logits.shape == (2, *size, model.config['out_channels']) and logits.dtype == numpy.float32
+    dx = model.backward(logits)
+    assert dx.shape == x.shape and dx.dtype == numpy.float32
+    assert all(numpy.isfinite(backend.to_cpu(gradient)).all() for gradient in model.gradients().values())
+
+
+def test_a_size_that_needs_no_padding_gets_none_and_padding_changes_nothing_beyond_its_reach(rng):
+    """With running statistics, a pixel whose receptive field lies inside the image does not see the padding."""
+    model = small_unet(rng, depth=1).eval()
+    image = rng.random((1, 40, 41, 1))
+    assert numpy.allclose(model.forward(image)[:, :, :20], model.forward(image[:, :, :40])[:, :, :20], rtol=1e-12)
+
+
+def test_the_model_standardises_its_input(rng):
+    model, same = (small_unet(numpy.random.default_rng(3), **options) for options in (dict(input_mean=0.4, input_std=0.2), {}))
+    x = rng.random((2, 8, 8, 1))
+    logits = model.forward(x)
+    assert numpy.allclose(logits, same.forward((x - 0.4) / 0.2), rtol=1e-12)
+    assert numpy.allclose(model.backward(logits), same.backward(logits) / 0.2, rtol=1e-9)
+
+
+def test_images_of_the_wrong_kind_are_refused():
+    model = UNet(base_channels=2, depth=1)
+    with pytest.raises(ValueError, match='images are uint8, this model computes in float32'):
+        model.forward(numpy.zeros((1, 8, 8, 1), numpy.uint8))
+    with pytest.raises(ValueError, match=r'\(1, 8, 8\), expected \(N, H, W, 1\)'):
+        model.forward(numpy.zeros((1, 8, 8), numpy.float32))
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(depth=0), 'depth is 0'), (dict(base_channels=1.5), 'base_channels is 1.5'), (dict(norm='layer'), "norm is 'layer'"),
+    (dict(input_std=0), 'input_std is 0'), (dict(dropout=1), 'dropout probability is 1')])
+def test_bad_architectures_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(**options)
+
+
+def test_config_builds_the_same_architecture_and_state_carries_the_model(rng):
+    model = small_unet(rng, dropout=0.2, input_mean=0.3)
+    x = rng.random((2, 9, 8, 1))
+    model.forward(x)
+    copy = UNet(**model.config, dtype=model.dtype)
+    copy.load_state_dict(model.state_dict())
+    assert numpy.array_equal(copy.eval().forward(x), model.eval().forward(x))
+
+
+def test_loading_a_state_is_strict_and_changes_nothing_on_failure(rng):
+    model = small_unet(rng)
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    state = {name: array + 1 for name, array in before.items()}
+    state['head.extra'] = state.pop('head.bias')
+    state['stem.conv2.weight'] = numpy.zeros((3, 3, 3, 4))
+    with pytest.raises(ValueError) as error:
+        model.load_state_dict(state)
+    for part in ('head.bias is missing', 'head.extra is not part', 'stem.conv2.weight has shape (3, 3, 3, 4), expected (3, 3, 3, 3)'):
+        assert part in str(error.value)
+    assert all(numpy.array_equal(before[name], array) for name, array in model.state_dict().items())
+
+
+def test_observe_sees_every_stage(rng):
+    model, seen = small_unet(rng), {}
+    logits = model.forward(rng.random((1, 13, 19, 1)), seen.__setitem__)
+    assert {name: y.shape[1:] for name, y in seen.items()} == {
+        'stem': (16, 20, 3), 'downs.0': (8, 10, 6), 'downs.1': (4, 5, 12), 'ups.0': (8, 10, 6), 'ups.1': (16, 20, 3), 'head': (13, 19, 1)}
+    assert numpy.array_equal(seen['head'], logits)
+
+
+def test_receptive_field_is_where_the_gradient_is_not_zero(rng):
+    model = small_unet(rng, depth=2, norm=None).eval(keep_cache=True)
+    for array in model.parameters().values():
+        array[...] = abs(array) + 0.01                          # positive weights on positive images: nothing cancels, no ReLU is off
+    for position in (31, 32, 33, 34):
+        logits = model.forward(rng.random((1, 64, 64, 1)))
+        dlogits = numpy.zeros_like(logits)
+        dlogits[0, position, 30] = 1
+        rows = numpy.flatnonzero(model.backward(dlogits)[0].any(axis=(1, 2)))
+        # Max-pooling passes the gradient to one pixel of four, so the field is an upper bound, reached within the window.
+        first, last = model.receptive_field('head', position)
+        assert first <= rows[0] <= first + 3 and last - 3 <= rows[-1] <= last
+
+
+def test_summary_counts_what_the_model_holds(rng):
+    model = UNet(base_channels=4, depth=3, rng=rng)
+    lines = model.summary((45, 60)).splitlines()
+    total = lines[-1].split()
+    assert total[0] == 'total' and int(total[1].replace(',', '')) == sum(p.size for p in model.parameters().values())
+    row = next(line.split() for line in lines if line.startswith('ups.2.conv1'))
+    assert row[1] == '48×64×4' and row[2] == '288' and int(row[3].replace(',', '')) == 9 * 8 * 4 * 48 * 64
+    assert next(line.split() for line in lines if line.startswith('stem.relu2'))[-1] == '5'
+
+
+def test_summary_foresees_what_training_keeps(rng):
+    """The column of kept memory against the arrays that the caches really hold, each counted once."""
+    for options in ({}, dict(norm=None), dict(dropout=0.5)):
+        model = UNet(base_channels=4, depth=2, rng=rng, **options)
+        model.forward(rng.random((1, 32, 48, 1), dtype='float32'))
+        kept = {id(array): array.nbytes for _, layer in model.layers() for array in layer.cache or ()
+                if isinstance(array, numpy.ndarray) and array.ndim == 4}
+        foreseen = float(model.summary((32, 48)).splitlines()[-1].split()[-1])
+        assert abs(sum(kept.values()) / 2**20 / foreseen - 1) < 0.1
