@@ -1,0 +1,172 @@
+"""Train a U-Net to find nerves in ultrasound images.
+
+    python examples/train_unet.py --data DIR
+
+DIR holds pairs {subject}_{image}.tif and {subject}_{image}_mask.tif, or a folder train/ that does. Whole subjects are set aside
+for validation, because neighbouring frames of one subject are near copies. All that comes out lies in the run folder:
+
+    config.json    every setting, the split and the versions: what it takes to repeat the run
+    history.csv    one row per epoch
+    last.npz       the network after the last epoch: what is reported
+    best.npz       the network of the best epoch on the validation subjects: for use, not for reporting
+    summary.txt    the scores of the last epoch beside the baselines
+"""
+
+import argparse
+import datetime
+import math
+import sys
+from pathlib import Path
+
+import numpy
+
+import nervenet
+from nervenet.backend import select_device
+from nervenet.data import Loader, find_samples, intensity_statistics, split_by_subject
+from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
+from nervenet.metrics import Baselines
+from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
+from nervenet.train import RunFolder, fit
+
+LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
+          'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}
+OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    device, reason = select_device(args.device)
+    print(f'nervenet {nervenet.__version__}, {reason}')
+
+    # The data: pairs found, whole subjects set aside, intensities measured on the training part only.
+    samples = find_samples(args.data)
+    training_samples, validation_samples = split_by_subject(samples, args.validation_share, args.seed)
+    for part, chosen in ('training', training_samples), ('validation', validation_samples):
+        print(f'{part + ":":12} {len(chosen)} images of {len({sample.subject for sample in chosen})} subjects')
+    training = Loader(training_samples, args.size, args.batch_size, args.seed, shuffle=True)
+    validation = Loader(validation_samples, args.size, args.batch_size)
+    input_mean, input_std = intensity_statistics(training_samples, args.size)
+
+    baselines = Baselines()
+    for _, masks in training.epoch(0):
+        baselines.update(masks)
+    baselines = baselines.compute(masks for _, masks in validation.epoch(0))
+
+    # The network, what it minimises, and how.
+    rng = numpy.random.default_rng(args.seed)
+    model = nervenet.UNet(base_channels=args.base_channels, depth=args.depth, norm=args.norm, dropout=args.dropout,
+                          input_mean=input_mean, input_std=input_std, rng=rng).to(device)
+    loss = LOSSES[args.loss]()
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), args.learning_rate)
+    steps = args.epochs * len(training)
+    warmup = min(steps // 10, len(training))
+    schedule = (CosineSchedule(args.learning_rate, steps, warmup) if args.schedule == 'cosine'
+                else ConstantSchedule(args.learning_rate, warmup))
+
+    run = RunFolder(args.out, {**vars(args), 'data': str(args.data), 'out': str(args.out), 'device': device,
+                               'nervenet': nervenet.__version__, 'numpy': numpy.__version__,
+                               'training_subjects': sorted({sample.subject for sample in training_samples}),
+                               'validation_subjects': sorted({sample.subject for sample in validation_samples})})
+    print(f'network:     {sum(array.size for array in model.parameters().values()):,} parameters, images of '
+          f'{args.size[0]}x{args.size[1]}\nrun folder:  {run.path}\n')
+
+    print_header()
+    for name, scores in baselines.items():
+        print_scores('', name, {f'validation_{key}': value for key, value in scores.items()}, 'validation')
+    for row in fit(model, loss, optimizer, training, validation, args.epochs, run, schedule, args.clip_norm):
+        print_scores(f'{row["epoch"]}/{args.epochs}', 'training', row, 'train')
+        print_scores('', 'validation', row, 'validation', f'{row["seconds"]:.0f} s, {row["images_per_second"]:.0f} images/s')
+        if row['validation_foreground_share'] == 0:
+            print('             The network predicts no foreground at all on the validation subjects. If this lasts, it has '
+                  'collapsed:\n             try a lower --learning-rate or --loss dice+bce.')
+
+    print('\n' + run.summarize(baselines))
+    best = max(run.history, key=lambda row: row['validation_dice_pooled'])
+    print(f'{run.best} is epoch {best["epoch"]}, hard Dice {best["validation_dice_pooled"]:.4f}: chosen on these subjects, so '
+          'that score flatters it.')
+
+
+def print_header():
+    print(f'{"":7} {"":19} {"":>8} {"soft Dice":^15} {"hard Dice":^15} {"IoU":^15}')
+    print(f'{"epoch":7} {"part":19} {"loss":>8}' + f' {"pooled":>7} {"image":>7}' * 3 + f' {"accuracy":>8} {"foreground":>10}')
+
+
+def print_scores(epoch, part, row, prefix, note=''):
+    """Print one row of the table; a score that the row does not hold is left blank."""
+    cells = [f'{row[f"{prefix}_{name}"]:{width}.{digits}f}' if f'{prefix}_{name}' in row else ' ' * width for name, width, digits in (
+        ('loss', 8, 4), ('soft_dice_pooled', 7, 3), ('soft_dice_per_image', 7, 3), ('dice_pooled', 7, 3), ('dice_per_image', 7, 3),
+        ('iou_pooled', 7, 3), ('iou_per_image', 7, 3), ('accuracy', 8, 4))]
+    print(f'{epoch:7} {part:19} {" ".join(cells)} {row[f"{prefix}_foreground_share"]:10.2%}  {note}'.rstrip(), flush=True)
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group('data')
+    data.add_argument('--data', type=Path, required=True, metavar='DIR', help='folder of the image and mask pairs')
+    data.add_argument('--size', type=size, default=(96, 128), metavar='HxW',
+                      help='rows x columns the network works at, rounded up to a multiple of 2^depth')
+    data.add_argument('--validation-share', type=share, default=0.2, metavar='SHARE',
+                      help='share of the images set aside for validation, by whole subjects')
+    network = parser.add_argument_group('network')
+    network.add_argument('--base-channels', type=whole, default=16, metavar='N', help='channels of the first level; they double at each')
+    network.add_argument('--depth', type=whole, default=4, metavar='N', help='how often the image is halved')
+    network.add_argument('--norm', choices=['batch', 'none'], default='batch', help='normalisation after each convolution')
+    network.add_argument('--dropout', type=float, default=0.0, metavar='P', help='probability of dropping a value at the bottom')
+    training = parser.add_argument_group('training')
+    training.add_argument('--loss', choices=LOSSES, default='dice', help='what is minimised')
+    training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
+    training.add_argument('--learning-rate', type=positive, default=1e-3, metavar='RATE', help='highest learning rate')
+    training.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine', help='course of the learning rate, after a warm-up')
+    training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
+    training.add_argument('--batch-size', type=whole, default=16, metavar='N', help='images per step')
+    training.add_argument('--epochs', type=whole, default=20, metavar='N', help='how often every training image is seen')
+    training.add_argument('--seed', type=int, default=0, metavar='N', help='of the split, the weights and the order of the images')
+    training.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
+    training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder; default: runs/ and the date and time')
+    args = parser.parse_args(arguments)
+
+    args.norm = None if args.norm == 'none' else args.norm
+    args.out = args.out or Path('runs', f'{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}')
+    multiple = 2**args.depth
+    rounded = tuple(math.ceil(length / multiple) * multiple for length in args.size)
+    if rounded != args.size:
+        print(f'size: {args.size[0]}x{args.size[1]} becomes {rounded[0]}x{rounded[1]}, a multiple of 2^depth = {multiple}')
+        args.size = rounded
+    return args
+
+
+def size(text):
+    height, cross, width = text.lower().partition('x')
+    if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form HxW, rows x columns, such as 96x128')
+    return int(height), int(width)
+
+
+def whole(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
+def positive(text):
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
+    return number
+
+
+def share(text):
+    number = positive(text)
+    if number >= 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a share between 0 and 1')
+    return number
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+        sys.exit(f'train_unet.py: {error}')
