@@ -22,7 +22,7 @@ import numpy
 
 import nervenet
 from nervenet.backend import select_device
-from nervenet.data import Loader, find_samples, intensity_statistics, split_by_subject
+from nervenet.data import Loader, Reader, find_samples, intensity_statistics, is_split_by_image, split_by_subject
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.metrics import Baselines
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
@@ -39,13 +39,17 @@ def main(arguments=None):
     print(f'nervenet {nervenet.__version__}, {reason}')
 
     # The data: pairs found, whole subjects set aside, intensities measured on the training part only.
-    samples = find_samples(args.data)
+    samples = find_samples(args.data, args.subject_pattern)
+    if is_split_by_image(samples):
+        print('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on\n'
+              '         both sides of the split and the scores are too good to be true: give --subject-pattern.')
     training_samples, validation_samples = split_by_subject(samples, args.validation_share, args.seed)
     for part, chosen in ('training', training_samples), ('validation', validation_samples):
         print(f'{part + ":":12} {len(chosen)} images of {len({sample.subject for sample in chosen})} subjects')
-    training = Loader(training_samples, args.size, args.batch_size, args.seed, shuffle=True)
-    validation = Loader(validation_samples, args.size, args.batch_size)
-    input_mean, input_std = intensity_statistics(training_samples, args.size)
+    reader = Reader(args.size, args.mask_threshold)
+    input_mean, input_std = intensity_statistics(training_samples, reader)
+    training = Loader(training_samples, reader, args.batch_size, seed=args.seed, shuffle=True)
+    validation = Loader(validation_samples, reader, args.batch_size)
 
     baselines = Baselines()
     for _, masks in training.epoch(0):
@@ -105,6 +109,11 @@ def parse(arguments):
     data.add_argument('--data', type=Path, required=True, metavar='DIR', help='folder of the image and mask pairs')
     data.add_argument('--size', type=size, default=(96, 128), metavar='HxW',
                       help='rows x columns the network works at, rounded up to a multiple of 2^depth')
+    data.add_argument('--subject-pattern', metavar='REGEX',
+                      help='regular expression on the file name whose first group is the subject, such as "(.+)_[0-9]+"; default: '
+                      'the first number of {subject}_{image}')
+    data.add_argument('--mask-threshold', type=float, metavar='N', help='count mask values from N up as foreground, for masks with '
+                      'in-between values')
     data.add_argument('--validation-share', type=share, default=0.2, metavar='SHARE',
                       help='share of the images set aside for validation, by whole subjects')
     network = parser.add_argument_group('network')

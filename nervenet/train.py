@@ -112,7 +112,7 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
                                   schedule, max_norm)
         except FloatingPointError as error:
             raise FloatingPointError(f'epoch {epoch}: {error}. The last good epoch is in {run.last}') from error
-        speed = training.images / (time.perf_counter() - start)
+        speed = len(training.samples) / (time.perf_counter() - start)
         validated = evaluate(model, loss, validation.epoch(epoch))
         row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
                'images_per_second': round(speed, 1),
