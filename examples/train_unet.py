@@ -10,23 +10,28 @@ for validation, because neighbouring frames of one subject are near copies. All 
     last.npz       the network after the last epoch: what is reported
     best.npz       the network of the best epoch on the validation subjects: for use, not for reporting
     summary.txt    the scores of the last epoch beside the baselines
+    curves.png, predictions.png    the same to look at
 """
 
 import argparse
 import datetime
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy
 
 import nervenet
-from nervenet.backend import select_device
+from nervenet import figures
+from nervenet.backend import device_of, move, select_device, to_cpu
+from nervenet.checkpoint import atomic_write
 from nervenet.data import Loader, Reader, find_samples, intensity_statistics, is_split_by_image, split_by_subject
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
-from nervenet.metrics import Baselines
+from nervenet.metrics import Baselines, SegmentationScores
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
-from nervenet.train import RunFolder, fit
+from nervenet.segment import choose_settings
+from nervenet.train import RunFolder, fit, predict
 
 LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
           'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}
@@ -51,10 +56,10 @@ def main(arguments=None):
     training = Loader(training_samples, reader, args.batch_size, seed=args.seed, shuffle=True)
     validation = Loader(validation_samples, reader, args.batch_size)
 
-    baselines = Baselines()
+    counted = Baselines()
     for _, masks in training.epoch(0):
-        baselines.update(masks)
-    baselines = baselines.compute(masks for _, masks in validation.epoch(0))
+        counted.update(masks)
+    baselines = counted.compute(masks for _, masks in validation.epoch(0))
 
     # The network, what it minimises, and how.
     rng = numpy.random.default_rng(args.seed)
@@ -85,9 +90,39 @@ def main(arguments=None):
                   'collapsed:\n             try a lower --learning-rate or --loss dice+bce.')
 
     print('\n' + run.summarize(baselines))
-    best = max(run.history, key=lambda row: row['validation_dice_pooled'])
-    print(f'{run.best} is epoch {best["epoch"]}, hard Dice {best["validation_dice_pooled"]:.4f}: chosen on these subjects, so '
-          'that score flatters it.')
+    draw(run, model, validation, baselines)
+
+    # For use: how probabilities become a mask is chosen on the validation subjects, for the last network and for the best one.
+    for path in run.last, run.best:
+        network, extra = nervenet.load_checkpoint(path)
+        settings, score = choose_settings(network.to(device), lambda: validation.epoch(0))
+        nervenet.save(path, network, **extra, settings=asdict(settings),
+                      mean_training_mask=counted.mean_mask()[:, :, 0].astype('uint8'))
+        print(f'{path}: epoch {extra["epoch"]}, threshold {settings.threshold:g}, minimal area {settings.minimal_area:.2%}, flip '
+              f'average {"on" if settings.flip_average else "off"}: Dice per image {score:.4f}, flattered, since chosen there')
+
+
+def draw(run, model, validation, baselines):
+    """Draw the curves of the run, and its best, median and worst prediction on the validation part."""
+    def save(name, picture):
+        with atomic_write(run.path / name) as file:
+            picture.save(file, 'PNG')
+
+    curves = {name: {'accuracy': scores['accuracy'], 'iou_pooled': scores['iou_pooled'], 'dice_pooled': scores['dice_pooled']}
+              for name, scores in baselines.items()}
+    save('curves.png', figures.curves(run.history, [('loss', 'Loss'), ('accuracy', 'Pixel accuracy'), ('iou_pooled', 'IoU, pooled'),
+                                                    ('dice_pooled', 'Hard Dice, pooled')], curves))
+    cases, dice = [], []
+    for images, masks in validation.epoch(0):
+        predicted = to_cpu(predict(model, move(images, device_of(model.head.params['weight'])))) > 0.5
+        for case in zip(images[..., 0], masks[..., 0] > 0, predicted[..., 0]):
+            scores = SegmentationScores()
+            scores.update(case[2][None, ..., None].astype(float), case[1][None, ..., None])
+            dice.append(scores.compute()['dice_pooled'])
+            cases.append([array.astype('float16') for array in case])
+    save('predictions.png', figures.predictions([
+        dict(name=validation.samples[i].name, image=cases[i][0].astype(float), truth=cases[i][1] > 0, prediction=cases[i][2] > 0,
+             dice=dice[i], label=label) for label, i in figures.best_median_worst(dice)]))
 
 
 def print_header():

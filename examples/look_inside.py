@@ -1,0 +1,88 @@
+"""Look inside a trained U-Net: what every stage makes of one image, and what one output pixel depends on.
+
+    python examples/look_inside.py --model RUN/best.npz --image FILE --output FOLDER
+
+Writes stages.png, what each stage sees on the way down, at the bottom and on the way up; joins.png, each skip (*where*) beside
+the upsampled map it joins (*what*); and depends.png, the receptive field of one output pixel and the gradient of its logit
+with respect to every input pixel.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy
+
+import nervenet
+from nervenet import figures
+from nervenet.data import DataError, read_image, resize
+from nervenet.layers import sigmoid
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    model, extra = nervenet.load_checkpoint(args.model)
+    size = tuple(extra.get('size', (96, 128)))
+    image = resize(read_image(args.image), size)                             # (H, W), intensities in [0, 1]
+    x = image[None, :, :, None].astype(model.dtype)
+
+    # Inference, but keeping what backward needs: which pixels does a trained network's answer depend on?
+    model.eval(keep_cache=True)
+    stages = {}
+    logits = model.forward(x, observe=stages.__setitem__)
+    probability = sigmoid(logits)[0, :, :, 0]
+    row, column = args.pixel or numpy.unravel_index(probability.argmax(), size)
+    if not (0 <= row < size[0] and 0 <= column < size[1]):
+        raise DataError(f'--pixel {row},{column} lies outside the image, which the network sees at {size[0]}x{size[1]}')
+    dlogits = numpy.zeros_like(logits)
+    dlogits[0, row, column, 0] = 1                                           # L = the logit of this one pixel
+    dimage = model.backward(dlogits)[0, :, :, 0]                             # ∂L/∂(every input pixel)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    down = ['stem', *(f'downs.{i}' for i in range(model.depth))]
+    up = [f'ups.{i}' for i in range(model.depth)]
+    title = {'stem': 'stem, level 0', f'downs.{model.depth - 1}': f'downs.{model.depth - 1}, the bottom'}
+    figures.feature_maps([(title.get(name, name), stages[name][0]) for name in [*down, *up]],
+                         title='What every stage of the U-Net sees').save(args.output / 'stages.png')
+
+    # An Up joins the skip of its level with the map from below, upsampled.
+    model.eval()
+    joins = []
+    for name, stage, below, skip in zip(up, model.ups, [down[-1], *up], reversed(down[:-1])):
+        upsampled = stage.upconv.forward(stages[below])
+        joins.append([(f'{skip}: the skip knows where', stages[skip][0]), (f'{name}: upsampled knows what', upsampled[0])])
+    figures.feature_maps(joins, title='Each skip beside the upsampled map it joins').save(args.output / 'joins.png')
+
+    rows, columns = model.receptive_field('head', int(row)), model.receptive_field('head', int(column))
+    field = rows[0], columns[0], rows[1] - rows[0] + 1, columns[1] - columns[0] + 1
+    pixel = row - 1, column - 1, 3, 3
+    shown = [figures.overlay(image, probability > 0.5), figures.heat(image, abs(dimage))]
+    shown = [figures.rectangle(figures.rectangle(picture, field, size), pixel, size, figures.VERMILLION) for picture in shown]
+    figures.grid([shown], column_titles=['prediction, and the receptive field of one pixel', 'gradient of its logit with respect to the image'],
+                 title=f'What output pixel ({row}, {column}) depends on').save(args.output / 'depends.png')
+    print(f'pixel ({row}, {column}): probability {probability[row, column]:.3f}, receptive field {field[2]}x{field[3]} pixels')
+    print(f'stages.png, joins.png and depends.png are in {args.output}')
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--model', type=Path, required=True, metavar='FILE', help='model file, such as RUN/best.npz')
+    parser.add_argument('--image', type=Path, required=True, metavar='FILE', help='image to look at')
+    parser.add_argument('--output', type=Path, required=True, metavar='FOLDER', help='folder for the three pictures')
+    parser.add_argument('--pixel', type=pixel, metavar='ROW,COLUMN',
+                        help='output pixel to explain, at network size, counted from 0; default: the most probable nerve pixel')
+    return parser.parse_args(arguments)
+
+
+def pixel(text):
+    row, comma, column = text.partition(',')
+    if not (comma and row.isdigit() and column.isdigit()):
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form ROW,COLUMN, such as 48,64')
+    return int(row), int(column)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f'look_inside.py: {error}')

@@ -1,0 +1,170 @@
+"""Find nerves in images of any size with a trained network.
+
+    python examples/predict.py --model RUN/best.npz --input FOLDER-or-FILES --output FOLDER
+
+Writes into the output folder, for each image, {name}_mask.png (0 and 255, at the image's own size) and {name}_overlay.png, and for
+all of them results.csv: area, centroid, confidence, and Dice where a mask is there to compare with.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy
+from PIL import Image
+
+import nervenet
+from nervenet import figures
+from nervenet.backend import select_device
+from nervenet.checkpoint import atomic_write
+from nervenet.data import DataError, find_samples, read_ahead, read_image, read_pair, resize_mask
+from nervenet.metrics import SegmentationScores
+from nervenet.segment import Segmenter, Settings, describe
+from nervenet.submission import TEST_HEADER, encode, write_submission
+from nervenet.train import progress
+
+COLUMNS = 'image', 'area', 'share', 'row', 'column', 'confidence', 'dice'
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    device, reason = select_device(args.device)
+    model, extra = nervenet.load_checkpoint(args.model)
+    if 'size' not in extra:
+        raise DataError(f'{args.model}: does not say at which size its network works; it was not written by train_unet.py')
+    settings = Settings(**{**extra.get('settings', {}), **args.settings})
+    segmenter = Segmenter(model.to(device), extra['size'], settings)
+    print(f'{reason}\nmodel:    {args.model}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}\nsettings: '
+          + ', '.join(f'{name} {value}' for name, value in asdict(settings).items()))
+
+    samples = [sample for path in args.input for sample in find_samples(path, masks='optional')]
+    names = [sample.name for sample in samples]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice:
+        raise DataError(f'{twice}: two images of this name would have one output; predict them into two folders')
+    make_output_folder(args.output)
+
+    results, failed, runs = [], [], []
+    scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
+    batches = [samples[start:start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
+    for batch in progress(read_ahead(read_batch, batches), len(batches), 'predicting'):
+        for sample, error in ((sample, error) for sample, _, _, error in batch if error):
+            failed.append(sample.name)
+            print(f'skipped: {error}', file=sys.stderr)
+        good = [(sample, image, truth) for sample, image, truth, error in batch if not error]
+        probabilities = segmenter.probabilities([image for _, image, _ in good]) if good else []
+        for (sample, image, truth), probability in zip(good, probabilities):
+            mask = settings.mask(probability)
+            result = {'image': sample.name, **describe(mask, probability), 'dice': ''}
+            if truth is not None:
+                result['dice'] = round(score(scores, mask, truth, extra), 4)
+            results.append(result)
+            runs.append((sample.name, encode(mask)))
+            save_picture(args.output / f'{sample.name}_mask.png', Image.fromarray(255 * mask.astype('uint8')))
+            if args.overlays:
+                save_picture(args.output / f'{sample.name}_overlay.png', figures.overlay(image, mask, truth, size=image.shape))
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(results)
+    with atomic_write(args.output / 'results.csv') as file:
+        file.write(text.getvalue().encode())
+    if args.submission:
+        write_submission(args.submission, runs, TEST_HEADER)
+
+    found = sum(result['area'] > 0 for result in results)
+    print(f'{len(results)} images predicted, {found} with nerve; masks and results.csv are in {args.output}')
+    print_scores(scores)
+    if failed:
+        print(f'predict.py: {len(failed)} of {len(samples)} files could not be read: {", ".join(failed[:5])}'
+              + (', …' if len(failed) > 5 else ''), file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_output_folder(folder):
+    """Make the folder. Raises DataError if something is in it already: its masks would mix with those of another model."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f'{folder}: exists and is not an empty folder; choose another --output')
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def read_batch(samples):
+    """Return [(sample, image (H, W), truth (H, W) or None, error or None)]: one bad file does not stop the others."""
+    batch = []
+    for sample in samples:
+        image = truth = error = None
+        try:
+            if sample.mask_path:
+                image, truth = read_pair(sample)
+            else:
+                image = read_image(sample.image_path)
+        except DataError as problem:
+            error = problem
+        batch.append((sample, image, truth, error))
+    return batch
+
+
+def score(scores, mask, truth, extra):
+    """Count this image for the network and for the baselines; return the network's Dice on it."""
+    target = truth[None, :, :, None]
+    candidates = {'network': mask, 'empty mask': numpy.zeros_like(mask)}
+    if 'mean_training_mask' in extra:
+        candidates['mean training mask'] = resize_mask(extra['mean_training_mask'], truth.shape)
+    for name, candidate in candidates.items():
+        scores[name].update(candidate[None, :, :, None].astype('float64'), target)
+    alone = SegmentationScores()
+    alone.update(mask[None, :, :, None].astype('float64'), target)
+    return alone.compute()['dice_pooled']
+
+
+def print_scores(scores):
+    """Print the scores at the images' own sizes, the baselines beside the network."""
+    if not scores['network'].counts:
+        return
+    print(f'\n{"hard scores at original size":30} {"Dice pooled":>11} {"per image":>10} {"IoU pooled":>11} {"accuracy":>9}')
+    for name, counted in scores.items():
+        if counted.counts:
+            row = counted.compute()
+            print(f'{name:30} {row["dice_pooled"]:11.3f} {row["dice_per_image"]:10.3f} {row["iou_pooled"]:11.3f} {row["accuracy"]:9.4f}')
+
+
+def save_picture(path, picture):
+    with atomic_write(path) as file:
+        picture.save(file, 'PNG')
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument('--model', type=Path, required=True, metavar='FILE', help='model file, such as RUN/best.npz')
+    parser.add_argument('--input', type=Path, nargs='+', required=True, metavar='PATH', help='folders of images, or image files')
+    parser.add_argument('--output', type=Path, required=True, metavar='FOLDER', help='new folder for masks, overlays and results.csv')
+    parser.add_argument('--submission', type=Path, default=None, metavar='FILE.csv',
+                        help="also write the masks' run-length encoding, as the Kaggle competition takes it")
+    parser.add_argument('--no-overlays', dest='overlays', action='store_false', default=True, help='write masks only')
+    parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='images predicted at once')
+    parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
+    stored = parser.add_argument_group('from probabilities to a mask', 'Each default was chosen on the validation subjects of the '
+                                       'training run and is stored in the model file.')
+    stored.add_argument('--threshold', type=float, metavar='P', help='a pixel is nerve where its probability is above P')
+    stored.add_argument('--minimal-area', type=float, metavar='SHARE',
+                        help='a mask that covers less than this share of the image counts as empty')
+    stored.add_argument('--flip-average', action=argparse.BooleanOptionalAction, help='average with the prediction of the mirrored image')
+    args = parser.parse_args(arguments)
+    if args.batch_size < 1:
+        parser.error(f'--batch-size is {args.batch_size}; expected 1 or more')
+    args.settings = {name: value for name, value in vars(args).items() if name in ('threshold', 'minimal_area', 'flip_average')}
+    return args
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main())
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f'predict.py: {error}')

@@ -1,0 +1,221 @@
+"""Model files: everything a trained model is, in one file that is safe to write, to keep and to open.
+
+A file is a NumPy `.npz` archive, without pickle: opening one runs no code. Inside are plain arrays and one header:
+
+    header                           JSON text as uint8: format, version, model class, its config and dtype, the extras
+    model/stem.conv1.weight, ...     parameters and buffers, under the names of `model.state_dict()`
+    extra/0, extra/1, ...            arrays found in the extras; the header says where they belong
+
+The config is the keyword arguments that built the model, so a file knows its own architecture and `load(path)` needs no other
+argument. Extras are whatever a training run wants to keep beside the model: optimizer state, history, random state.
+
+Writing: a process killed half-way through a file leaves half a file. So the new content goes to a second file, is forced
+to the disk, and only then takes the name of the old one, which the operating system does in one step. At any moment the name
+belongs to one whole file, old or new.
+
+Reading: a file may be cut, damaged, or made by someone else on purpose. Nothing in it is believed before it is checked, and
+no more memory is asked for than a few times the file's own size.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+
+import numpy
+
+from .backend import to_cpu
+
+FORMAT, VERSION = 'nervenet checkpoint', 1
+MODELS = {'UNet': '.unet'}                  # class name → module: what a file may ask to be built
+ARRAY = '__array__'                         # in the header, {ARRAY: 'extra/0'} stands for an array
+
+
+class CheckpointError(RuntimeError):
+    """A model file cannot be read or written; one line that names the file and says why."""
+
+
+def save(path, model, **extra):
+    """Write `model`, and extras of your own, to the file `path`, whole or not at all; the name is taken as it is.
+
+    An extra is a dict, list, string, number, None or array, nested as you like. It comes back from `load_checkpoint` equal to
+    the bit, except that tuples come back as lists, NumPy numbers as Python numbers and arrays of the GPU as NumPy arrays. Dicts
+    have strings as keys; integers may be of any size (random states are); floats may be infinite or NaN.
+
+    Raises CheckpointError if the file cannot be written (disk full, no such folder): then the old file is as it was. Raises
+    TypeError, before anything is written, for a model or an extra that a file cannot hold.
+    """
+    from . import __version__
+
+    name = type(model).__name__
+    if name not in MODELS:
+        raise TypeError(f'cannot save a {name}: a file holds one of {", ".join(MODELS)} (nervenet.checkpoint.MODELS)')
+    arrays = {}
+    header = dict(format=FORMAT, version=VERSION, library=__version__, model=name, dtype=model.dtype.name,
+                  config=_pack(model.config, arrays, 'config'), extra=_pack(extra, arrays, 'extra'))
+    header = numpy.frombuffer(json.dumps(header).encode(), numpy.uint8)
+    state = {f'model/{key}': to_cpu(array) for key, array in model.state_dict().items()}
+    try:
+        with atomic_write(path) as file:
+            numpy.savez(file, header=header, **state, **arrays)
+    except OSError as error:
+        raise CheckpointError(f'{path}: not saved ({_reason(error)}); a file that was there before is untouched') from error
+
+
+def load(path):
+    """Return the model in the file `path`, on the CPU, in training mode as every new model. Raises CheckpointError."""
+    return load_checkpoint(path)[0]
+
+
+def load_checkpoint(path):
+    """Return `(model, extra)` from the file `path`; `extra` is the dict of what was saved beside the model.
+
+    Raises CheckpointError, in one line, for whatever is wrong: no such file, cut or damaged, not a file of this library, a later
+    format, an unknown model class, arrays that do not fit the architecture.
+    """
+    try:
+        header, arrays = _read(path)
+        model = _build(header, {key[len('model/'):]: array for key, array in arrays.items() if key.startswith('model/')})
+        return model, header['extra']
+    except CheckpointError as error:
+        raise CheckpointError(f'{path}: {error}') from error.__cause__
+    except FileNotFoundError:
+        raise CheckpointError(f'{path}: no such file') from None
+    except Exception as error:      # a damaged archive fails in any of a dozen ways, each with an exception of its own
+        raise CheckpointError(f'{path}: not a readable model file, cut short or damaged ({_reason(error)})') from error
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open a binary file for writing that takes the name `path` when the block ends, and leaves no trace if the block fails.
+
+    The new content lies in the same folder under a fixed name, `path` + '.partial': what a killed process leaves there is
+    overwritten by the next attempt. One process at a time may write a given path. Raises OSError.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + '.partial')
+    try:
+        with open(partial, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())         # the content must be on the disk before the name points to it
+        os.replace(partial, path)
+    except BaseException:                   # also Ctrl-C
+        partial.unlink(missing_ok=True)
+        raise
+    if os.name == 'posix':
+        with contextlib.suppress(OSError):  # some network folders refuse; the file itself is whole and on the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)            # and so must be the new name
+            finally:
+                os.close(folder)
+
+
+def _pack(value, arrays, where):
+    """Return `value` as JSON holds it. Arrays go into `arrays` and leave their entry's name. `where` is for the error."""
+    if isinstance(value, numpy.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_pack(item, arrays, f'{where}[{i}]') for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str) or key == ARRAY:
+                raise TypeError(f'{where} has the key {key!r}; expected strings other than {ARRAY!r}')
+        return {key: _pack(item, arrays, f'{where}[{key!r}]') for key, item in value.items()}
+    kind = getattr(getattr(value, 'dtype', None), 'kind', None)
+    if kind is None or kind not in 'biufc':
+        raise TypeError(f'{where} is a {type(value).__name__}{kind and f" of kind {kind!r}" or ""}; '
+                        'expected dicts, lists, strings, numbers, None and arrays of numbers')
+    name = f'extra/{len(arrays)}'
+    arrays[name] = to_cpu(value)
+    return {ARRAY: name}
+
+
+def _unpack(value, arrays):
+    """Return `value` with every array back in its place: the inverse of `_pack`."""
+    if isinstance(value, list):
+        return [_unpack(item, arrays) for item in value]
+    if isinstance(value, dict):
+        return arrays[value[ARRAY]] if ARRAY in value else {key: _unpack(item, arrays) for key, item in value.items()}
+    return value
+
+
+def _read(path):
+    """Return (header, {entry name: array}) from the file `path`. Every byte of the entries has passed its checksum."""
+    with open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
+        entries = {entry.filename.removesuffix('.npy'): entry for entry in archive.infolist()}
+        if 'header' not in entries:
+            raise CheckpointError('not a model file of nervenet: an archive without a header')
+        header = json.loads(_read_array(archive, entries['header']).tobytes())
+        if not isinstance(header, dict) or header.get('format') != FORMAT:
+            raise CheckpointError(f'not a model file of nervenet: its header is not of the format {FORMAT!r}')
+        if header['version'] > VERSION:
+            raise CheckpointError(f'written by nervenet {header["library"]} in format version {header["version"]}, this one '
+                                  f'reads versions up to {VERSION}; update nervenet')
+        if sum(entry.file_size for entry in entries.values()) > os.fstat(file.fileno()).st_size:
+            raise CheckpointError('its entries claim to be larger than the file')
+        arrays = {name: _read_array(archive, entry) for name, entry in entries.items()}
+    return _unpack(header, arrays), arrays
+
+
+def _read_array(archive, entry):
+    """Return the array in an entry of the archive, a `.npy` file. One whose header does not fit its bytes is refused."""
+    if entry.compress_type != zipfile.ZIP_STORED:           # a few compressed bytes can ask for any amount of memory
+        raise CheckpointError(f'{entry.filename} is compressed; a model file of nervenet holds its arrays as they are')
+    data = archive.read(entry)
+    stream = io.BytesIO(data)
+    if numpy.lib.format.read_magic(stream) != (1, 0):
+        raise CheckpointError(f'{entry.filename} is not an array of numbers')
+    shape, is_fortran, dtype = numpy.lib.format.read_array_header_1_0(stream)
+    if dtype.kind not in 'biufc':
+        raise CheckpointError(f'{entry.filename} holds {dtype}, expected numbers')
+    values = data[stream.tell():]
+    if math.prod(shape) * dtype.itemsize != len(values):
+        raise CheckpointError(f'{entry.filename} claims shape {shape} of {dtype} and holds {len(values)} bytes')
+    return numpy.ndarray(shape, dtype, values, order='F' if is_fortran else 'C').copy()
+
+
+def _build(header, state):
+    """Return the model that `header` describes, with the arrays of `state`."""
+    if header['model'] not in MODELS:
+        raise CheckpointError(f'holds a model of class {header["model"]!r}, known are {", ".join(MODELS)}; update nervenet')
+    _check_claims(header, state)
+    model_class = getattr(importlib.import_module(MODELS[header['model']], __package__), header['model'])
+    try:
+        model = model_class(**header['config'], dtype=header['dtype'])
+        model.load_state_dict(state)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f'its {header["model"]} cannot be built: {_reason(error)}') from error
+    return model
+
+
+def _check_claims(header, state):
+    """Raise CheckpointError unless the architecture that `header` asks for is the one whose arrays lie in `state`.
+
+    Building a model allocates it, and a header that asks for terabytes is quickly written: it must be found out before. The
+    arrays cannot lie about their sizes, since their bytes are here. In a U-Net no layer is larger than the deepest convolution,
+    so if the two ends and the deepest point of the network are here, in the sizes asked for, the rest is of their order.
+    """
+    config, depth = header['config'], header['config']['depth']
+    if not 1 <= depth <= len(state):
+        raise CheckpointError(f'its header asks for depth {depth}, its {len(state)} arrays do not')
+    channels, deepest = config['base_channels'], config['base_channels'] << depth
+    expected = {'stem.conv1.weight': (3, 3, config['in_channels'], channels),
+                f'downs.{depth - 1}.conv2.weight': (3, 3, deepest, deepest),
+                'head.weight': (1, 1, channels, config['out_channels'])}
+    for name, shape in expected.items():
+        found = f'shape {state[name].shape} of {state[name].dtype}' if name in state else 'no such array'
+        if found != f'shape {shape} of {header["dtype"]}':
+            raise CheckpointError(f'its header asks for {name} of shape {shape} of {header["dtype"]}, it holds {found}')
+
+
+def _reason(error):
+    """Return what an exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,138 @@
+"""Metrics: how good a predicted mask is, in numbers that can be compared.
+
+All of them are made of a few counts over pixels. With the true mask y (0 or 1), the probabilities p in [0, 1] and the
+predicted mask m = (p > threshold):
+
+    soft Dice  2·Σpy / (Σp + Σy)       hard Dice  2·Σmy / (Σm + Σy)       IoU  Σmy / (Σm + Σy − Σmy)
+
+    accuracy   the share of pixels where m = y                            foreground share  Σm / pixels
+
+Each comes in two kinds. *Pooled* adds up the counts of all images and divides once: large nerves weigh more than small ones,
+and an image without nerve only counts through what was predicted on it. *Per image* divides for each image and takes the mean:
+each image weighs the same, and an image without nerve is all or nothing, 1 if the prediction is empty too, 0 if one pixel is
+not. The numbers differ, so each is labelled. With several output channels, each channel of an image is counted like an image
+of its own, and pooled scores are means over the channels.
+
+A Dice score says nothing by itself: a test part with many empty masks gives the empty prediction a high per-image Dice.
+`Baselines` computes what can be had without looking at the images.
+"""
+
+import numpy
+
+from .backend import get_array_module, to_cpu
+
+
+def ratio(numerator, denominator):
+    """Return numerator / denominator of two arrays of counts, and 1 where the denominator is 0.
+
+    This is the one place that decides what empty against empty scores: Dice and IoU divide 0 by 0 exactly if neither mask
+    has any foreground, and then the prediction is right.
+    """
+    empty = denominator == 0
+    return numpy.where(empty, 1.0, numerator / numpy.where(empty, 1.0, denominator))
+
+
+class SegmentationScores:
+    """Scores over a whole part of the data, from batches that come one after another.
+
+        scores = SegmentationScores()
+        for x, target in part:
+            scores.update(predict(model, x), target)
+        print(scores.compute()['dice_pooled'])
+
+    A pixel is predicted foreground where its probability is above `threshold`. The counts of each batch stay on its device
+    until `compute`, so that scoring never makes the host wait for the device.
+    """
+
+    def __init__(self, threshold=0.5):
+        if not 0 <= threshold < 1:
+            raise ValueError(f'threshold is {threshold}; expected a probability from 0 up to, not including, 1')
+        self.threshold = threshold
+        self.counts = []                                        # one (6, N, C) float64 array per batch
+
+    def update(self, probabilities, target):
+        """Count one batch: probabilities in [0, 1] and target 0 or 1, both (N, H, W, C) of any dtype, on one device.
+
+        Raises ValueError if the two differ in shape.
+        """
+        if probabilities.shape != target.shape:
+            raise ValueError(f'probabilities {probabilities.shape} and target {target.shape} differ in shape')
+        xp = get_array_module(probabilities)
+        p, y, m = probabilities, target != 0, probabilities > self.threshold
+        counted = p * y, p, m & y, m, y, xp.ones_like(y)        # the order in which compute takes them apart
+        self.counts.append(xp.stack([pixels.sum(axis=(1, 2), dtype='float64') for pixels in counted]))
+
+    def compute(self):
+        """Return the scores of everything counted so far: a dict of name → float.
+
+        Names: soft_dice_pooled, soft_dice_per_image, dice_pooled, dice_per_image, iou_pooled, iou_per_image, accuracy (of all
+        pixels), accuracy_per_image, foreground_share (predicted) and true_foreground_share (of all pixels).
+        Raises ValueError if nothing was counted.
+        """
+        if not self.counts:
+            raise ValueError('there is nothing to score: no batch was counted')
+        per_image = to_cpu(get_array_module(self.counts[0]).concatenate(self.counts, axis=1))    # (6, N, C)
+        scores = {}
+        for kind, counts in ('pooled', per_image.sum(axis=1)), ('per_image', per_image):         # (6, C), (6, N, C)
+            soft_overlap, p, overlap, m, y, pixels = counts
+            scores['soft_dice_' + kind] = ratio(2 * soft_overlap, p + y)
+            scores['dice_' + kind] = ratio(2 * overlap, m + y)
+            scores['iou_' + kind] = ratio(overlap, m + y - overlap)
+            scores['accuracy_' + kind] = (pixels - (m + y - 2 * overlap)) / pixels               # all but the wrong ones
+            if kind == 'pooled':
+                scores.update(foreground_share=m / pixels, true_foreground_share=y / pixels)
+        scores['accuracy'] = scores.pop('accuracy_pooled')
+        return {name: float(score.mean()) for name, score in scores.items()}
+
+
+class Baselines:
+    """What a prediction that never looks at the image scores: the empty mask, and the mean training mask.
+
+    Nerves lie in similar places, so the share of training masks that cover a pixel is a prediction of its own. It is cut at
+    the threshold where its pooled Dice on the training masks is best, and the same mask then stands for every image.
+
+        baselines = Baselines()
+        for target in training_masks:
+            baselines.update(target)
+        baselines.compute(validation_masks)['mean training mask']['dice_pooled']
+    """
+
+    def __init__(self):
+        self.total, self.images = 0, 0
+
+    def update(self, target):
+        """Count one batch of training masks, 0 or 1, (N, H, W, C). Raises ValueError if their size differs from the first ones'."""
+        batch = (target != 0).sum(axis=0, dtype='float64')                                       # (H, W, C)
+        if self.images and batch.shape != self.total.shape:
+            raise ValueError(f'masks of {batch.shape} and {self.total.shape} (height, width, channels) have no mean; '
+                             'resize them to one size')
+        self.total, self.images = self.total + batch, self.images + len(target)
+
+    def mean_mask(self):
+        """Return the mean training mask cut where its Dice is best, (H, W, C), 0 or 1, on the device of the masks.
+
+        Let q be the share of training masks that cover a pixel. On all of them together, a set of pixels has the pooled Dice
+        2·Σq / (number of pixels + Q), with Σq over the set and Q over the whole image. For a given number of pixels the best
+        are those of largest q, so it is enough to try every number. The best set then is where q > best Dice / 2: adding a
+        pixel helps as long as its own 2q/1 is above the fraction it is added to.
+        """
+        if not self.images:
+            raise ValueError('there is no mean training mask: no mask was counted')
+        xp = get_array_module(self.total)
+        q = self.total / self.images                                                             # (H, W, C)
+        descending = xp.sort(q.reshape(-1, q.shape[2]), axis=0)[::-1]                            # (H·W, C)
+        number = xp.arange(1, len(descending) + 1)[:, None]                                      # (H·W, 1)
+        dice = 2 * descending.cumsum(axis=0) / (number + descending.sum(axis=0))                 # (H·W, C)
+        return (q > dice.max(axis=0) / 2).astype('float64')
+
+    def compute(self, targets):
+        """Return {'empty mask': scores, 'mean training mask': scores} on `targets`, an iterable of masks (N, H, W, C).
+
+        `scores` are those of `SegmentationScores`. Both predictions are 0 or 1, so their soft scores equal their hard ones.
+        """
+        mean_mask, empty, mean = self.mean_mask(), SegmentationScores(), SegmentationScores()
+        for target in targets:
+            xp = get_array_module(target)
+            empty.update(xp.zeros_like(target), target)
+            mean.update(xp.broadcast_to(mean_mask, target.shape), target)
+        return {'empty mask': empty.compute(), 'mean training mask': mean.compute()}

@@ -1,0 +1,256 @@
+"""Optimizers: how a gradient becomes a step. From the simplest up: SGD, Adam, AdamW, then schedules of the learning rate.
+
+The gradient g = ∂L/∂w says in which direction the loss L rises. An optimizer moves w the other way, and decides how far:
+
+    optimizer = Adam(model.parameters())
+    …
+    optimizer.learning_rate = schedule(optimizer.steps)
+    clip_gradients(model.gradients(), max_norm=1.0)
+    optimizer.step(model.gradients())
+
+`parameters` and `gradients` are dicts of name → array under the same names. The parameters are the model's own arrays, updated
+in place, so build the optimizer after `model.to(device)`, which replaces them. An optimizer only reads the gradients.
+
+In the equations, η is the learning rate, λ the weight decay, ← an update in place; all of it is element by element.
+"""
+
+import math
+
+import numpy
+
+from .backend import device_of, get_array_module, move
+
+
+class Optimizer:
+    """What all optimizers share: parameters, running averages of the gradients by name, the number of steps, weight decay.
+
+    `learning_rate` is a plain attribute, to be set by hand or by a schedule. Weight decay holds every parameter near 0 by
+    adding λ·w, the gradient of λ/2·Σw², to g. Raises ValueError if a hyperparameter is out of its range.
+    """
+
+    averages = ()                                     # the names of the arrays kept for each parameter
+
+    def __init__(self, parameters, learning_rate, weight_decay):
+        if not parameters:
+            raise ValueError('there are no parameters to optimize')
+        self.parameters, self.learning_rate, self.weight_decay = parameters, learning_rate, weight_decay
+        check_range('learning_rate', learning_rate, math.inf)
+        check_range('weight_decay', weight_decay, math.inf)
+        self.steps = 0
+        self.state = {average: {name: get_array_module(w).zeros_like(w) for name, w in parameters.items()}
+                      for average in self.averages}
+        # An update is a chain of operations on one parameter. Two buffers, as large as the largest parameter, hold whatever
+        # lies between the first operation and the last, so that a step allocates nothing.
+        largest = max(parameters.values(), key=lambda w: w.size)
+        self.buffers = [get_array_module(largest).empty(largest.size, largest.dtype) for _ in range(2)]
+
+    def step(self, gradients):
+        """Update every parameter from the gradient of its name. Raises ValueError if names or shapes do not match."""
+        check_match(self.parameters, gradients, 'gradient')
+        self.steps += 1
+        for name, w in self.parameters.items():
+            scratch = [buffer[:w.size].reshape(w.shape) for buffer in self.buffers]
+            g = self.decayed(w, gradients[name], scratch[0])
+            self.update(w, g, *(self.state[average][name] for average in self.averages), scratch=scratch[1])
+
+    def decayed(self, w, g, scratch):
+        """Return g + λ·w, computed in `scratch`; without weight decay that is g itself."""
+        if self.weight_decay == 0:
+            return g
+        xp = get_array_module(w)
+        xp.multiply(w, self.weight_decay, out=scratch)
+        return xp.add(g, scratch, out=scratch)
+
+    def update(self, w, g, *averages, scratch):
+        """Move `w` in place, given g, the running averages of this parameter, and `scratch`, which may be overwritten."""
+        raise NotImplementedError(f'{type(self).__name__} has no update rule')
+
+    def state_dict(self):
+        """Return {'steps': int, 'velocity.stem.conv1.weight': array, …}: with the parameters, all that resuming needs.
+
+        The arrays are the live ones; copy them to keep them. The learning rate is not part of it: a schedule computes it from
+        the number of steps.
+        """
+        return {'steps': self.steps} | self.arrays()
+
+    def arrays(self):
+        """Return the running averages under flat names."""
+        return {f'{average}.{name}': array for average, arrays in self.state.items() for name, array in arrays.items()}
+
+    def load_state_dict(self, state):
+        """Copy `state`, as `state_dict` returns it, into this optimizer.
+
+        Raises ValueError, and changes nothing, unless all names and shapes match.
+        """
+        if 'steps' not in state:
+            raise ValueError("the optimizer state has no entry 'steps'; was it written by state_dict()?")
+        own, loaded = self.arrays(), {name: array for name, array in state.items() if name != 'steps'}
+        check_match(own, loaded, 'optimizer state')
+        for name, array in own.items():
+            array[...] = move(loaded[name], device_of(array))
+        self.steps = int(state['steps'])
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent: a small step against the gradient, optionally with momentum μ.
+
+        v ← μ·v + g,    w ← w − η·v                   v remembers earlier gradients, old ones ever less; μ = 0 forgets them
+        v ← μ·v + g,    w ← w − η·(g + μ·v)           with Nesterov: the v that the next step would have if g stayed
+
+    Along a valley the remembered gradients add up, to 1/(1 − μ) times one gradient; across it they cancel. v starts at 0.
+    Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning", with η outside of v,
+    so that a new η acts at once.
+    """
+
+    averages = ('velocity',)
+
+    def __init__(self, parameters, learning_rate, momentum=0.0, nesterov=False, weight_decay=0.0):
+        super().__init__(parameters, learning_rate, weight_decay)
+        check_range('momentum', momentum, 1)
+        if nesterov and momentum == 0:
+            raise ValueError('nesterov needs a momentum above 0')
+        self.momentum, self.nesterov = momentum, nesterov
+
+    def update(self, w, g, v, scratch):
+        xp = get_array_module(w)
+        v *= self.momentum
+        v += g
+        if self.nesterov:
+            xp.multiply(v, self.momentum, out=scratch)
+            scratch += g
+        step = scratch if self.nesterov else v
+        w -= xp.multiply(step, float(self.learning_rate), out=scratch)
+
+
+class Adam(Optimizer):
+    """Adaptive moments: every element gets a step size of its own, near η whatever the scale of its gradient.
+
+        m ← β₁·m + (1 − β₁)·g           the mean of recent gradients
+        v ← β₂·v + (1 − β₂)·g²          the mean of their squares
+        w ← w − η·m̂ / (√v̂ + ε)          m̂ = m / (1 − β₁ᵗ),  v̂ = v / (1 − β₂ᵗ)
+
+    m and v start at 0 and are too small at first; step t = 1, 2, … divides by just what is missing. `betas` is (β₁, β₂).
+    Source: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1, in the order of operations of its §2: the two corrections
+    are numbers, so they are moved out of the arrays into η and ε.
+    """
+
+    averages = 'mean', 'mean_square'
+
+    def __init__(self, parameters, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(parameters, learning_rate, weight_decay)
+        check_range('betas[0]', betas[0], 1)
+        check_range('betas[1]', betas[1], 1)
+        if not eps > 0:
+            raise ValueError(f'eps is {eps}; it must be positive, or a gradient of 0 would divide 0 by 0')
+        self.betas, self.eps = betas, eps
+
+    def update(self, w, g, m, v, scratch):
+        xp = get_array_module(w)
+        beta1, beta2 = self.betas
+        correction1, correction2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
+        m *= beta1
+        m += xp.multiply(g, 1 - beta1, out=scratch)
+        v *= beta2
+        xp.multiply(g, g, out=scratch)
+        v += xp.multiply(scratch, 1 - beta2, out=scratch)
+        xp.sqrt(v, out=scratch)                       # η·(m / c₁) / (√v / c₂ + ε)  =  (η·c₂/c₁) · m / (√v + ε·c₂)
+        scratch += self.eps * correction2
+        xp.divide(m, scratch, out=scratch)
+        scratch *= float(self.learning_rate) * correction2 / correction1
+        w -= scratch
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay: λ·w is taken off the parameter itself instead of being added to the gradient.
+
+        w ← w − η·λ·w,    then the step of Adam with g alone
+
+    In Adam, a decay added to g is divided by √v̂ with it, so parameters with large gradients hardly decay; here all shrink by
+    the same share. The decay follows the learning rate through its schedule.
+    Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), Algorithm 2, with η for its product of schedule and step size,
+    and λ scaled so that the decay per step is η·λ.
+    """
+
+    def __init__(self, parameters, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        super().__init__(parameters, learning_rate, betas, eps, weight_decay)
+
+    def decayed(self, w, g, scratch):
+        """Shrink w, and return g as it is."""
+        w *= 1 - float(self.learning_rate) * self.weight_decay
+        return g
+
+
+def clip_gradients(gradients, max_norm):
+    """Scale all `gradients` in place by one factor, so that their common norm is at most `max_norm`; return the norm before.
+
+    The norm √Σg² runs over all elements of all arrays and accumulates in float64. One factor for all keeps the direction of the
+    step (Pascanu, Mikolov & Bengio 2013, Algorithm 1). The norm is a 0-d value on the device of the gradients, and the factor
+    stays there too: nothing waits. Raises ValueError if `max_norm` is not positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f'max_norm is {max_norm}; it must be positive')
+    xp = get_array_module(*gradients.values())
+    norm = xp.sqrt(sum(xp.square(g, dtype='float64').sum() for g in gradients.values()))
+    factor = max_norm / xp.maximum(norm, max_norm)    # 1 for a small norm, and no division by a norm of 0
+    for g in gradients.values():
+        g *= factor.astype(g.dtype)
+    return norm
+
+
+class ConstantSchedule:
+    """The learning rate `base` at every step, after a linear rise over the first `warmup_steps`.
+
+    A schedule is called with the number of steps done so far and returns the rate of the next one. The warm-up takes small
+    steps while the running averages of the optimizer and of batch norm still rest on few batches; it ends at `base`, with
+    base·(step + 1)/warmup_steps on the way.
+    """
+
+    def __init__(self, base, warmup_steps=0):
+        check_range('base', base, math.inf)
+        check_range('warmup_steps', warmup_steps, math.inf)
+        self.base, self.warmup_steps = base, warmup_steps
+
+    def __call__(self, step):
+        if step < self.warmup_steps:
+            return self.base * (step + 1) / self.warmup_steps
+        return self.base
+
+
+class CosineSchedule(ConstantSchedule):
+    """After the warm-up, half a cosine from `base` down to `final` at step `total_steps`, and `final` from then on.
+
+        final + (base − final)·½·(1 + cos(π·progress))          progress from 0 at the end of the warm-up to 1
+
+    It stays high for long, falls fast, and ends in small steps that settle into the minimum.
+    Source: Loshchilov & Hutter 2017 (arXiv:1608.03983), equation 5, without restarts.
+    """
+
+    def __init__(self, base, total_steps, warmup_steps=0, final=0.0):
+        super().__init__(base, warmup_steps)
+        check_range('final', final, math.inf)
+        if not total_steps > warmup_steps:
+            raise ValueError(f'total_steps is {total_steps}; it must be above warmup_steps, which is {warmup_steps}')
+        self.total_steps, self.final = total_steps, final
+
+    def __call__(self, step):
+        if step < self.warmup_steps:
+            return super().__call__(step)
+        progress = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        return self.final + (self.base - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_range(name, value, end):
+    """Raise ValueError unless 0 ≤ value < end."""
+    if not 0 <= value < end:
+        raise ValueError(f'{name} is {value}; expected a number from 0 up to, not including, {end}')
+
+
+def check_match(own, given, what):
+    """Raise ValueError unless the dicts `own` and `given` hold arrays of the same shapes under the same names."""
+    problems = ([f'{name} is missing' for name in own.keys() - given.keys()]
+                + [f'{name} is unknown' for name in given.keys() - own.keys()]
+                + [f'{name} has shape {numpy.shape(given[name])}, expected {numpy.shape(own[name])}'
+                   for name in own.keys() & given.keys() if numpy.shape(given[name]) != numpy.shape(own[name])])
+    if problems:
+        more = f'; and {len(problems) - 3} more' if len(problems) > 3 else ''
+        raise ValueError(f'{what} does not fit the parameters: {"; ".join(sorted(problems)[:3])}{more}')

@@ -1,0 +1,291 @@
+"""All cores at work, inside one operation at a time.
+
+NumPy computes on one core, except in matrix products. But it lets go of Python's lock while it multiplies, copies and adds,
+so ordinary threads do run at the same time. An operation cuts its work into blocks (some images, some rows) and calls
+
+    results = parallel_for(blocks, work)        # [work(block) for block in blocks], on all cores
+
+Three rules keep this invisible to everything above it.
+
+- **The blocks never depend on the number of threads.** A floating-point sum depends on its order. With the same blocks
+  everywhere, and partial results that come back in block order, one thread and sixteen give the same bits.
+- **A matrix product inside a block uses one thread.** Otherwise every block would start as many threads again as there are
+  cores, and OpenBLAS makes concurrent callers wait for each other. While blocks run, BLAS is set to one thread; then
+  it is put back.
+- **The caller works too, and waits for the others.** Helpers take blocks from the same list until it is empty. So a helper that
+  starts late costs speed, never correctness, and a call made inside a block simply runs where it is.
+
+Helpers start on demand, wait `LINGER` seconds for more work, and end. No thread outlives its use; a program that ends waits at
+most that long.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+import math
+import os
+import queue
+import threading
+from pathlib import Path
+
+import numpy
+
+LINGER = 0.25                                       # seconds: far longer than the gaps between two layers of a network
+
+_inside = contextvars.ContextVar('inside a block', default=False)
+_scratch = threading.local()
+
+
+def parallel_for(blocks, work):
+    """Return `[work(block) for block in blocks]`, computed on several threads.
+
+    Blocks start in order. `work` must write only what belongs to its block. It sees the caller's context variables, such as
+    `numpy.errstate`. If a block raises, no further block starts, and once those that run have ended the error of the first block
+    that failed is raised, as itself.
+    """
+    blocks = list(blocks)
+    with _one_thread_per_product():
+        job = _Job(blocks, work)
+        if not _inside.get():
+            _helpers.call(job, min(number_of_threads(), len(blocks)) - 1)
+        token = _inside.set(True)
+        try:
+            job.run()
+        finally:
+            _inside.reset(token)
+            job.wait()                              # helpers write into the caller's arrays: never leave before them
+    return job.results()
+
+
+def scratch(name, shape, dtype):
+    """Return an uninitialised array that belongs to this thread and is handed out again for the same `name`.
+
+    Memory fresh from the system costs a page fault per 4 KiB; a block that ran before has left its memory warm, often in the cache.
+    The contents last until this thread asks for the same name again. It is freed when the thread ends.
+    """
+    size = math.prod(shape) * numpy.dtype(dtype).itemsize
+    memory = getattr(_scratch, name, None)
+    if memory is None or memory.nbytes < size:
+        memory = numpy.empty(size + 64, numpy.uint8)
+        memory = memory[-memory.ctypes.data % 64:][:size]                   # aligned to a cache line
+        setattr(_scratch, name, memory)
+    return memory[:size].view(dtype).reshape(shape)
+
+
+def release_scratch():
+    """Give this thread's scratch memory back to the system."""
+    vars(_scratch).clear()
+
+
+# --- How many threads -------------------------------------------------------------------------------------------------
+
+_number_of_threads = None
+
+
+def number_of_threads():
+    """Return how many threads share the blocks: what `set_threads` said, else the cores this process may use."""
+    return _number_of_threads or _available_cores()
+
+
+def set_threads(number):
+    """Use `number` threads from now on; None returns to the cores this process may use. No result depends on it.
+
+    Use it in a `with` to change it for a while:  `with set_threads(1): ...`. Raises ValueError below 1.
+    """
+    global _number_of_threads
+    if number is not None and number < 1:
+        raise ValueError(f'number of threads is {number}; expected 1 or more, or None for all cores')
+    before, _number_of_threads = _number_of_threads, number
+    return _restore_threads(before)
+
+
+class _restore_threads(contextlib.AbstractContextManager):
+    def __init__(self, before):
+        self.before = before
+
+    def __exit__(self, *error):
+        set_threads(self.before)
+
+
+def _available_cores():
+    if hasattr(os, 'sched_getaffinity'):            # Linux: a container or `taskset` may grant fewer cores than there are
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# --- The helpers ------------------------------------------------------------------------------------------------------
+
+class _Job:
+    """Blocks that are being computed: who takes which, who is still at it, and what came out."""
+
+    def __init__(self, blocks, work):
+        self.blocks, self.work = blocks, work
+        self.outcomes = [None] * len(blocks)
+        self.errors = {}                            # block number: exception
+        self.next, self.running = 0, 0
+        self.changed = threading.Condition()
+
+    def run(self):
+        """Take blocks and compute them until none is left."""
+        with self.changed:
+            self.running += 1
+        try:
+            while (number := self._take()) is not None:
+                try:
+                    self.outcomes[number] = self.work(self.blocks[number])
+                except BaseException as error:      # also KeyboardInterrupt: it belongs to the caller
+                    with self.changed:
+                        self.errors[number] = error
+                        self.next = len(self.blocks)
+        finally:
+            with self.changed:
+                self.running -= 1
+                self.changed.notify_all()
+
+    def _take(self):
+        with self.changed:
+            number = self.next
+            if number == len(self.blocks):
+                return None
+            self.next += 1
+            return number
+
+    def wait(self):
+        while True:
+            try:
+                with self.changed:
+                    self.next = len(self.blocks)    # a helper that arrives from now on finds nothing to do
+                    self.changed.wait_for(lambda: self.running == 0)
+                return
+            except KeyboardInterrupt as error:      # the helpers still write: raise it once they have stopped
+                self.errors.setdefault(len(self.blocks), error)
+
+    def results(self):
+        if self.errors:
+            # Blocks are taken in order, so every block before a failed one has run: the first failure is always the same.
+            raise self.errors[min(self.errors)]
+        return self.outcomes
+
+
+class _Helpers:
+    """Threads that wait for jobs and leave when none comes."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.jobs = queue.SimpleQueue()
+        self.idle = 0                               # waiting helpers that no job has been promised to
+
+    def call(self, job, number):
+        """Ask `number` helpers to join `job`."""
+        for _ in range(number):
+            with self.lock:
+                start = self.idle == 0
+                self.idle -= not start
+            # Each helper gets its own copy of the caller's context: one context cannot be entered twice at a time.
+            context = contextvars.copy_context()
+            context.run(_inside.set, True)
+            self.jobs.put((context, job))
+            if start:
+                threading.Thread(target=self._help, name='nervenet helper').start()
+
+    def _help(self):
+        while True:
+            try:
+                context, job = self.jobs.get(timeout=LINGER)
+            except queue.Empty:
+                with self.lock:
+                    if self.idle > 0:               # nobody counts on this thread: it may go
+                        self.idle -= 1
+                        return
+                # A job was promised to it in this very moment, or another helper took the one it was promised, and will
+                # count itself idle in its place when done. Waiting without end for the first would miss the second.
+                continue
+            context.run(job.run)
+            del context, job                        # keep no arrays alive while waiting
+            with self.lock:
+                self.idle += 1
+
+
+_helpers = _Helpers()
+
+
+def _forget_helpers():
+    global _helpers                                 # a forked child has none of its parent's threads
+    _helpers = _Helpers()
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_forget_helpers)
+
+
+# --- BLAS -------------------------------------------------------------------------------------------------------------
+
+class _Blas:
+    """The thread count of the BLAS behind NumPy, if it is one that can be asked and told at run time."""
+
+    def __init__(self):
+        self.get = self.set = None
+        for library in self._libraries():
+            for prefix, suffix in (('scipy_openblas_', '64_'), ('scipy_openblas_', ''), ('openblas_', '64_'), ('openblas_', '')):
+                get = getattr(library, f'{prefix}get_num_threads{suffix}', None)
+                set_ = getattr(library, f'{prefix}set_num_threads{suffix}', None)
+                if get and set_:
+                    self.get, self.set, self.library, self.affixes = get, set_, library, (prefix, suffix)
+                    return
+
+    @staticmethod
+    def _libraries():
+        """Yield what may hold BLAS: the compiled part of NumPy and all it is linked to, then the wheel's own libraries."""
+        package = Path(numpy.__file__).parent
+        files = [numpy._core._multiarray_umath.__file__] if hasattr(numpy, '_core') else []
+        for folder in (package.parent / 'numpy.libs', package / '.dylibs'):
+            files += sorted(folder.glob('*openblas*'))
+        for file in files:
+            try:
+                yield ctypes.CDLL(str(file))
+            except OSError:                         # not a library for this system: the next one may be
+                continue
+
+    def description(self):
+        """Return one line: which BLAS, with which kernels."""
+        if self.get is None:
+            return 'BLAS: not OpenBLAS, its threads cannot be set'
+        prefix, suffix = self.affixes
+        lines = []
+        for what in ('config', 'corename'):
+            function = getattr(self.library, f'{prefix}get_{what}{suffix}', None)
+            if function:
+                function.restype = ctypes.c_char_p
+                lines.append(function().decode())
+        return f'BLAS: {lines[0].split(" USE")[0].strip()}, core type {lines[-1]}' if lines else 'BLAS: OpenBLAS'
+
+
+_blas = _Blas()
+_blas_lock = threading.Lock()
+_blas_users, _blas_threads_before = 0, None
+
+
+@contextlib.contextmanager
+def _one_thread_per_product():
+    """Set BLAS to one thread; the last of several concurrent users puts its own number back."""
+    global _blas_users, _blas_threads_before
+    if _blas.set is None:
+        yield
+        return
+    with _blas_lock:
+        if _blas_users == 0:
+            _blas_threads_before = _blas.get()
+            _blas.set(1)
+        _blas_users += 1
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            _blas_users -= 1
+            if _blas_users == 0:
+                _blas.set(_blas_threads_before)
+
+
+def describe_blas():
+    """Return one line about the BLAS behind NumPy: name, version and the kernels it chose for this processor."""
+    return _blas.description()

@@ -1,0 +1,101 @@
+"""From an image of any size to its mask: resize, predict, average over flips, threshold, drop what is too small.
+
+A network is trained at one size. `Segmenter` brings an image to that size and the probabilities back to the image's own. What
+it does beyond that is a choice, `Settings`, and a choice that looks at data flatters itself there: `choose_settings` belongs on
+data that nobody reports scores of, and the settings are saved with the model.
+"""
+
+from dataclasses import dataclass
+
+import numpy
+
+from .backend import device_of, move, to_cpu
+from .data import resize
+from .metrics import ratio
+from .train import predict
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How probabilities become a mask.
+
+    threshold     a pixel is foreground where its probability is above it, in [0, 1)
+    minimal_area  share of the image, in [0, 1), below which a mask counts as empty: a nerve is never that small
+    flip_average  whether to average the prediction with that of the mirrored image, left and right exchanged
+    """
+
+    threshold: float = 0.5
+    minimal_area: float = 0.0
+    flip_average: bool = False
+
+    def __post_init__(self):
+        for name in ('threshold', 'minimal_area'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}; expected a number from 0 up to, not including, 1')
+
+    def mask(self, probability):
+        """Return the mask (H, W), bool, of a map of probabilities (H, W)."""
+        mask = probability > self.threshold
+        return mask if mask.mean() >= self.minimal_area else numpy.zeros_like(mask)
+
+
+def predict_flips(model, x, flip_average):
+    """Return probabilities (N, H, W, C) of x (N, H, W, C_in), averaged with those of the mirrored images if `flip_average`."""
+    probabilities = predict(model, x)
+    if flip_average:
+        probabilities = (probabilities + predict(model, x[:, :, ::-1])[:, :, ::-1]) / 2
+    return probabilities
+
+
+class Segmenter:
+    """A trained model, the size (H, W) it was trained at, and the settings it is used with."""
+
+    def __init__(self, model, size, settings=Settings()):
+        self.model, self.size, self.settings = model.eval(), tuple(size), settings
+
+    def probabilities(self, images):
+        """Return, for each of `images`, (H, W) float32 in [0, 1] of any sizes, its map of probabilities (H, W)."""
+        x = numpy.stack([resize(image, self.size) for image in images])[..., None].astype(self.model.dtype)     # (N, h, w, 1)
+        x = move(x, device_of(self.model.head.params['weight']))
+        p = to_cpu(predict_flips(self.model, x, self.settings.flip_average))[..., 0]                            # (N, h, w)
+        return [resize(small.astype('float32'), image.shape) for small, image in zip(p, images)]
+
+
+def choose_settings(model, batches, thresholds=numpy.arange(0.1, 0.91, 0.05), areas=(0, 0.0025, 0.005, 0.01, 0.015, 0.02)):
+    """Return (Settings, score): those with the highest mean Dice per image on `batches` of (images, masks), (N, H, W, 1) each.
+
+    `batches` is called for an iterable, once for each kind of averaging. The defaults stay unless something else is better by
+    0.002, so that noise does not decide.
+    """
+    best, best_score = Settings(), None
+    device = device_of(model.head.params['weight'])
+    for flip_average in (False, True):
+        counts = []                                             # of each batch, (thresholds, 3, N)
+        for images, masks in batches():
+            p, y = to_cpu(predict_flips(model, move(images, device), flip_average)), masks > 0
+            counts.append([[pixels.sum(axis=(1, 2, 3)) for pixels in (m & y, m, y)] for m in (p > level for level in thresholds)])
+        overlap, predicted, true = numpy.concatenate(counts, axis=2).swapaxes(0, 1)     # (thresholds, images) each
+        for area in areas:
+            kept = predicted >= area * y[0].size
+            scores = ratio(2 * overlap * kept, predicted * kept + true).mean(axis=1)
+            if best_score is None:
+                best_score = scores[abs(thresholds - best.threshold).argmin()]
+            if scores.max() > best_score + 0.002:
+                best = Settings(round(float(thresholds[scores.argmax()]), 4), area, flip_average)
+                best_score = scores.max()
+    return best, float(best_score)
+
+
+def describe(mask, probability):
+    """Return what a table of results says of a mask (H, W): area, centroid, confidence.
+
+    area        pixels of foreground;   share   of all pixels
+    row, column the centroid in pixels, counted from 0; empty for an empty mask
+    confidence  the mean probability of the mask's pixels; of an empty mask, 1 − the highest probability anywhere
+    """
+    rows, columns = numpy.nonzero(mask)
+    if not len(rows):
+        return {'area': 0, 'share': 0.0, 'row': '', 'column': '', 'confidence': round(float(1 - probability.max()), 4)}
+    return {'area': len(rows), 'share': round(len(rows) / mask.size, 6), 'row': round(float(rows.mean()), 1),
+            'column': round(float(columns.mean()), 1), 'confidence': round(float(probability[mask].mean()), 4)}
+

@@ -1,0 +1,637 @@
+import struct
+import threading
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+from nervenet import data
+from nervenet.data import (DataError, Loader, Reader, Sample, find_samples, intensity_statistics, is_split_by_image, read_image,
+                           read_mask, read_pair, resize, resize_mask, split_by_subject)
+
+REAL = Path(__file__).parents[2] / 'shared' / 'data'
+GREY = numpy.arange(6 * 5, dtype=numpy.uint8).reshape(6, 5) * 8            # 0 to 232, no two equal
+
+
+def write(path, pixels, **options):
+    """Save an array as an image, making folders as needed, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **options)
+    return path
+
+
+def disc(H, W, row, column, radius):
+    rows, columns = numpy.ogrid[:H, :W]
+    return numpy.uint8(255) * ((rows - row)**2 + (columns - column)**2 < radius**2)
+
+
+def kaggle(folder, rng, subjects=4, frames=3, size=(10, 14)):
+    """Write a small set in the Kaggle layout."""
+    for subject in range(1, subjects + 1):
+        for frame in range(1, frames + 1):
+            write(folder / f'{subject}_{frame}.tif', rng.integers(0, 256, size, dtype=numpy.uint8))
+            write(folder / f'{subject}_{frame}_mask.tif', disc(*size, *rng.integers(0, size), 4))
+    return folder
+
+
+def plain(folder, names, image_suffix='.png', mask_suffix='.png'):
+    for name in names:
+        write(folder / 'images' / (name + image_suffix), GREY)
+        write(folder / 'masks' / (name + mask_suffix), GREY // 128 * 255)
+    return folder
+
+
+def message(error, *parts):
+    """Assert that the error is one line with these parts in it."""
+    text = str(error.value)
+    assert '\n' not in text and len(text) < 600
+    for part in parts:
+        assert str(part) in text
+    return text
+
+
+# --- Finding -----------------------------------------------------------------------------------------------------------------
+
+def test_kaggle_layout_is_found_in_train_or_in_the_folder_itself(tmp_path, rng):
+    kaggle(tmp_path / 'train', rng, subjects=11, frames=2)
+    (tmp_path / 'train' / '._1_1.tif').write_bytes(b'left by another system')
+    (tmp_path / 'train' / 'notes.txt').write_text('not an image')
+    samples = find_samples(tmp_path)
+    assert samples == find_samples(tmp_path / 'train')
+    assert [sample.name for sample in samples[:5]] == ['1_1', '1_2', '2_1', '2_2', '3_1'] and samples[-1].name == '11_2'
+    assert samples[4] == Sample('3_1', '3', tmp_path / 'train' / '3_1.tif', tmp_path / 'train' / '3_1_mask.tif')
+    assert not is_split_by_image(samples)
+
+
+def test_plain_layout_pairs_by_name_across_formats(tmp_path):
+    plain(tmp_path, ['scan 9', 'scan 10'], '.JPG', '.bmp')
+    plain(tmp_path, ['scan 11'], '.tiff', '.png')
+    write(tmp_path / 'masks' / 'scan 12_mask.png', GREY)
+    write(tmp_path / 'images' / 'scan 12.png', GREY)
+    samples = find_samples(tmp_path)
+    assert [sample.name for sample in samples] == ['scan 9', 'scan 10', 'scan 11', 'scan 12']
+    assert [sample.mask_path.name for sample in samples] == ['scan 9.bmp', 'scan 10.bmp', 'scan 11.png', 'scan 12_mask.png']
+
+
+def test_without_a_pattern_every_image_of_the_plain_layout_is_its_own_subject(tmp_path):
+    samples = find_samples(plain(tmp_path, ['1_1', '1_2', '2_1']))
+    assert [sample.subject for sample in samples] == ['1_1', '1_2', '2_1'] and is_split_by_image(samples)
+
+
+@pytest.mark.parametrize('pattern', [r'^(\w+?)-', r'(left|right)?-?(?P<subject>^[a-z]+)'])
+def test_subject_pattern(tmp_path, pattern):
+    samples = find_samples(plain(tmp_path, ['ann-left-1', 'ann-right-1', 'bo-1']), pattern)
+    assert [sample.subject for sample in samples] == ['ann', 'ann', 'bo'] and not is_split_by_image(samples)
+
+
+def test_subject_pattern_overrides_the_kaggle_name(tmp_path, rng):
+    assert {sample.subject for sample in find_samples(kaggle(tmp_path, rng), r'_(\d+)')} == {'1', '2', '3'}
+
+
+@pytest.mark.parametrize('pattern, parts', [
+    ('(', ["'('", 'no regular expression']),
+    ('[a-z]+', ['no group']),
+    (r'(\d+)', ['bo.png', 'finds no subject']),
+    (r'(\d*)', ['bo.png', 'finds no subject']),
+])
+def test_a_subject_pattern_that_does_not_fit_is_refused(tmp_path, pattern, parts):
+    plain(tmp_path, ['bo'])
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path, pattern)
+    message(error, *parts)
+
+
+def test_folders_and_files_without_masks(tmp_path, rng):
+    kaggle(tmp_path, rng, subjects=1, frames=2)
+    write(tmp_path / '7.tif', GREY)
+    optional, none = (find_samples(tmp_path, masks=masks) for masks in ('optional', 'none'))
+    assert [(sample.name, sample.subject, sample.mask_path and sample.mask_path.name) for sample in optional] == [
+        ('1_1', '1', '1_1_mask.tif'), ('1_2', '1', '1_2_mask.tif'), ('7', '7', None)]
+    assert [(sample.name, sample.mask_path) for sample in none] == [('1_1', None), ('1_2', None), ('7', None)]
+    assert find_samples(tmp_path / '1_2.tif', masks='optional') == optional[1:2]
+    assert find_samples(tmp_path / '1_2.tif', masks='none') == none[1:2]
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path / '1_2.tif')
+    message(error, '1_2.tif', 'is a file')
+    with pytest.raises(ValueError, match="masks is 'maybe'"):
+        find_samples(tmp_path, masks='maybe')
+
+
+def test_wrong_layouts_say_what_was_looked_for_and_what_was_found(tmp_path):
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path / 'absent')
+    message(error, tmp_path / 'absent', 'no such folder')
+
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path)
+    message(error, tmp_path, 'no pairs of image and mask', '{subject}_{image}_mask.tif', 'images/ and masks/', 'the folder is empty')
+
+    for name in 'abcdefgh':
+        (tmp_path / f'{name}.dcm').write_bytes(b'')
+    (tmp_path / 'scans').mkdir()
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path, masks='none')
+    message(error, 'holds no images', 'a.dcm, b.dcm', 'and 3 more')
+
+    plain(tmp_path / 'half', ['x'])
+    (tmp_path / 'half' / 'masks' / 'x.png').unlink()
+    for folder in (tmp_path / 'half', tmp_path / 'half' / 'images'):
+        with pytest.raises(DataError) as error:
+            find_samples(folder)
+        message(error, folder, 'no pairs of image and mask')
+
+
+def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path, rng):
+    kaggle(tmp_path / 'a', rng)
+    (tmp_path / 'a' / '2_3_mask.tif').unlink()
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path / 'a')
+    message(error, tmp_path / 'a' / '2_3.tif', 'has no mask', '2_3_mask.tif', '1 of 12')
+
+    write(tmp_path / 'a' / '2_3_mask.tif', GREY)
+    (tmp_path / 'a' / '4_1.tif').unlink()
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path / 'a')
+    message(error, tmp_path / 'a' / '4_1_mask.tif', 'no image', '1 of 12')
+
+    plain(tmp_path / 'b', ['x', 'y'])
+    (tmp_path / 'b' / 'masks' / 'y.png').unlink()
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path / 'b')
+    message(error, tmp_path / 'b' / 'images' / 'y.png', tmp_path / 'b' / 'masks' / 'y.png')
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    plain(tmp_path, ['x'])
+    write(tmp_path / 'images' / 'x.bmp', GREY)
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path)
+    message(error, 'x.png', 'x.bmp', 'same name')
+
+
+# --- Splitting ---------------------------------------------------------------------------------------------------------------
+
+def samples_of(images_per_subject):
+    return [Sample(f'{subject}_{image}', str(subject), Path(f'{subject}_{image}.tif'), Path('mask'))
+            for subject, count in enumerate(images_per_subject) for image in range(count)]
+
+
+@pytest.mark.parametrize('counts, share', [([120] * 47, 0.2), ([30, 1, 7, 12, 50, 3, 9, 22], 0.25), ([5, 5], 0.9), ([1, 99], 0.5),
+                                           ([50, 50], 0.01)])
+def test_no_subject_is_on_both_sides_of_a_split(counts, share):
+    samples = samples_of(counts)
+    for seed in range(20):
+        training, validation = split_by_subject(samples, share, seed)
+        assert training and validation and sorted(map(hash, training + validation)) == sorted(map(hash, samples))
+        assert not {sample.subject for sample in training} & {sample.subject for sample in validation}
+        assert abs(len(validation) - share * len(samples)) <= max(counts)
+    kept = set(training)
+    assert training == [sample for sample in samples if sample in kept]
+
+
+def test_a_split_follows_from_its_seed_and_not_from_the_order_of_the_files():
+    samples = samples_of([10] * 12)
+    sides = [{sample.subject for sample in split_by_subject(order, 0.25, seed)[1]}
+             for seed in range(8) for order in (samples, samples[::-1])]
+    assert sides[::2] == sides[1::2] and len(set(map(frozenset, sides))) > 4
+    assert all(len(side) == 3 for side in sides)
+
+
+def test_a_split_needs_two_subjects():
+    with pytest.raises(DataError) as error:
+        split_by_subject(samples_of([7]), 0.2, 0)
+    message(error, '7 images of 1 subject', '--subject-pattern')
+    with pytest.raises(ValueError, match='share is 1'):
+        split_by_subject(samples_of([7, 7]), 1, 0)
+
+
+# --- Reading images ----------------------------------------------------------------------------------------------------------
+
+def grey16():
+    return (numpy.arange(6 * 5).reshape(6, 5) * 2259).astype(numpy.uint16)     # up to 65511
+
+
+@pytest.mark.parametrize('suffix, options', [('.png', {}), ('.bmp', {}), ('.tif', {}), ('.tif', {'compression': 'tiff_lzw'})])
+def test_8_bit_grey_is_divided_by_255(tmp_path, suffix, options):
+    image = read_image(write(tmp_path / f'x{suffix}', GREY, **options))
+    assert image.dtype == numpy.float32 and image.shape == (6, 5)
+    numpy.testing.assert_array_equal(image, GREY.astype(numpy.float32) / 255)
+
+
+@pytest.mark.parametrize('name, options', [('x.png', {}), ('x.tif', {}), ('x.tif', {'compression': 'tiff_deflate'})])
+def test_16_bit_grey_is_divided_by_65535_and_not_cut_off(tmp_path, name, options):
+    numpy.testing.assert_array_equal(read_image(write(tmp_path / name, grey16(), **options)),
+                                     grey16().astype(numpy.float32) / 65535)
+
+
+def tiff(path, bits, photometric, shape, content):
+    """Write a TIFF of one uncompressed strip by hand, for kinds that Pillow reads and does not write."""
+    tags = [(256, 4, shape[1]), (257, 4, shape[0]), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8 + 2 + 9 * 12 + 4),
+            (277, 3, 1), (278, 4, shape[0]), (279, 4, len(content))]
+    path.write_bytes(b'II*\0' + struct.pack('<IH', 8, len(tags))
+                     + b''.join(struct.pack('<HHII', tag, kind, 1, value) for tag, kind, value in tags) + bytes(4) + content)
+    return path
+
+
+def test_tiffs_that_count_from_white_to_black_and_12_bit_tiffs(tmp_path):
+    inverted = tiff(tmp_path / 'inverted.tif', 16, 0, (6, 5), (65535 - grey16()).astype('<u2').tobytes())
+    numpy.testing.assert_array_equal(read_image(inverted), grey16().astype(numpy.float32) / 65535)
+    inverted = tiff(tmp_path / 'inverted8.tif', 8, 0, (6, 5), (255 - GREY).tobytes())
+    numpy.testing.assert_array_equal(read_image(inverted), GREY.astype(numpy.float32) / 255)
+    twelve = tiff(tmp_path / 'twelve.tif', 12, 1, (1, 4), bytes.fromhex('FFF800' '0017FF'))
+    numpy.testing.assert_allclose(read_image(twelve), numpy.array([[0xFFF, 0x800, 0x001, 0x7FF]]) / 4095, rtol=1e-6)
+
+
+def test_colours_become_their_luma(tmp_path, rng):
+    colours = rng.integers(0, 256, (6, 5, 3), dtype=numpy.uint8)
+    luma = colours @ [0.299, 0.587, 0.114] / 255
+    for name in ('x.png', 'x.tif', 'x.bmp'):
+        numpy.testing.assert_allclose(read_image(write(tmp_path / name, colours)), luma, atol=0.51 / 255)
+    palette = Image.fromarray(colours).quantize(256)
+    numpy.testing.assert_allclose(read_image(write(tmp_path / 'palette.png', palette)),
+                                  numpy.asarray(palette.convert('RGB')) @ [0.299, 0.587, 0.114] / 255, atol=0.51 / 255)
+    smooth = numpy.tile(numpy.arange(0, 240, 5, dtype=numpy.uint8)[:, None, None], (1, 16, 3))
+    numpy.testing.assert_allclose(read_image(write(tmp_path / 'x.jpg', smooth, quality=95)), smooth[..., 0] / 255, atol=0.02)
+
+
+def test_transparent_pixels_are_black(tmp_path):
+    opaque = numpy.full((6, 5), 255, numpy.uint8)
+    opaque[:2] = 0
+    expected = numpy.where(opaque, GREY, 0) / numpy.float32(255)
+    for name, bands in (('la.png', 'LA'), ('rgba.png', 'RGBA'), ('rgba.tif', 'RGBA')):
+        image = Image.merge(bands, [Image.fromarray(GREY)] * (len(bands) - 1) + [Image.fromarray(opaque)])
+        numpy.testing.assert_allclose(read_image(write(tmp_path / name, image)), expected, atol=1e-6)
+    palette = Image.fromarray(numpy.arange(6, dtype=numpy.uint8).reshape(2, 3)).convert('P')
+    palette.putpalette(bytes(value for level in range(6) for value in [40 * level + 55] * 3))
+    numpy.testing.assert_allclose(read_image(write(tmp_path / 'p.png', palette, transparency=2)),
+                                  numpy.array([[55, 95, 0], [175, 215, 255]]) / 255, atol=1e-6)
+
+
+def test_1_bit_images(tmp_path):
+    pixels = GREY > 100
+    for name in ('x.png', 'x.tif', 'x.bmp'):
+        numpy.testing.assert_array_equal(read_image(write(tmp_path / name, pixels)), pixels.astype(numpy.float32))
+
+
+def test_floating_point_images_are_taken_as_they_are_if_they_lie_between_0_and_1(tmp_path, rng):
+    pixels = rng.random((6, 5), dtype=numpy.float32)
+    numpy.testing.assert_array_equal(read_image(write(tmp_path / 'x.tif', pixels)), pixels)
+    for wrong in (pixels * 255, pixels - 0.5, numpy.where(pixels > 0.5, numpy.float32('nan'), pixels)):
+        with pytest.raises(DataError) as error:
+            read_image(write(tmp_path / 'wrong.tif', wrong))
+        message(error, tmp_path / 'wrong.tif', 'expected 0 to 1')
+
+
+def test_32_bit_integers_are_refused(tmp_path):
+    with pytest.raises(DataError) as error:
+        read_image(write(tmp_path / 'x.tif', GREY.astype(numpy.int32) * 1000))
+    message(error, tmp_path / 'x.tif', '0 to 232000', '8 or 16 bits')
+
+
+@pytest.mark.parametrize('pixels', [GREY, grey16()], ids=['8 bits', '16 bits'])
+@pytest.mark.parametrize('name, options', [('x.png', {}), ('x.tif', {}), ('x.tif', {'compression': 'tiff_lzw'})])
+def test_the_orientation_mark_of_a_camera_is_obeyed(tmp_path, name, options, pixels):
+    exif = Image.Exif()
+    exif[274] = 6                                                               # the top of the scene is at the right
+    image = read_image(write(tmp_path / name, pixels, exif=exif, **options))
+    numpy.testing.assert_array_equal(image * numpy.iinfo(pixels.dtype).max, numpy.rot90(pixels, -1))
+
+
+# --- Reading masks -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('low, high, dtype', [(0, 255, numpy.uint8), (0, 1, numpy.uint8), (0, 65535, numpy.uint16), (0, 38, numpy.uint8),
+                                              (0, 1, numpy.int32), (0, 1, numpy.float32), (0, 0, numpy.uint8), (255, 255, numpy.uint8)])
+def test_masks_are_binary_however_they_are_stored(tmp_path, low, high, dtype):
+    pixels = numpy.where(GREY > 100, high, low).astype(dtype)
+    mask = read_mask(write(tmp_path / 'x.tif', pixels))
+    assert mask.dtype == numpy.uint8
+    numpy.testing.assert_array_equal(mask, pixels != 0)
+
+
+def test_1_bit_palette_and_coloured_masks(tmp_path):
+    truth = GREY > 100
+    palette = Image.fromarray(truth.astype(numpy.uint8)).convert('P')
+    palette.putpalette(bytes([0, 0, 0, 128, 0, 0]))
+    backwards = Image.fromarray((~truth).astype(numpy.uint8)).convert('P')      # the colour counts, not its number
+    backwards.putpalette(bytes([255, 255, 255, 0, 0, 0]))
+    red = truth[..., None] * numpy.array([255, 0, 0], numpy.uint8)
+    for number, pixels in enumerate([truth, palette, backwards, red]):
+        numpy.testing.assert_array_equal(read_mask(write(tmp_path / f'{number}.png', pixels)), truth)
+
+
+def test_masks_with_more_values_are_refused_with_the_way_out(tmp_path):
+    truth = disc(40, 50, 20, 25, 12)
+    jpeg = write(tmp_path / 'x.jpg', truth)
+    with pytest.raises(DataError) as error:
+        read_mask(jpeg)
+    message(error, jpeg, 'values', '--mask-threshold N', '128')
+    numpy.testing.assert_array_equal(read_mask(jpeg, threshold=128), truth > 0)
+
+    with pytest.raises(DataError) as error:
+        read_mask(write(tmp_path / 'x.png', numpy.array([[100, 200]], numpy.uint8)))
+    message(error, tmp_path / 'x.png', '100, 200')
+    numpy.testing.assert_array_equal(read_mask(tmp_path / 'x.png', threshold=200), [[0, 1]])
+    numpy.testing.assert_array_equal(read_mask(tmp_path / 'x.png', threshold=100), [[1, 1]])
+
+
+def test_sizes_that_differ_within_a_pair_are_named(tmp_path):
+    image, mask = write(tmp_path / 'x.png', GREY), write(tmp_path / 'x_mask.png', GREY.T // 128)
+    with pytest.raises(DataError) as error:
+        read_pair(Sample('x', 'x', image, mask))
+    message(error, mask, '5×6', 'x.png is 6×5')
+    with pytest.raises(DataError) as error:
+        read_pair(Sample('x', 'x', image, None))
+    message(error, image, 'has no mask')
+
+
+# --- Files that are broken ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, options', [('x.png', {}), ('x.jpg', {}), ('x.bmp', {}), ('x.tif', {}), ('x.tif', {'compression': 'tiff_lzw'})])
+def test_a_truncated_file_is_refused_or_read_whole(tmp_path, rng, name, options):
+    path = write(tmp_path / name, rng.integers(0, 256, (40, 30), dtype=numpy.uint8), **options)
+    whole, content = read_image(path), path.read_bytes()
+    for length in [*range(0, len(content), len(content) // 40), *range(len(content) - 24, len(content))]:
+        path.write_bytes(content[:length])
+        if length < len(content) - 24:
+            with pytest.raises(DataError) as error:
+                read_image(path)
+            message(error, path, 'cannot be read as an image')
+        else:                                                                   # a trailer holds no pixels
+            try:
+                numpy.testing.assert_array_equal(read_image(path), whole)
+            except DataError:
+                pass
+
+
+@pytest.mark.parametrize('content', [b'not an image at all', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', b'GIF89a' + bytes(40)])
+def test_other_content_under_an_image_name_is_refused(tmp_path, content):
+    (tmp_path / 'x.png').write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_image(tmp_path / 'x.png')
+    message(error, tmp_path / 'x.png', 'cannot be read as an image')
+
+
+def test_missing_files_and_folders_in_place_of_files(tmp_path):
+    with pytest.raises(DataError, match='No such file'):
+        read_image(tmp_path / 'x.png')
+    with pytest.raises(DataError):
+        read_image(tmp_path)
+
+
+def test_a_file_of_several_pages_is_refused(tmp_path):
+    pages = [Image.fromarray(GREY), Image.fromarray(GREY[::-1])]
+    for name, options in (('x.tif', {}), ('x.png', {})):
+        path = write(tmp_path / name, pages[0], save_all=True, append_images=pages[1:], **options)
+        for read in (read_image, read_mask):
+            with pytest.raises(DataError) as error:
+                read(path)
+            message(error, path, '2 pages')
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / 'x.png', GREY)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
+    with pytest.raises(DataError) as error:
+        read_image(path)
+    message(error, path, 'decompression bomb')
+
+
+# --- Resizing ----------------------------------------------------------------------------------------------------------------
+
+def test_resizing_keeps_a_constant_the_range_and_the_mean(rng):
+    assert (resize(numpy.full((42, 58), 0.3, numpy.float32), (10, 13)) == numpy.float32(0.3)).all()
+    image = rng.random((420, 580), dtype=numpy.float32)
+    for size in ((96, 128), (7, 500), (640, 600)):
+        small = resize(image, size)
+        assert small.shape == size and small.dtype == numpy.float32 and small.min() >= 0 and small.max() <= 1
+        assert abs(small.mean() - 0.5) < 0.01
+    assert resize(image, (420, 580)) is image
+
+
+def test_shrinking_averages_and_does_not_alias(rng):
+    stripes = numpy.tile(numpy.float32([0, 1]), (64, 32))                       # every second column white
+    shrunk = resize(stripes, (16, 16))
+    assert abs(shrunk[:, 1:-1] - 0.5).max() < 0.13                              # single pixels would give 0 or 1
+    noise = rng.standard_normal((400, 400)).astype(numpy.float32)
+    assert resize(noise, (100, 100)).std() < 0.3
+
+
+def test_a_resized_mask_is_binary_keeps_its_area_and_lies_where_the_image_shows_it():
+    for size in ((96, 128), (50, 300), (600, 700)):
+        mask = disc(420, 580, 180, 330, 70) // 255
+        small = resize_mask(mask, size)
+        assert small.dtype == numpy.uint8 and set(numpy.unique(small)) == {0, 1}
+        assert abs(small.mean() / mask.mean() - 1) < 0.02
+        rows, columns = numpy.nonzero(small)
+        assert abs((rows.mean() + 0.5) / size[0] - 180.5 / 420) < 0.002
+        assert abs((columns.mean() + 0.5) / size[1] - 330.5 / 580) < 0.002
+        numpy.testing.assert_array_equal(small, resize(mask.astype(numpy.float32), size) >= 0.5)
+
+
+# --- Reader, statistics, loader ----------------------------------------------------------------------------------------------
+
+SIZE = (8, 12)
+
+
+@pytest.fixture
+def samples(tmp_path, rng):
+    return find_samples(kaggle(tmp_path, rng))
+
+
+def everything(loader, number=0):
+    batches = list(loader.epoch(number))
+    return [numpy.concatenate(side) for side in zip(*batches)]
+
+
+def test_batches_have_the_promised_shapes_values_and_order(samples):
+    loader = Loader(samples, Reader(SIZE), batch_size=5)
+    batches = list(loader.epoch(0))
+    assert [len(images) for images, _ in batches] == [5, 5, 2] and len(loader) == 3          # the short batch is kept
+    for images, masks in batches:
+        assert images.shape[1:] == masks.shape[1:] == (*SIZE, 1) and images.dtype == masks.dtype == numpy.float32
+        assert images.min() >= 0 and images.max() <= 1 and set(numpy.unique(masks)) <= {0, 1}
+    images, masks = everything(loader)
+    for sample, image, mask in zip(samples, images, masks):
+        numpy.testing.assert_allclose(image[..., 0], resize(read_image(sample.image_path), SIZE), atol=1 / 65535)
+        numpy.testing.assert_array_equal(mask[..., 0], resize_mask(read_mask(sample.mask_path), SIZE))
+
+
+def test_8_and_16_bit_grey_pass_through_the_reader_unchanged(tmp_path):
+    for name, pixels in (('8.png', GREY), ('16.png', grey16())):
+        image = write(tmp_path / name, pixels)
+        sample = Sample(name, name, image, write(tmp_path / f'{name}_mask.png', GREY // 128))
+        (images, _), = Loader([sample], Reader((6, 5)), 1).epoch(0)
+        numpy.testing.assert_array_equal(images[0, ..., 0], read_image(image))
+
+
+def test_shuffling_follows_from_seed_and_epoch_alone(samples):
+    reader = Reader(SIZE)
+    ordered = everything(Loader(samples, reader, 5))[0]
+    first, again, later, other = (everything(Loader(samples, reader, 5, shuffle=True, seed=seed), epoch)[0]
+                                  for seed, epoch in ((1, 0), (1, 0), (1, 7), (2, 0)))
+    numpy.testing.assert_array_equal(first, again)
+    for images in (first, later, other):
+        assert sorted(map(bytes, images)) == sorted(map(bytes, ordered))                    # every sample exactly once
+    assert len({bytes(images) for images in (ordered, first, later, other)}) == 4
+
+
+def noisy(image, mask, rng):
+    assert image.shape == mask.shape == SIZE and image.dtype == mask.dtype == numpy.float32
+    return numpy.clip(image + rng.normal(0, 0.1, image.shape), 0, 1), mask[:, ::-1]
+
+
+def test_reading_ahead_and_remembering_change_no_result(samples):
+    results = [everything(Loader(samples, Reader(SIZE, cache_bytes=cache_bytes), 5, seed=3, shuffle=True, transform=noisy,
+                                 read_ahead=read_ahead), number=4)
+               for read_ahead in (0, 1, 2, 10) for cache_bytes in (0, 1000, 2**30)]
+    for images, masks in results[1:]:
+        numpy.testing.assert_array_equal(images, results[0][0])
+        numpy.testing.assert_array_equal(masks, results[0][1])
+
+
+def test_the_randomness_of_a_sample_follows_from_seed_epoch_and_index(samples):
+    def mark(image, mask, rng):
+        return numpy.full_like(image, rng.random()), mask
+
+    loader = Loader(samples, Reader(SIZE), 5, seed=3, shuffle=True, transform=mark)
+    for epoch in (0, 1):
+        marks = everything(loader, epoch)[0][:, 0, 0, 0]
+        expected = [numpy.random.default_rng([3, epoch, index]).random() for index in loader.order(epoch)]
+        numpy.testing.assert_array_equal(marks, numpy.float32(expected))
+
+
+def test_a_transform_cannot_spoil_what_the_reader_remembers(samples):
+    def wipe(image, mask, rng):
+        image[:], mask[:] = 0.5, 1
+        return image, mask
+
+    reader = Reader(SIZE)
+    before = everything(Loader(samples, reader, 5))
+    everything(Loader(samples, reader, 5, transform=wipe))
+    for old, new in zip(before, everything(Loader(samples, reader, 5))):
+        numpy.testing.assert_array_equal(old, new)
+
+
+def test_small_sets_are_read_once_and_large_ones_stay_within_the_budget(samples, monkeypatch):
+    reads = []
+    monkeypatch.setattr(data, 'read_image', lambda path: reads.append(path) or read_image(path))
+    bytes_per_sample = 8 * 12 * 3
+    for cache_bytes, expected in ((2**30, 12), (bytes_per_sample * 5 + 7, 12 + 2 * 7), (0, 36)):
+        reads.clear()
+        reader = Reader(SIZE, cache_bytes=cache_bytes)
+        intensity_statistics(samples, reader)
+        for epoch in (0, 1):
+            everything(Loader(samples, reader, 5, shuffle=True), epoch)
+        assert len(reads) == expected
+        assert sum(array.nbytes for pair in reader.cache.values() for array in pair) <= cache_bytes
+
+
+def test_intensity_statistics_are_those_of_all_pixels(samples):
+    reader = Reader(SIZE)
+    pixels = everything(Loader(samples[:7], reader, 5))[0].astype(numpy.float64)
+    mean, std = intensity_statistics(samples[:7], reader)
+    assert abs(mean - pixels.mean()) < 1e-7 and abs(std - pixels.std()) < 1e-7
+    assert intensity_statistics(samples[7:], reader) != (mean, std)
+
+
+def test_intensity_statistics_refuse_what_has_none(tmp_path):
+    black = write(tmp_path / 'x.png', 0 * GREY)
+    with pytest.raises(DataError, match='1 images of one and the same grey'):
+        intensity_statistics([Sample('x', 'x', black, black)], Reader((6, 5)))
+    with pytest.raises(DataError, match='0 images'):
+        intensity_statistics([], Reader((6, 5)))
+
+
+def test_the_mask_threshold_reaches_the_files(tmp_path):
+    image = write(tmp_path / 'x.png', GREY)
+    sample = Sample('x', 'x', image, image)
+    with pytest.raises(DataError, match='--mask-threshold'):
+        list(Loader([sample], Reader((6, 5)), 1).epoch(0))
+    (_, masks), = Loader([sample], Reader((6, 5), mask_threshold=100), 1).epoch(0)
+    numpy.testing.assert_array_equal(masks[0, ..., 0], GREY >= 100)
+
+
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith('loader')]
+
+
+def test_an_error_in_the_background_reaches_the_caller_as_itself_and_in_its_place(samples):
+    samples[8].image_path.write_bytes(b'damaged')
+    loader, received = Loader(samples, Reader(SIZE), 3, read_ahead=5), []
+    with pytest.raises(DataError) as error:
+        for images, _ in loader.epoch(0):
+            received.append(len(images))
+    message(error, samples[8].image_path)
+    assert received == [3, 3] and not loader_threads()
+
+    def fail(image, mask, rng):
+        raise ZeroDivisionError('from the transform')
+
+    with pytest.raises(ZeroDivisionError, match='from the transform'):
+        list(Loader(samples, Reader(SIZE), 3, transform=fail).epoch(0))
+
+
+def test_an_abandoned_epoch_leaves_no_thread(samples):
+    loader = Loader(samples, Reader(SIZE), 2)
+    for _ in loader.epoch(0):
+        assert loader_threads()
+        break
+    assert not loader_threads()
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in loader.epoch(0):
+            raise KeyboardInterrupt
+    assert not loader_threads()
+
+    list(loader.epoch(0))
+    assert not loader_threads()
+
+
+def test_reading_ahead_is_bounded_and_waiting_is_measured(samples):
+    started = []
+
+    def slow(image, mask, rng):
+        started.append(1)
+        time.sleep(0.01)
+        return image, mask
+
+    loader = Loader(samples, Reader(SIZE), 1, transform=slow, read_ahead=2)
+    epoch = loader.epoch(0)
+    next(epoch)
+    time.sleep(0.1)
+    assert len(started) == 3                                                    # the batch in hand and two ahead
+    waited = loader.waited_seconds
+    assert waited >= 0.01
+    next(epoch)                                                                 # was ready
+    assert loader.waited_seconds - waited < 0.01
+    epoch.close()
+    list(loader.epoch(1))
+    assert loader.waited_seconds >= 0.05                                        # nobody computes: all waiting
+
+
+def test_a_loader_needs_samples_and_a_batch_size(samples):
+    with pytest.raises(DataError, match='no samples'):
+        Loader([], Reader(SIZE), 4)
+    with pytest.raises(ValueError, match='batch_size is 0'):
+        Loader(samples, Reader(SIZE), 0)
+
+
+# --- Real files --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f'the real images are not in {REAL}')
+def test_real_files():
+    samples = find_samples(REAL / 'kaggle_original')
+    assert len(samples) == 60 and {sample.subject for sample in samples} == {'1', '2', '7', '8', '9', '11', '13'}
+    pairs = [read_pair(sample) for sample in samples]
+    assert all(image.shape == mask.shape == (420, 580) and mask.max() <= 1 for image, mask in pairs)
+    areas = sorted(int(mask.sum()) for _, mask in pairs if mask.any())
+    assert len(areas) == 23 and 2684 <= areas[0] and areas[-1] <= 17439
+    assert len(find_samples(REAL / 'kaggle_original' / 'test', masks='none')) == 24
+
+    samples = find_samples(REAL / 'nerve')
+    assert len(samples) == 1940 and len({sample.subject for sample in samples}) == 37
+    image, mask = read_pair(samples[0])
+    assert image.shape == mask.shape == (139, 192) and mask.any()
