@@ -48,7 +48,7 @@ def main(arguments=None):
         raise DataError(f'{twice}: two images of this name would have one output; predict them into two folders')
     make_output_folder(args.output)
 
-    results, failed, runs = [], [], []
+    results, judged, failed, runs = [], [], [], []
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
     batches = [samples[start:start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
     for batch in progress(read_ahead(read_batch, batches), len(batches), 'predicting'):
@@ -61,13 +61,17 @@ def main(arguments=None):
             mask = settings.mask(probability)
             result = {'image': sample.name, **describe(mask, probability), 'dice': ''}
             if truth is not None:
-                result['dice'] = round(score(scores, mask, truth, extra), 4)
+                count(scores, mask, truth, extra)
+                judged.append(result)
             results.append(result)
             runs.append((sample.name, encode(mask)))
             save_picture(args.output / f'{sample.name}_mask.png', Image.fromarray(255 * mask.astype('uint8')))
             if args.overlays:
                 save_picture(args.output / f'{sample.name}_overlay.png', figures.overlay(image, mask, truth, size=image.shape))
 
+    if judged:
+        for result, dice in zip(judged, scores['network'].dice_of_images()):
+            result['dice'] = round(float(dice), 4)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     writer.writeheader()
@@ -110,17 +114,14 @@ def read_batch(samples):
     return batch
 
 
-def score(scores, mask, truth, extra):
-    """Count this image for the network and for the baselines; return the network's Dice on it."""
+def count(scores, mask, truth, extra):
+    """Count this image for the network and for the baselines."""
     target = truth[None, :, :, None]
     candidates = {'network': mask, 'empty mask': numpy.zeros_like(mask)}
     if 'mean_training_mask' in extra:
         candidates['mean training mask'] = resize_mask(extra['mean_training_mask'], truth.shape)
     for name, candidate in candidates.items():
         scores[name].update(candidate[None, :, :, None].astype('float64'), target)
-    alone = SegmentationScores()
-    alone.update(mask[None, :, :, None].astype('float64'), target)
-    return alone.compute()['dice_pooled']
 
 
 def print_scores(scores):

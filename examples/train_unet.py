@@ -24,14 +24,14 @@ import numpy
 
 import nervenet
 from nervenet import figures
-from nervenet.backend import device_of, move, select_device, to_cpu
+from nervenet.backend import select_device
 from nervenet.checkpoint import atomic_write
 from nervenet.data import Loader, Reader, find_samples, intensity_statistics, is_split_by_image, split_by_subject
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.metrics import Baselines, SegmentationScores
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
-from nervenet.segment import choose_settings
-from nervenet.train import RunFolder, fit, predict
+from nervenet.segment import Segmenter, choose_settings
+from nervenet.train import RunFolder, fit
 
 LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
           'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}
@@ -108,21 +108,17 @@ def draw(run, model, validation, baselines):
         with atomic_write(run.path / name) as file:
             picture.save(file, 'PNG')
 
-    curves = {name: {'accuracy': scores['accuracy'], 'iou_pooled': scores['iou_pooled'], 'dice_pooled': scores['dice_pooled']}
-              for name, scores in baselines.items()}
-    save('curves.png', figures.curves(run.history, [('loss', 'Loss'), ('accuracy', 'Pixel accuracy'), ('iou_pooled', 'IoU, pooled'),
-                                                    ('dice_pooled', 'Hard Dice, pooled')], curves))
-    cases, dice = [], []
+    save('curves.png', figures.curves(run.history, baselines=baselines))
+    segmenter, dice = Segmenter(model, run.config['size']), SegmentationScores()
     for images, masks in validation.epoch(0):
-        predicted = to_cpu(predict(model, move(images, device_of(model.head.params['weight'])))) > 0.5
-        for case in zip(images[..., 0], masks[..., 0] > 0, predicted[..., 0]):
-            scores = SegmentationScores()
-            scores.update(case[2][None, ..., None].astype(float), case[1][None, ..., None])
-            dice.append(scores.compute()['dice_pooled'])
-            cases.append([array.astype('float16') for array in case])
-    save('predictions.png', figures.predictions([
-        dict(name=validation.samples[i].name, image=cases[i][0].astype(float), truth=cases[i][1] > 0, prediction=cases[i][2] > 0,
-             dice=dice[i], label=label) for label, i in figures.best_median_worst(dice)]))
+        probabilities = segmenter.probabilities(images[..., 0])
+        dice.update(numpy.stack(probabilities)[..., None], masks)
+    cases = []
+    for label, index in figures.best_median_worst(dice.dice_of_images()):
+        image, truth = (array[0, :, :, 0] for array in validation.batch([index], 0))
+        prediction = segmenter.settings.mask(segmenter.probabilities([image])[0])
+        cases.append(dict(label=label, name=validation.samples[index].name, image=image, truth=truth, prediction=prediction))
+    save('predictions.png', figures.predictions(cases))
 
 
 def print_header():

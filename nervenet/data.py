@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -392,23 +393,29 @@ class Loader:
 
     def epoch(self, number):
         """Yield the batches (images, masks) of one epoch. An error in the background is raised here, as itself."""
-        order = self.order(number)
-        self.waited_seconds = 0.0
-        pending = deque()
-        background = ThreadPoolExecutor(1, thread_name_prefix='loader')
-        try:
-            for start in range(0, len(order), self.batch_size):
-                pending.append(background.submit(self.batch, order[start:start + self.batch_size], number))
-                if len(pending) > self.read_ahead:
-                    yield self._wait(pending.popleft())
-            while pending:
-                yield self._wait(pending.popleft())
-        finally:                                     # also when the caller leaves its loop half-way
-            background.shutdown(cancel_futures=True)
+        order, self.waited_seconds = self.order(number), 0.0
+        starts = range(0, len(order), self.batch_size)
+        with closing(read_ahead(lambda start: self.batch(order[start:start + self.batch_size], number), starts,
+                                self.read_ahead)) as batches:
+            for _ in starts:
+                asked = time.perf_counter()
+                batch = next(batches)
+                self.waited_seconds += time.perf_counter() - asked
+                yield batch
 
-    def _wait(self, future):
-        """Return the batch when it is ready, and count the time until then."""
-        start = time.perf_counter()
-        batch = future.result()
-        self.waited_seconds += time.perf_counter() - start
-        return batch
+
+def read_ahead(function, items, ahead=2):
+    """Yield `function(item)` for each of `items`, in order, computed by a background thread that keeps `ahead` results ready.
+
+    An error in the background is raised here, as itself. A caller that leaves its loop half-way leaves no thread behind.
+    """
+    pending, background = deque(), ThreadPoolExecutor(1, thread_name_prefix='read ahead')
+    try:
+        for item in items:
+            pending.append(background.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        background.shutdown(cancel_futures=True)

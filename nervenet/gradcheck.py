@@ -36,7 +36,7 @@ from .losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from .unet import UNet
 
 # The step h, and the largest relative error that passes. The inputs of a layer can be kept away from its kinks. In a network,
-# some ReLU crosses 0 within any finite step: that costs a right gradient up to 4e-5, and a wrong one is off by 1e-3 or more.
+# some ReLU may cross 0 within the step; a tiny step makes that rare and costs digits. A wrong gradient is off by 1e-3 or more.
 LAYER = {'finite differences': (1e-5, 1e-7), 'complex step': (1e-30, 1e-11)}
 NETWORK = {'finite differences': (1e-8, 1e-4), 'complex step': (1e-30, 1e-9)}
 

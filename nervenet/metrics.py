@@ -69,10 +69,7 @@ class SegmentationScores:
         pixels), accuracy_per_image, foreground_share (predicted) and true_foreground_share (of all pixels).
         Raises ValueError if nothing was counted.
         """
-        if not self.counts:
-            raise ValueError('there is nothing to score: no batch was counted')
-        per_image = to_cpu(get_array_module(self.counts[0]).concatenate(self.counts, axis=1))    # (6, N, C)
-        scores = {}
+        per_image, scores = self.per_image_counts(), {}
         for kind, counts in ('pooled', per_image.sum(axis=1)), ('per_image', per_image):         # (6, C), (6, N, C)
             soft_overlap, p, overlap, m, y, pixels = counts
             scores['soft_dice_' + kind] = ratio(2 * soft_overlap, p + y)
@@ -83,6 +80,17 @@ class SegmentationScores:
                 scores.update(foreground_share=m / pixels, true_foreground_share=y / pixels)
         scores['accuracy'] = scores.pop('accuracy_pooled')
         return {name: float(score.mean()) for name, score in scores.items()}
+
+    def dice_of_images(self):
+        """Return the hard Dice of every image counted so far, in order, (N,), the mean over channels."""
+        _, _, overlap, m, y, _ = self.per_image_counts()                                         # (N, C) each
+        return ratio(2 * overlap, m + y).mean(axis=1)
+
+    def per_image_counts(self):
+        """Return all counts on the host, (6, N, C), in the order of `update`."""
+        if not self.counts:
+            raise ValueError('there is nothing to score: no batch was counted')
+        return to_cpu(get_array_module(self.counts[0]).concatenate(self.counts, axis=1))
 
 
 class Baselines:

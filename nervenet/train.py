@@ -195,24 +195,25 @@ def summary(rows, baselines):
     return '\n'.join(lines) + '\n'
 
 
-def progress(items, total, label, stream=None):
-    """Yield `items`, showing on a terminal a bar with the share done, the speed and the time left; silent elsewhere.
+def progress(items, total, label, stream=None, seconds=30):
+    """Yield `items`, showing the share done, the speed and the time left.
 
-    `total` is how many items there will be. The bar is wiped when the last one is done.
+    On a terminal that is a bar, wiped when the last item is done; elsewhere a plain line every so many `seconds`. `total` is how
+    many items there will be.
     """
     stream = sys.stderr if stream is None else stream
-    start = time.perf_counter()
-    shown = 0.0
+    terminal, start = stream.isatty(), time.perf_counter()
+    shown = -1.0 if terminal else start                 # a terminal shows the first item at once
     for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
-        if stream.isatty() and (now - shown > 0.1 or done == total):
-            shown, speed = now, done / (now - start)
-            left = round((total - done) / speed)
-            filled = 30 * done // total
-            stream.write(f'\r{label} [{"█" * filled}{"·" * (30 - filled)}] {done}/{total}  {speed:.1f} batches/s  '
-                         f'{left // 60}:{left % 60:02d} left \x1b[K')
-            stream.flush()
-    if stream.isatty():
+        if now - shown < (0.1 if terminal else seconds):
+            continue
+        shown, speed = now, done / (now - start)
+        left, filled = round((total - done) / speed), 30 * done // total
+        state = f'{done}/{total}  {speed:.1f} batches/s  {left // 60}:{left % 60:02d} left'
+        stream.write(f'\r{label} [{"█" * filled}{"·" * (30 - filled)}] {state} \x1b[K' if terminal else f'{label}  {state}\n')
+        stream.flush()
+    if terminal:
         stream.write('\r\x1b[K')
         stream.flush()

@@ -366,7 +366,7 @@ def test_a_truncated_file_is_refused_or_read_whole(tmp_path, rng, name, options)
                 pass
 
 
-@pytest.mark.parametrize('content', [b'not an image at all', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', b'GIF89a' + bytes(40)])
+@pytest.mark.parametrize('content', [b'not an image at all', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', b'P5 2 2 255\n\1\2\3\4'])
 def test_other_content_under_an_image_name_is_refused(tmp_path, content):
     (tmp_path / 'x.png').write_bytes(content)
     with pytest.raises(DataError) as error:
@@ -460,10 +460,11 @@ def test_batches_have_the_promised_shapes_values_and_order(samples):
 
 
 def test_8_and_16_bit_grey_pass_through_the_reader_unchanged(tmp_path):
-    for name, pixels in (('8.png', GREY), ('16.png', grey16())):
+    for name, pixels in (('8.png', numpy.arange(256, dtype=numpy.uint8)), ('16.png', numpy.arange(65536).astype(numpy.uint16))):
+        pixels = pixels.reshape(-1, 64)
         image = write(tmp_path / name, pixels)
-        sample = Sample(name, name, image, write(tmp_path / f'{name}_mask.png', GREY // 128))
-        (images, _), = Loader([sample], Reader((6, 5)), 1).epoch(0)
+        sample = Sample(name, name, image, write(tmp_path / f'{name}_mask.png', numpy.zeros(pixels.shape, numpy.uint8)))
+        (images, _), = Loader([sample], Reader(pixels.shape), 1).epoch(0)
         numpy.testing.assert_array_equal(images[0, ..., 0], read_image(image))
 
 
@@ -555,7 +556,7 @@ def test_the_mask_threshold_reaches_the_files(tmp_path):
 
 
 def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith('loader')]
+    return [thread for thread in threading.enumerate() if thread.name.startswith('read ahead')]
 
 
 def test_an_error_in_the_background_reaches_the_caller_as_itself_and_in_its_place(samples):
@@ -610,6 +611,9 @@ def test_reading_ahead_is_bounded_and_waiting_is_measured(samples):
     epoch.close()
     list(loader.epoch(1))
     assert loader.waited_seconds >= 0.05                                        # nobody computes: all waiting
+    loader.transform = None
+    list(loader.epoch(2))
+    assert loader.waited_seconds < 0.05                                         # of this epoch alone
 
 
 def test_a_loader_needs_samples_and_a_batch_size(samples):

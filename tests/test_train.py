@@ -170,12 +170,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_passes_everything_through_and_draws_on_a_terminal_only():
-    terminal, file = Terminal(), io.StringIO()
-    assert list(progress(range(5), 5, 'epoch 1/2', terminal)) == list(range(5))
-    assert list(progress(range(5), 5, 'epoch 1/2', file)) == list(range(5))
-    assert 'epoch 1/2 [' in terminal.getvalue() and '5/5' in terminal.getvalue() and 'left' in terminal.getvalue()
-    assert file.getvalue() == ''
+def test_progress_passes_everything_through_with_a_bar_on_a_terminal_and_plain_lines_elsewhere():
+    terminal, file, quick = Terminal(), io.StringIO(), io.StringIO()
+    for stream, seconds in (terminal, 30), (file, 0), (quick, 30):
+        assert list(progress(range(5), 5, 'epoch 1/2', stream, seconds)) == list(range(5))
+    assert '\repoch 1/2 [' in terminal.getvalue() and 'left' in terminal.getvalue() and terminal.getvalue().endswith('\r\x1b[K')
+    assert file.getvalue().splitlines()[2].startswith('epoch 1/2  3/5') and '\r' not in file.getvalue()
+    assert quick.getvalue() == ''
 
 
 # The main job, as it is called from a shell.
