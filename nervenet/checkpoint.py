@@ -6,15 +6,16 @@ A file is a NumPy `.npz` archive, without pickle: opening one runs no code. Insi
     model/stem.conv1.weight, ...     parameters and buffers, under the names of `model.state_dict()`
     extra/0, extra/1, ...            arrays found in the extras; the header says where they belong
 
-The config is the keyword arguments that built the model, so a file knows its own architecture and `load(path)` needs no other
-argument. Extras are whatever a training run wants to keep beside the model: optimizer state, history, random state.
+The config is the keyword arguments that built the model, so a file knows its own architecture and `load(path)` needs no
+other argument. Extras are whatever a training run wants to keep beside the model: optimizer state, history, random
+state.
 
-Writing: a process killed half-way through a file leaves half a file. So the new content goes to a second file, is forced
-to the disk, and only then takes the name of the old one, which the operating system does in one step. At any moment the name
-belongs to one whole file, old or new.
+Writing: a process killed half-way through a file leaves half a file. So the new content goes to a second file, is
+forced to the disk, and only then takes the name of the old one, which the operating system does in one step. At any
+moment the name belongs to one whole file, old or new.
 
-Reading: a file may be cut, damaged, or made by someone else on purpose. Nothing in it is believed before it is checked, and
-no more memory is asked for than a few times the file's own size.
+Reading: a file may be cut, damaged, or made by someone else on purpose. Nothing in it is believed before it is checked,
+and no more memory is asked for than a few times the file's own size.
 """
 
 import contextlib
@@ -42,12 +43,13 @@ class CheckpointError(RuntimeError):
 def save(path, model, **extra):
     """Write `model`, and extras of your own, to the file `path`, whole or not at all; the name is taken as it is.
 
-    An extra is a dict, list, string, number, None or array, nested as you like. It comes back from `load_checkpoint` equal to
-    the bit, except that tuples come back as lists, NumPy numbers as Python numbers and arrays of the GPU as NumPy arrays. Dicts
-    have strings as keys; integers may be of any size (random states are); floats may be infinite or NaN.
+    An extra is a dict, list, string, number, None or array, nested as you like. It comes back from `load_checkpoint`
+    equal to the bit, except that tuples come back as lists, NumPy numbers as Python numbers and arrays of the GPU as
+    NumPy arrays. Dicts have strings as keys; integers may be of any size (random states are); floats may be infinite or
+    NaN.
 
-    Raises CheckpointError if the file cannot be written (disk full, no such folder): then the old file is as it was. Raises
-    TypeError, before anything is written, for a model or an extra that a file cannot hold.
+    Raises CheckpointError if the file cannot be written (disk full, no such folder): then the old file is as it was.
+    Raises TypeError, before anything is written, for a model or an extra that a file cannot hold.
     """
     from . import __version__
 
@@ -60,10 +62,13 @@ def save(path, model, **extra):
     header = numpy.frombuffer(json.dumps(header).encode(), numpy.uint8)
     state = {f'model/{key}': to_cpu(array) for key, array in model.state_dict().items()}
     try:
-        with atomic_write(path) as file:
-            numpy.savez(file, header=header, **state, **arrays)
+        # numpy.savez makes the same file; some versions leave the archive open on a full disk
+        with atomic_write(path) as file, zipfile.ZipFile(file, 'w') as archive:
+            for key, array in {'header': header, **state, **arrays}.items():
+                with archive.open(f'{key}.npy', 'w', force_zip64=True) as entry:
+                    numpy.lib.format.write_array(entry, array, allow_pickle=False)
     except OSError as error:
-        raise CheckpointError(f'{path}: not saved ({_reason(error)}); a file that was there before is untouched') from error
+        raise CheckpointError(f'{path}: not saved ({_reason(error)}); what was there before is untouched') from error
 
 
 def load(path):
@@ -74,13 +79,13 @@ def load(path):
 def load_checkpoint(path):
     """Return `(model, extra)` from the file `path`; `extra` is the dict of what was saved beside the model.
 
-    Raises CheckpointError, in one line, for whatever is wrong: no such file, cut or damaged, not a file of this library, a later
-    format, an unknown model class, arrays that do not fit the architecture.
+    Raises CheckpointError, in one line, for whatever is wrong: no such file, cut or damaged, not a file of this
+    library, a later format, an unknown model class, arrays that do not fit the architecture.
     """
     try:
         header, arrays = _read(path)
-        model = _build(header, {key[len('model/'):]: array for key, array in arrays.items() if key.startswith('model/')})
-        return model, header['extra']
+        state = {key[len('model/'):]: array for key, array in arrays.items() if key.startswith('model/')}
+        return _build(header, state), header['extra']
     except CheckpointError as error:
         raise CheckpointError(f'{path}: {error}') from error.__cause__
     except FileNotFoundError:
@@ -91,10 +96,10 @@ def load_checkpoint(path):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Open a binary file for writing that takes the name `path` when the block ends, and leaves no trace if the block fails.
+    """Open a binary file for writing that takes the name `path` when the block ends, and vanishes if the block fails.
 
-    The new content lies in the same folder under a fixed name, `path` + '.partial': what a killed process leaves there is
-    overwritten by the next attempt. One process at a time may write a given path. Raises OSError.
+    The new content lies in the same folder under a fixed name, `path` + '.partial': what a killed process leaves there
+    is overwritten by the next attempt. One process at a time may write a given path. Raises OSError.
     """
     path = Path(path)
     partial = path.with_name(path.name + '.partial')
@@ -117,7 +122,7 @@ def atomic_write(path):
 
 
 def _pack(value, arrays, where):
-    """Return `value` as JSON holds it. Arrays go into `arrays` and leave their entry's name. `where` is for the error."""
+    """Return `value` as JSON holds it. Arrays go into `arrays` and leave their entry's name. `where` is for errors."""
     if isinstance(value, numpy.generic):
         value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -157,8 +162,8 @@ def _read(path):
         if not isinstance(header, dict) or header.get('format') != FORMAT:
             raise CheckpointError(f'not a model file of nervenet: its header is not of the format {FORMAT!r}')
         if header['version'] > VERSION:
-            raise CheckpointError(f'written by nervenet {header["library"]} in format version {header["version"]}, this one '
-                                  f'reads versions up to {VERSION}; update nervenet')
+            raise CheckpointError(f'written by nervenet {header["library"]} in format version {header["version"]}, '
+                                  f'this one reads versions up to {VERSION}; update nervenet')
         if sum(entry.file_size for entry in entries.values()) > os.fstat(file.fileno()).st_size:
             raise CheckpointError('its entries claim to be larger than the file')
         arrays = {name: _read_array(archive, entry) for name, entry in entries.items()}
@@ -166,7 +171,7 @@ def _read(path):
 
 
 def _read_array(archive, entry):
-    """Return the array in an entry of the archive, a `.npy` file. One whose header does not fit its bytes is refused."""
+    """Return the array in an entry, a `.npy` file, of the archive. A header that does not fit the bytes is refused."""
     if entry.compress_type != zipfile.ZIP_STORED:           # a few compressed bytes can ask for any amount of memory
         raise CheckpointError(f'{entry.filename} is compressed; a model file of nervenet holds its arrays as they are')
     data = archive.read(entry)
@@ -185,7 +190,7 @@ def _read_array(archive, entry):
 def _build(header, state):
     """Return the model that `header` describes, with the arrays of `state`."""
     if header['model'] not in MODELS:
-        raise CheckpointError(f'holds a model of class {header["model"]!r}, known are {", ".join(MODELS)}; update nervenet')
+        raise CheckpointError(f'holds a model of class {header["model"]!r}; known are {", ".join(MODELS)}')
     _check_claims(header, state)
     model_class = getattr(importlib.import_module(MODELS[header['model']], __package__), header['model'])
     try:
@@ -199,9 +204,10 @@ def _build(header, state):
 def _check_claims(header, state):
     """Raise CheckpointError unless the architecture that `header` asks for is the one whose arrays lie in `state`.
 
-    Building a model allocates it, and a header that asks for terabytes is quickly written: it must be found out before. The
-    arrays cannot lie about their sizes, since their bytes are here. In a U-Net no layer is larger than the deepest convolution,
-    so if the two ends and the deepest point of the network are here, in the sizes asked for, the rest is of their order.
+    Building a model allocates it, and a header that asks for terabytes is quickly written: it must be found out before.
+    The arrays cannot lie about their sizes, since their bytes are here. In a U-Net no layer is larger than the deepest
+    convolution, so if the two ends and the deepest point of the network are here, in the sizes asked for, the rest is
+    of their order.
     """
     config, depth = header['config'], header['config']['depth']
     if not 1 <= depth <= len(state):

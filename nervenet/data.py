@@ -8,11 +8,11 @@
     for images, masks in loader.epoch(0):                      (N, H, W, 1) float32: [0, 1] and {0, 1}
         ...
 
-A score is honest only if no subject is on both sides of a split: neighbouring frames of one subject are near copies, and a
-network that has seen one of them has seen the other.
+A score is honest only if no subject is on both sides of a split: neighbouring frames of one subject are near copies,
+and a network that has seen one of them has seen the other.
 
-Whatever is wrong with a folder or a file raises DataError, one line that names the file, what was found and the way out.
-Sizes are (H, W) in pixels; intensities lie in [0, 1], 0 black and 1 white, whatever the format of the file.
+Whatever is wrong with a folder or a file raises DataError, one line that names the file, what was found and the way
+out. Sizes are (H, W) in pixels; intensities lie in [0, 1], 0 black and 1 white, whatever the format of the file.
 """
 
 import re
@@ -29,8 +29,8 @@ from PIL import Image, ImageOps
 
 SUFFIXES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'BMP'
-LAYOUTS = ('{subject}_{image}.tif beside {subject}_{image}_mask.tif, in this folder or in its train/; or two folders images/ and '
-           f'masks/ with equal names ({", ".join(SUFFIXES)})')
+LAYOUTS = ('{subject}_{image}.tif beside {subject}_{image}_mask.tif, in this folder or in its train/; or two folders '
+           f'images/ and masks/ with equal names ({", ".join(SUFFIXES)})')
 
 
 class DataError(ValueError):
@@ -47,17 +47,18 @@ class Sample:
     mask_path: Path | None
 
 
-# --- Which files there are ---------------------------------------------------------------------------------------------------
+# --- Which files there are --------------------------------------------------------------------------------------------
 
 def find_samples(folder, subject_pattern=None, masks='required'):
     """Return the samples in `folder` as a list, in natural order (2 before 10). Opens no image.
 
-    Two layouts are recognised: `{subject}_{image}.tif` with `{subject}_{image}_mask.tif`, in `folder` or in its `train/`; and
-    two folders `images/` and `masks/` with equal names. Formats are PNG, JPEG, TIFF and BMP, and may differ within a pair.
+    Two layouts are recognised: `{subject}_{image}.tif` with `{subject}_{image}_mask.tif`, in `folder` or in its
+    `train/`; and two folders `images/` and `masks/` with equal names. Formats are PNG, JPEG, TIFF and BMP, and may
+    differ within a pair.
 
-    The subject is what the regular expression `subject_pattern` finds in an image's name: its group `subject`, else its first.
-    Without a pattern it is the first number of a name `{subject}_{image}`; any other image is taken for a subject of its own
-    (see `is_split_by_image`).
+    The subject is what the regular expression `subject_pattern` finds in an image's name: its group `subject`, else its
+    first. Without a pattern it is the first number of a name `{subject}_{image}`; any other image is taken for a
+    subject of its own (see `is_split_by_image`).
 
     masks  'required': every image has one and every mask belongs to an image
            'optional': pairs what there is; `folder` may also be the path of one image
@@ -71,9 +72,11 @@ def find_samples(folder, subject_pattern=None, masks='required'):
     folder = Path(folder)
     if folder.is_file() and masks != 'required':
         is_plain, image_files = False, [folder]
-        mask_files = [path for suffix in SUFFIXES if (path := folder.with_name(f'{folder.stem}_mask{suffix}')).is_file()]
+        mask_files = [path for path in (folder.with_name(f'{folder.stem}_mask{suffix}') for suffix in SUFFIXES)
+                      if path.is_file()]
     elif not folder.is_dir():
-        raise DataError(f'{folder}: {"is a file, expected a folder of images" if folder.exists() else "no such folder"}')
+        problem = 'is a file, expected a folder of images' if folder.exists() else 'no such folder'
+        raise DataError(f'{folder}: {problem}')
     else:
         root = folder / 'train' if (folder / 'train').is_dir() else folder
         is_plain = (root / 'images').is_dir()
@@ -91,7 +94,8 @@ def find_samples(folder, subject_pattern=None, masks='required'):
     if masks == 'required':
         _check_pairs(images, mask_of)
     subject_of = _subject_function(subject_pattern, is_plain)
-    return [Sample(name, subject_of(images[name]), images[name], mask_of.get(name)) for name in sorted(images, key=natural_key)]
+    return [Sample(name, subject_of(images[name]), images[name], mask_of.get(name))
+            for name in sorted(images, key=natural_key)]
 
 
 def natural_key(name):
@@ -126,8 +130,8 @@ def _check_pairs(images, mask_of):
         image = images[bare[0]]
         expected = (image.parent.parent / 'masks' / image.name if image.parent.name == 'images'
                     else image.with_name(f'{image.stem}_mask{image.suffix}'))
-        raise DataError(f'{image}: has no mask; expected {expected}, or one in another format ({len(bare)} of {len(images)} '
-                        'images have none)')
+        raise DataError(f'{image}: has no mask; expected {expected}, or one in another format '
+                        f'({len(bare)} of {len(images)} images have none)')
     if lost:
         raise DataError(f'{mask_of[lost[0]]}: this mask has no image {lost[0]}.* '
                         f'({len(lost)} of {len(mask_of)} masks have none); add the image or remove the mask')
@@ -146,7 +150,8 @@ def _subject_function(pattern, is_plain):
     except re.error as error:
         raise DataError(f'--subject-pattern {pattern!r} is no regular expression: {error}') from None
     if compiled.groups == 0:
-        raise DataError(f'--subject-pattern {pattern!r} has no group; put parentheses around the subject, as in (.+)_[0-9]+')
+        raise DataError(f'--subject-pattern {pattern!r} has no group; put parentheses around the subject, '
+                        'as in (.+)_[0-9]+')
     group = 'subject' if 'subject' in compiled.groupindex else 1
 
     def subject_of(path):
@@ -160,15 +165,18 @@ def _subject_function(pattern, is_plain):
 def _listing(folder):
     """Return in words what lies in `folder`."""
     names = sorted(entry.name + '/' * entry.is_dir() for entry in folder.iterdir())
-    return ', '.join(names[:6]) + f' and {len(names) - 6} more' * (len(names) > 6) if names else 'nothing, the folder is empty'
+    if not names:
+        return 'nothing, the folder is empty'
+    return ', '.join(names[:6]) + f' and {len(names) - 6} more' * (len(names) > 6)
 
 
-# --- Who is trained on and who is not ----------------------------------------------------------------------------------------
+# --- Who is trained on and who is not ---------------------------------------------------------------------------------
 
 def is_split_by_image(samples):
     """Return True if every image is a subject of its own, so that a split by subject is one by image.
 
-    If they come from fewer subjects in truth, frames of one subject land on both sides, and scores are too good to be true.
+    If they come from fewer subjects in truth, frames of one subject land on both sides, and scores are too good to be
+    true.
     """
     return len({sample.subject for sample in samples}) == len(samples)
 
@@ -176,15 +184,16 @@ def is_split_by_image(samples):
 def split_by_subject(samples, validation_share, seed):
     """Return (training, validation): two lists that share no subject, the second near `validation_share` of the images.
 
-    Subjects are drawn in random order, and each is taken for validation if that brings the number of images closer to the
-    share. Both sides get at least one. Raises DataError with fewer than two subjects, ValueError unless 0 < share < 1.
+    Subjects are drawn in random order, and each is taken for validation if that brings the number of images closer to
+    the share. Both sides get at least one. Raises DataError with fewer than two subjects, ValueError for a share
+    outside (0, 1).
     """
     if not 0 < validation_share < 1:
         raise ValueError(f'the validation share is {validation_share}; expected a number between 0 and 1')
     images = Counter(sample.subject for sample in samples)
     if len(images) < 2:
-        raise DataError(f'{len(samples)} images of {len(images)} subject ({", ".join(images)}): a split by subject needs two or '
-                        'more; add subjects, or give --subject-pattern if the names hold them')
+        raise DataError(f'{len(samples)} images of {len(images)} subject ({", ".join(images)}): a split by subject '
+                        'needs two or more; add subjects, or give --subject-pattern if the names hold them')
     subjects = sorted(images, key=natural_key)
     numpy.random.default_rng(seed).shuffle(subjects)
     wanted, count, chosen = validation_share * len(samples), 0, set()
@@ -197,32 +206,33 @@ def split_by_subject(samples, validation_share, seed):
             [sample for sample in samples if sample.subject in chosen])
 
 
-# --- Reading one file --------------------------------------------------------------------------------------------------------
+# --- Reading one file -------------------------------------------------------------------------------------------------
 
 def read_image(path):
     """Return the image at `path` as (H, W) float32 intensities in [0, 1].
 
-    8-bit grey is divided by 255, 16-bit grey by 65535, floating-point grey is taken as it is. Colours, palettes included, become
-    their luma, 0.299 R + 0.587 G + 0.114 B; what is transparent counts as black. A camera's orientation mark is obeyed.
+    8-bit grey is divided by 255, 16-bit grey by 65535, floating-point grey is taken as it is. Colours, palettes
+    included, become their luma, 0.299 R + 0.587 G + 0.114 B; what is transparent counts as black. A camera's
+    orientation mark is obeyed.
 
     Raises DataError for a file that cannot be read to its end, several pages, 32-bit integers, floats outside [0, 1].
     """
     pixels, white = _read_grey(path)
     if white is None:
-        raise DataError(f'{path}: holds 32-bit integers ({pixels.min()} to {pixels.max()}), and nothing says which is white; '
-                        'save it with 8 or 16 bits')
+        raise DataError(f'{path}: holds 32-bit integers ({pixels.min()} to {pixels.max()}), and nothing says which is '
+                        'white; save it with 8 or 16 bits')
     if white == 1 and not (pixels.min() >= 0 and pixels.max() <= 1):                 # false for NaN as well
-        raise DataError(f'{path}: holds floating-point values from {pixels.min():g} to {pixels.max():g}, expected 0 to 1; '
-                        'scale it, or save it with 8 or 16 bits')
+        raise DataError(f'{path}: holds floating-point values from {pixels.min():g} to {pixels.max():g}, expected 0 to '
+                        '1; scale it, or save it with 8 or 16 bits')
     return pixels.astype(numpy.float32) / white
 
 
 def read_mask(path, threshold=None):
     """Return the mask at `path` as (H, W) uint8: 0 is background, 1 is foreground.
 
-    In the file, 0 is background and one other value, any, is foreground: 0/255, 0/1 and black/white are all the same. A file of
-    the one value 0 is an empty mask, of one other value a full one. Raises DataError for more values, as lossy formats
-    make them, unless `threshold` says that values ≥ threshold, in the file's own units, are foreground.
+    In the file, 0 is background and one other value, any, is foreground: 0/255, 0/1 and black/white are all the same. A
+    file of the one value 0 is an empty mask, of one other value a full one. Raises DataError for more values, as lossy
+    formats make them, unless `threshold` says that values ≥ threshold, in the file's own units, are foreground.
     """
     values, _ = _read_grey(path)
     if threshold is not None:
@@ -230,8 +240,9 @@ def read_mask(path, threshold=None):
     if not ((values == 0) | (values == values.max())).all():
         found = [f'{value:g}' for value in numpy.unique(values)]
         shown = ', '.join(found if len(found) <= 6 else [*found[:3], '…', *found[-2:]])
-        raise DataError(f'{path}: a mask holds 0 and one other value, this file holds {len(found)} values, {shown}; to count all '
-                        f'values from N up as foreground give --mask-threshold N, for example {(values.max().item() + 1) // 2:g}')
+        middle = (values.max().item() + 1) // 2
+        raise DataError(f'{path}: a mask holds 0 and one other value, this file holds {len(found)} values, {shown}; to '
+                        f'count all values from N up as foreground give --mask-threshold N, for example {middle:g}')
     return (values != 0).astype(numpy.uint8)
 
 
@@ -241,13 +252,13 @@ def read_pair(sample, mask_threshold=None):
         raise DataError(f'{sample.image_path}: has no mask')
     image, mask = read_image(sample.image_path), read_mask(sample.mask_path, mask_threshold)
     if image.shape != mask.shape:
-        raise DataError(f'{sample.mask_path}: this mask is {mask.shape[0]}×{mask.shape[1]} pixels (height×width), its image '
-                        f'{sample.image_path.name} is {image.shape[0]}×{image.shape[1]}; they must be equal')
+        raise DataError(f'{sample.mask_path}: this mask is {mask.shape[0]}×{mask.shape[1]} pixels (height×width), its '
+                        f'image {sample.image_path.name} is {image.shape[0]}×{image.shape[1]}; they must be equal')
     return image, mask
 
 
 def _read_grey(path):
-    """Return (pixels (H, W), white): the grey levels as stored, and the level that means white, None if nobody knows."""
+    """Return (pixels (H, W), white): the grey levels as stored, and the level that is white, None if unknown."""
     try:
         # Given a path, Pillow maps an uncompressed TIFF into memory, and scrambles it if it has an orientation mark.
         with open(path, 'rb') as file, Image.open(file, formats=FORMATS) as image:
@@ -257,7 +268,7 @@ def _read_grey(path):
             return _grey(image)
     except DataError:
         raise
-    except Exception as error:                      # Pillow's decoders raise OSError, SyntaxError, struct.error and others
+    except Exception as error:              # Pillow's decoders raise OSError, SyntaxError, struct.error and others
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(' <_io')[0]
         raise DataError(f'{path}: cannot be read as an image ({reason})') from error
 
@@ -271,9 +282,9 @@ def _grey(image):
     if image.mode.startswith('I;16'):
         white = 2**tags.get(258, (16,))[0] - 1      # TIFF knows 12 bits
         pixels = numpy.array(image)                 # not convert('L'), which cuts off at 255
-        return (white - pixels if tags.get(262) == 0 else pixels), white             # TIFF may count from white to black
+        return (white - pixels if tags.get(262) == 0 else pixels), white     # TIFF may count from white to black
     if image.mode == 'I':
-        return numpy.array(image), 65535 if image_format == 'PNG' else None          # so do older Pillows open a 16-bit PNG
+        return numpy.array(image), 65535 if image_format == 'PNG' else None     # older Pillows open 16-bit PNGs so
     if image.mode == 'F':
         return numpy.array(image), 1
     if image.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in image.info:
@@ -281,13 +292,13 @@ def _grey(image):
     return numpy.array(image.convert('L')), 255
 
 
-# --- Changing the size -------------------------------------------------------------------------------------------------------
+# --- Changing the size ------------------------------------------------------------------------------------------------
 
 def resize(image, size):
     """Return image (H, W) float32 at `size` (H, W), without aliasing; itself if that is its size already.
 
-    Shrinking, every new pixel is a weighted mean (a triangle) of all the old ones near it; taking single old pixels instead
-    would turn speckle into noise. The weights are positive, so values stay within the old range.
+    Shrinking, every new pixel is a weighted mean (a triangle) of all the old ones near it; taking single old pixels
+    instead would turn speckle into noise. The weights are positive, so values stay within the old range.
     """
     if image.shape == tuple(size):
         return image
@@ -295,22 +306,22 @@ def resize(image, size):
 
 
 def resize_mask(mask, size):
-    """Return mask (H, W) uint8 0/1 at `size` (H, W), 0/1 again: 1 where foreground is at least half of what a pixel covers.
+    """Return mask (H, W) uint8 0/1 at `size` (H, W), 0/1 again: 1 where a pixel covers at least half foreground.
 
-    The same weighted mean as for the image keeps the outline where the image shows it. Taking the nearest old pixel would keep
-    the values binary as well, and let one pixel in twenty decide for the others.
+    The same weighted mean as for the image keeps the outline where the image shows it. Taking the nearest old pixel
+    would keep the values binary as well, and let one pixel in twenty decide for the others.
     """
     return (resize(mask.astype(numpy.float32), size) >= 0.5).astype(numpy.uint8)
 
 
-# --- Reading many files ------------------------------------------------------------------------------------------------------
+# --- Reading many files -----------------------------------------------------------------------------------------------
 
 class Reader:
     """Reads samples at one size (H, W), and remembers the first ones read, up to `cache_bytes` of memory.
 
     Training meets every sample once per epoch, so it makes no difference which ones are remembered, only how many; one
-    Reader can serve several loaders, within one budget. Images are held as uint16, 65535 being white: 8 bits would leave a few
-    levels of an image that uses little of its 16-bit range.
+    Reader can serve several loaders, within one budget. Images are held as uint16, 65535 being white: 8 bits would
+    leave a few levels of an image that uses little of its 16-bit range.
     """
 
     def __init__(self, size, mask_threshold=None, cache_bytes=2**30):
@@ -334,8 +345,8 @@ class Reader:
 def intensity_statistics(samples, reader):
     """Return (mean, std) of the intensities, in [0, 1], of all pixels of `samples`, accumulated in float64.
 
-    Give it the training part only: what is measured on validation images is knowledge of them. Raises DataError if there are no
-    samples or all pixels are equal.
+    Give it the training part only: what is measured on validation images is knowledge of them. Raises DataError if
+    there are no samples or all pixels are equal.
     """
     count, total, squares = 0, 0.0, 0.0
     for sample in samples:
@@ -353,8 +364,9 @@ class Loader:
 
     reader      a Reader: size, mask threshold, memory
     shuffle     a new order each epoch, drawn from `default_rng([seed, epoch])`; else the order of `samples`
-    transform   `transform(image, mask, rng) -> image, mask`, applied to each sample anew: image (H, W) float32 in [0, 1], mask
-                (H, W) float32 0/1, `rng = default_rng([seed, epoch, index])` with the sample's index in `samples`
+    transform   `transform(image, mask, rng) -> image, mask`, applied to each sample anew: image (H, W) float32 in
+                [0, 1], mask (H, W) float32 0/1, `rng = default_rng([seed, epoch, index])` with the sample's index in
+                `samples`
     read_ahead  how many batches to prepare while the caller works on one; it changes no result
 
     After an epoch, `waited_seconds` is the time the caller spent waiting for batches in it.
@@ -405,9 +417,10 @@ class Loader:
 
 
 def read_ahead(function, items, ahead=2):
-    """Yield `function(item)` for each of `items`, in order, computed by a background thread that keeps `ahead` results ready.
+    """Yield `function(item)` for each of `items`, in order; a background thread keeps `ahead` results ready.
 
-    An error in the background is raised here, as itself. A caller that leaves its loop half-way leaves no thread behind.
+    An error in the background is raised here, as itself. A caller that leaves its loop half-way leaves no thread
+    behind.
     """
     pending, background = deque(), ThreadPoolExecutor(1, thread_name_prefix='read ahead')
     try:

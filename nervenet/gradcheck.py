@@ -1,17 +1,17 @@
 """Gradient checks: is what `backward` returns the derivative of `forward`? Run `python -m nervenet.gradcheck`.
 
-A gradient written by hand can be wrong and a network still trains with it, only worse. But a derivative can be measured: move
-one number θ a little and see how far the loss L moves. Two ways, both in float64:
+A gradient written by hand can be wrong and a network still trains with it, only worse. But a derivative can be
+measured: move one number θ a little and see how far the loss L moves. Two ways, both in float64:
 
-    finite differences   ∂L/∂θ ≈ (L(θ + h) − L(θ − h)) / 2h     for any forward; off by the order of h², and by rounding / h
-    complex step         ∂L/∂θ ≈ Im L(θ + ih) / h               nothing is subtracted, so h can be 1e-30 and the result exact
-                                                                to rounding; for a forward that allows complex numbers
+    finite differences   ∂L/∂θ ≈ (L(θ + h) − L(θ − h)) / 2h   for any forward; off by about h², and by rounding / h
+    complex step         ∂L/∂θ ≈ Im L(θ + ih) / h             nothing is subtracted, so h can be 1e-30 and the result
+                                                              exact; for a forward that allows complex numbers
 
-L is Σ dy·y with a random dy, so that no error hides behind a symmetry: with a dy of ones, a concat that swaps its two gradients
-passes. For the same reason weights are random, images are not square, and numbers of channels differ.
+L is Σ dy·y with a random dy, so that no error hides behind a symmetry: with a dy of ones, a concat that swaps its two
+gradients passes. For the same reason weights are random, images are not square, and numbers of channels differ.
 
-In a layer, every element of every input and parameter is moved by itself. In a network that would take too long: each array is
-moved as a whole, along a random direction d, and L must change by Σ gradient·d.
+In a layer, every element of every input and parameter is moved by itself. In a network that would take too long: each
+array is moved as a whole, along a random direction d, and L must change by Σ gradient·d.
 
 To check a layer of your own, build it with dtype float64:
 
@@ -35,8 +35,8 @@ from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, MaxPo
 from .losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from .unet import UNet
 
-# The step h, and the largest relative error that passes. The inputs of a layer can be kept away from its kinks. In a network,
-# some ReLU may cross 0 within the step; a tiny step makes that rare and costs digits. A wrong gradient is off by 1e-3 or more.
+# The step h, and the largest relative error that passes. The inputs of a layer can be kept away from its kinks. In a
+# network, some ReLU may cross 0 within the step: a tiny step makes that rare, but costs digits.
 LAYER = {'finite differences': (1e-5, 1e-7), 'complex step': (1e-30, 1e-11)}
 NETWORK = {'finite differences': (1e-8, 1e-4), 'complex step': (1e-30, 1e-9)}
 
@@ -59,14 +59,14 @@ class Result(NamedTuple):
 def check_layer(layer, *inputs, rng, name=None, methods=LAYER):
     """Measure every element of every gradient of `layer` at `inputs`, float64 arrays; return a list of `Result`.
 
-    The layer stays as it is. What is checked is a copy, with noise added to its parameters, because biases of exactly 0 can put
-    a ReLU on its kink. Each measurement starts from the same state, so a layer that draws random numbers draws the same ones.
-    Keep the inputs away from kinks by more than the step of 1e-5, and leave 'complex step' out of `methods` for a forward that
-    does not allow complex numbers.
+    The layer stays as it is. What is checked is a copy, with noise added to its parameters, because biases of exactly 0
+    can put a ReLU on its kink. Each measurement starts from the same state, so a layer that draws random numbers draws
+    the same ones. Keep the inputs away from kinks by more than the step of 1e-5, and leave 'complex step' out of
+    `methods` for a forward that does not allow complex numbers.
 
-    The protocol is checked too: forward and backward may not write into an array that they were given or have returned; there
-    must be a gradient of the right shape and dtype for every input and parameter; parameter gradients are assigned, not added
-    to what was there; the cache is freed. Raises ValueError if an array is not float64.
+    The protocol is checked too: forward and backward may not write into an array that they were given or have returned;
+    there must be a gradient of the right shape and dtype for every input and parameter; parameter gradients are
+    assigned, not added to what was there; the cache is freed. Raises ValueError if an array is not float64.
     """
     return check(layer, inputs, rng, name, methods, every_element)
 
@@ -77,9 +77,10 @@ def check_loss(loss, logits, target, *, rng, name=None, methods=LAYER):
 
 
 def check_network(model, *inputs, rng, name=None, methods=NETWORK):
-    """Measure every gradient of `model` along one random direction; return a list of `Result`. Otherwise like `check_layer`.
+    """Measure every gradient of `model` along one random direction; return a list of `Result`. Else as `check_layer`.
 
-    Give batch norm at least 8 values per channel at the deepest level; with fewer it is too curved for finite differences.
+    Give batch norm at least 8 values per channel at the deepest level; with fewer it is too curved for finite
+    differences.
     """
     return check(model, inputs, rng, name, methods, one_random_direction)
 
@@ -95,7 +96,8 @@ def every_element(gradient, rng):
 def one_random_direction(gradient, rng):
     """Yield (what is moved, direction) once: a random direction of length 1, leaning towards the gradient.
 
-    A random direction alone can be almost at right angles to the gradient, and then rounding is all there is to compare.
+    A random direction alone can be almost at right angles to the gradient, and then rounding is all there is to
+    compare.
     """
     direction = rng.standard_normal(gradient.shape)
     direction /= numpy.linalg.norm(direction)
@@ -112,26 +114,28 @@ def check(layer, inputs, rng, name, methods, directions):
     for parameter in layer.parameters().values():
         parameter += 0.1 * rng.standard_normal(parameter.shape)
     input_names = list(inspect.signature(layer.forward).parameters)[:len(inputs)]
+    if len(input_names) < len(inputs):                                  # forward(*inputs)
+        input_names = [f'input{number}' for number in range(len(inputs))]
     values = dict(zip(input_names, inputs)) | layer.parameters()        # all that L depends on, under one set of names
     for key, value in values.items():
         if value.dtype != numpy.float64:
-            raise ValueError(f'{name}: {key} is {value.dtype}; gradients are checked in float64, because float32 cannot tell a '
-                             'wrong gradient from rounding')
+            raise ValueError(f'{name}: {key} is {value.dtype}; gradients are checked in float64, because float32 '
+                             'cannot tell a wrong gradient from rounding')
 
     def output(values):
         """Return y for other inputs and parameters, starting from the same state of everything else."""
         trial = copy.deepcopy(layer)
         for prefix, part in trial.layers():
-            part.params = {key: values[prefix + key] for key in part.params}
+            part.params = {key: values[prefix + key].copy() for key in part.params}
             part.dtype = values[input_names[0]].dtype                   # a U-Net insists on its own
-        return trial.forward(*(values[key] for key in input_names))
+        return trial.forward(*(values[key].copy() for key in input_names))
 
     def measure(key, direction, method, h):
         """Return the derivative of Σ dy·y as values[key] moves along `direction`."""
         if method == 'complex step':
             moved = {other: value.astype(complex) for other, value in values.items()}
             moved[key] = values[key] + 1j * h * direction
-            with warnings.catch_warnings():                             # a cast to real loses the derivative: the check fails
+            with warnings.catch_warnings():                     # a cast to real loses the derivative: the check fails
                 warnings.filterwarnings('ignore', message='Casting complex values')
                 return (dy * output(moved).imag).sum() / h
         ahead, behind = (output(values | {key: values[key] + step * direction}) for step in (h, -h))
@@ -146,15 +150,16 @@ def check(layer, inputs, rng, name, methods, directions):
         claimed = [(gradient * direction).sum() for _, direction in moves]
         for method, (h, tolerance) in methods.items():
             measured = [measure(key, direction, method, h) for _, direction in moves]
-            results.append(compare(name, gradient_name(key), method, claimed, measured, tolerance, [what for what, _ in moves]))
+            labels = [what for what, _ in moves]
+            results.append(compare(name, gradient_name(key), method, claimed, measured, tolerance, labels))
     return results
 
 
 def claimed_gradients(layer, input_names, values, dy):
-    """Return (gradients by name, faults) of one forward and backward; faults are the broken promises of the protocol, as text."""
+    """Return (gradients by name, faults) of one forward and backward; faults say how they break the protocol."""
     trial = copy.deepcopy(layer)
     for _, part in trial.layers():
-        part.grads = {key: numpy.full_like(value, numpy.nan) for key, value in part.params.items()}     # must be assigned
+        part.grads = {key: numpy.full_like(value, numpy.nan) for key, value in part.params.items()}     # to be assigned
     arrays = {key: values[key].copy() for key in input_names} | trial.parameters() | {'dy': dy}
     before = copy.deepcopy(arrays)
     y = trial.forward(*(arrays[key] for key in input_names))
@@ -212,7 +217,7 @@ def check_relu_at_zero(layer, rng):
 
 
 def check_pooling_of_equal_values(layer, rng):
-    """Where maxima tie there is no derivative to measure, but a rule: the first one gets the gradient. Return one `Result`."""
+    """Where maxima tie there is no derivative to measure, but a rule: the first gets it all. Return one `Result`."""
     k, dy = layer.kernel_size, rng.standard_normal((2, 3, 4, 2))
     expected = numpy.zeros((2, 3 * k, 4 * k, 2))
     expected[:, ::k, ::k] = dy
@@ -222,7 +227,8 @@ def check_pooling_of_equal_values(layer, rng):
 
 def check_rule(name, dx, expected):
     """Return the `Result` of comparing dx with what a rule demands, exactly."""
-    return compare(name, 'dx', 'rule', dx.ravel(), expected.ravel(), 0.0, [f'element {i}' for i in numpy.ndindex(dx.shape)])
+    labels = [f'element {index}' for index in numpy.ndindex(dx.shape)]
+    return compare(name, 'dx', 'rule', dx.ravel(), expected.ravel(), 0.0, labels)
 
 
 def suite(rng):
@@ -270,9 +276,10 @@ def suite(rng):
 
     shape = 3, 5, 4, 2
     yield check_loss(DiceLoss(), normal(*shape), mask(*shape), rng=rng)
-    yield check_loss(DiceLoss(smooth=0.1, per_image=True), normal(*shape), mask(*shape), rng=rng, name='DiceLoss per image')
+    yield check_loss(DiceLoss(0.1, per_image=True), normal(*shape), mask(*shape), rng=rng, name='DiceLoss per image')
     yield check_loss(BCEWithLogitsLoss(), off_zero(*shape), mask(*shape), rng=rng)
-    yield check_loss(WeightedSum([(1.0, DiceLoss()), (0.5, BCEWithLogitsLoss())]), off_zero(*shape), mask(*shape), rng=rng)
+    both = WeightedSum([(1.0, DiceLoss()), (0.5, BCEWithLogitsLoss())])
+    yield check_loss(both, off_zero(*shape), mask(*shape), rng=rng)
 
     yield check_network(UNet(1, 1, base_channels=2, depth=2, input_mean=0.4, input_std=0.2, **options),
                         rng.random((2, 13, 19, 1)), rng=rng, name='U-Net, 13×19')
@@ -289,7 +296,8 @@ def table(results):
         errors = {result.method: f'{result.error:.1e}' for result in group}
         rows.append((layer, quantity, *(errors.get(method, '') for method in methods),
                      'ok' if all(result.ok for result in group) else 'WRONG'))
-        details.append(''.join(f'\n    {result.method}: {result.detail}' for result in group if not result.ok))
+        details.append(''.join(f'\n    {result.method or quantity}: {result.detail}'
+                               for result in group if not result.ok))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() + detail
                      for row, detail in zip(rows, details))
@@ -297,8 +305,9 @@ def table(results):
 
 def main(arguments=None):
     """Check everything, print the table, and return the exit status: 0 if all gradients are right, else 1."""
-    parser = argparse.ArgumentParser(prog='python -m nervenet.gradcheck', description='Check the gradient of every layer, every '
-                                     'loss and the whole network against finite differences and complex steps.')
+    parser = argparse.ArgumentParser(
+        prog='python -m nervenet.gradcheck',
+        description='Check the gradient of every layer, every loss and the whole network against measurements of it.')
     parser.add_argument('--seed', type=int, default=0, help='of the random weights, inputs and directions (default: 0)')
     seed, start = parser.parse_args(arguments).seed, time.perf_counter()
     results = [result for results in suite(numpy.random.default_rng(seed)) for result in results]

@@ -20,6 +20,7 @@ import numpy
 
 from . import convolution
 from .backend import generator_like, get_array_module, move
+from .pixelwise import channel_moments, channel_sums, in_blocks
 
 
 class Layer:
@@ -130,13 +131,15 @@ class ReLU(Layer):
     """
 
     def forward(self, x):
-        y = get_array_module(x).maximum(x, 0)
+        xp = get_array_module(x)
+        y = in_blocks(lambda y, x: xp.maximum(x, 0, out=y), x)
         self.keep(y)
         return y
 
     def backward(self, dy):
         y, = self.take()
-        return dy * (y > 0)
+        xp = get_array_module(dy)
+        return in_blocks(lambda dx, dy, y: xp.multiply(dy, y > 0, out=dx), dy, y)
 
 
 class Sigmoid(Layer):
@@ -266,7 +269,7 @@ class Conv2D(Layer):
         weight = self.params['weight']
         self.grads['weight'] = convolution.weight_gradient(x, dy, self.kernel_size, self.stride, self.padding)
         if 'bias' in self.params:
-            self.grads['bias'] = channel_sum(dy).astype(dy.dtype)                             # bias entered every pixel
+            self.grads['bias'] = bias_gradient(dy)
         return convolution.input_gradient(dy, weight, x.shape[1:3], self.stride, self.padding)
 
     def output_shape(self, x):
@@ -316,7 +319,7 @@ class ConvTranspose2D(Layer):
         weight = self.params['weight']
         self.grads['weight'] = convolution.weight_gradient(dy, x, self.kernel_size, self.stride, self.padding)
         if 'bias' in self.params:
-            self.grads['bias'] = channel_sum(dy).astype(dy.dtype)
+            self.grads['bias'] = bias_gradient(dy)
         return convolution.forward(dy, weight, self.stride, self.padding)                     # (N, H, W, C_in)
 
     def output_shape(self, x):
@@ -355,29 +358,47 @@ class BatchNorm2D(Layer):
 
     def forward(self, x):
         check_channels(x.shape, len(self.params['weight']))
-        xp = get_array_module(x)
         if self.training:
-            mean = channel_mean(x)                                             # (C,), as all statistics in float64
-            centred = x - mean.astype(x.dtype)                                 # (N, H, W, C)
-            variance = channel_mean(centred * centred)
+            mean, variance = channel_moments(x)                                # (C,), as all statistics in float64
             self.update_running(mean, variance, x.size // x.shape[3])
         else:
             mean, variance = self.buffers['running_mean'], self.buffers['running_var']
-            centred = x - mean
-        scale = (1 / xp.sqrt(variance + self.eps)).astype(x.dtype)             # (C,)
-        x_hat = centred * scale
-        self.keep(x_hat, scale)
-        return self.params['weight'] * x_hat + self.params['bias']
+        mean, scale = mean.astype(x.dtype), (1 / get_array_module(x).sqrt(variance + self.eps)).astype(x.dtype)
+        self.keep(x, mean, scale)
+
+        def normalize(y, x, mean, slope, bias):
+            get_array_module(x).subtract(x, mean, out=y)
+            y *= slope
+            y += bias
+
+        return in_blocks(normalize, x, channels=(mean, self.params['weight'] * scale, self.params['bias']))
 
     def backward(self, dy):
-        x_hat, scale = self.take()
-        dweight, dbias = channel_sum(dy * x_hat), channel_sum(dy)              # (C,), (C,)
+        x, mean, scale = self.take()                                           # x̂ = (x − mean)·scale
+        xp = get_array_module(dy)
+
+        def centred_dy(out, dy, x, mean):
+            xp.subtract(x, mean, out=out)
+            out *= dy
+
+        dbias, dweight = channel_sums([None, centred_dy], dy, x, channels=(mean,))
+        dweight = dweight * scale                                              # Σ dy·x̂
         self.grads['weight'], self.grads['bias'] = dweight.astype(dy.dtype), dbias.astype(dy.dtype)
+
         slope = self.params['weight'] * scale                                  # (C,): dy/dx at a fixed mean and variance
         if not self.training:
-            return dy * slope
+            return in_blocks(lambda dx, dy, slope: xp.multiply(dy, slope, out=dx), dy, channels=(slope,))
+
+        def through_normalization(dx, dy, x, mean, mean_dy, factor, slope):
+            xp.subtract(mean, x, out=dx)                                       # −x̂·mean(dy·x̂), with both scales in factor
+            dx *= factor
+            dx += dy
+            dx -= mean_dy
+            dx *= slope
+
         M = dy.size // dy.shape[3]
-        return (dy - (dbias / M).astype(dy.dtype) - x_hat * (dweight / M).astype(dy.dtype)) * slope
+        mean_dy, factor = (dbias / M).astype(dy.dtype), (scale * dweight / M).astype(dy.dtype)
+        return in_blocks(through_normalization, dy, x, channels=(mean, mean_dy, factor, slope))
 
     def update_running(self, mean, variance, M):
         """Move the running statistics towards those of this batch, in place: the optimizer and checkpoints hold these arrays."""
@@ -417,18 +438,9 @@ class Dropout(Layer):
         return dy if mask is None else dy * mask
 
 
-def channel_sum(x):
-    """Return the sum of x (N, H, W, C) over all pixels of all images, (C,), accumulated in float64.
-
-    A float32 sum over millions of values loses up to three of its seven digits.
-    """
-    xp = get_array_module(x)
-    return x.sum(axis=(0, 1, 2), dtype=xp.result_type(x.dtype, 'float64'))
-
-
-def channel_mean(x):
-    """Return the mean of x (N, H, W, C) over all pixels of all images, (C,), accumulated in float64."""
-    return channel_sum(x) / (x.size // x.shape[3])
+def bias_gradient(dy):
+    """Return Σdy over all pixels, (C,): a bias entered every pixel of its channel, with factor 1."""
+    return channel_sums([None], dy)[0].astype(dy.dtype)
 
 
 def he_normal(shape, fan_in, rng, dtype):

@@ -5,12 +5,12 @@ A loss is a layer whose output is that number:
     value = loss.forward(logits, target)     # 0-d, float64, on the device of the logits
     dlogits = loss.backward()                # ∂value/∂logits, in the shape and dtype of the logits
 
-`logits` (N, H, W, C) are the network's raw outputs, any real numbers; `target` (N, H, W, C) is 0 for background and 1 for
-foreground, in any dtype. The losses apply the sigmoid p = σ(logits) themselves, because the two together can be computed for
-logits of any size, where the logarithm of a sigmoid that has rounded to 0 is −∞.
+`logits` (N, H, W, C) are the network's raw outputs, any real numbers; `target` (N, H, W, C) is 0 for background and 1
+for foreground, in any dtype. The losses apply the sigmoid p = σ(logits) themselves, because the two together can be
+computed for logits of any size, where the logarithm of a sigmoid that has rounded to 0 is −∞.
 
-Sums run over many pixels, so they accumulate in float64 whatever the dtype of the logits. Nothing here fetches the value from
-the device: the caller decides when to wait for it.
+Sums run over many pixels, so they accumulate in float64 whatever the dtype of the logits. Nothing here fetches the
+value from the device: the caller decides when to wait for it.
 """
 
 from .backend import get_array_module
@@ -22,12 +22,12 @@ class DiceLoss(Layer):
 
         L = −(2·Σpy + s) / (Σp + Σy + s)        p = σ(logits), s = smooth
 
-    The sums run over all pixels of the batch, or, if `per_image` is true, over each image by itself, and L is the mean over
-    the images. With several output channels each channel has sums of its own, and L is the mean over the channels too.
-    `smooth` is positive: it gives −1 where target and prediction are both empty, instead of 0/0.
+    The sums run over all pixels of the batch, or, if `per_image` is true, over each image by itself, and L is the mean
+    over the images. With several output channels each channel has sums of its own, and L is the mean over the channels
+    too. `smooth` is positive: it gives −1 where target and prediction are both empty, instead of 0/0.
 
-    Dice counts foreground only, so it does not drown in background as a mean over all pixels does: where 3 % of the pixels
-    are nerve, an empty mask has an accuracy of 97 % and a Dice of 0.
+    Dice counts foreground only, so it does not drown in background as a mean over all pixels does: where 3 % of the
+    pixels are nerve, an empty mask has an accuracy of 97 % and a Dice of 0.
 
     Source: Milletari, Navab & Ahmadi 2016 (arXiv:1606.04797), §3, with plain sums in place of squared ones, and with s.
     """
@@ -61,7 +61,7 @@ class DiceLoss(Layer):
         return (background - foreground * y) * (p * (1 - p))
 
     def sums(self, x):
-        """Return the sums of x (N, H, W, C) that one Dice fraction is made of, in float64 (complex128 if x is complex)."""
+        """Return the sums over x (N, H, W, C) that a Dice fraction is made of, in float64 or complex128."""
         axes = (1, 2) if self.per_image else (0, 1, 2)
         return x.sum(axis=axes, keepdims=True, dtype=get_array_module(x).result_type(x.dtype, 'float64'))
 
@@ -83,7 +83,7 @@ class BCEWithLogitsLoss(Layer):
         return (softplus - logits * y).mean(dtype=xp.result_type(logits.dtype, 'float64'))
 
     def backward(self):
-        """Return ∂L/∂logits, (N, H, W, C): the derivative of ln(1 + eˣ) is σ(x), so a pixel receives p − y, over their number."""
+        """Return ∂L/∂logits, (N, H, W, C): as ln(1 + eˣ) has the derivative σ(x), a pixel receives (p − y) / number."""
         logits, y = self.take()
         return (sigmoid(logits) - y) / logits.size
 
@@ -108,6 +108,6 @@ class WeightedSum(Layer):
 
 
 def check_shapes(logits, target):
-    """Raise ValueError unless logits and target have one shape: broadcasting would compare the wrong pixels in silence."""
+    """Raise ValueError unless the shapes are equal: broadcasting would compare the wrong pixels in silence."""
     if logits.shape != target.shape:
         raise ValueError(f'logits {logits.shape} and target {target.shape} differ in shape; both must be (N, H, W, C)')

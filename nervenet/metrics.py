@@ -7,11 +7,11 @@ predicted mask m = (p > threshold):
 
     accuracy   the share of pixels where m = y                            foreground share  Σm / pixels
 
-Each comes in two kinds. *Pooled* adds up the counts of all images and divides once: large nerves weigh more than small ones,
-and an image without nerve only counts through what was predicted on it. *Per image* divides for each image and takes the mean:
-each image weighs the same, and an image without nerve is all or nothing, 1 if the prediction is empty too, 0 if one pixel is
-not. The numbers differ, so each is labelled. With several output channels, each channel of an image is counted like an image
-of its own, and pooled scores are means over the channels.
+Each comes in two kinds. *Pooled* adds up the counts of all images and divides once: large nerves weigh more than small
+ones, and an image without nerve only counts through what was predicted on it. *Per image* divides for each image and
+takes the mean: each image weighs the same, and an image without nerve is all or nothing, 1 if the prediction is empty
+too, 0 if one pixel is not. The numbers differ, so each is labelled. With several output channels, each channel of an
+image is counted like an image of its own, and pooled scores are means over the channels.
 
 A Dice score says nothing by itself: a test part with many empty masks gives the empty prediction a high per-image Dice.
 `Baselines` computes what can be had without looking at the images.
@@ -25,8 +25,8 @@ from .backend import get_array_module, to_cpu
 def ratio(numerator, denominator):
     """Return numerator / denominator of two arrays of counts, and 1 where the denominator is 0.
 
-    This is the one place that decides what empty against empty scores: Dice and IoU divide 0 by 0 exactly if neither mask
-    has any foreground, and then the prediction is right.
+    This is the one place that decides what empty against empty scores: Dice and IoU divide 0 by 0 exactly if neither
+    mask has any foreground, and then the prediction is right.
     """
     empty = denominator == 0
     return numpy.where(empty, 1.0, numerator / numpy.where(empty, 1.0, denominator))
@@ -40,8 +40,8 @@ class SegmentationScores:
             scores.update(predict(model, x), target)
         print(scores.compute()['dice_pooled'])
 
-    A pixel is predicted foreground where its probability is above `threshold`. The counts of each batch stay on its device
-    until `compute`, so that scoring never makes the host wait for the device.
+    A pixel is predicted foreground where its probability is above `threshold`. The counts of each batch stay on its
+    device until `compute`, so that scoring never makes the host wait for the device.
     """
 
     def __init__(self, threshold=0.5):
@@ -65,8 +65,8 @@ class SegmentationScores:
     def compute(self):
         """Return the scores of everything counted so far: a dict of name → float.
 
-        Names: soft_dice_pooled, soft_dice_per_image, dice_pooled, dice_per_image, iou_pooled, iou_per_image, accuracy (of all
-        pixels), accuracy_per_image, foreground_share (predicted) and true_foreground_share (of all pixels).
+        Names: soft_dice_pooled, soft_dice_per_image, dice_pooled, dice_per_image, iou_pooled, iou_per_image, accuracy
+        (of all pixels), accuracy_per_image, foreground_share (predicted) and true_foreground_share (of all pixels).
         Raises ValueError if nothing was counted.
         """
         per_image, scores = self.per_image_counts(), {}
@@ -75,7 +75,7 @@ class SegmentationScores:
             scores['soft_dice_' + kind] = ratio(2 * soft_overlap, p + y)
             scores['dice_' + kind] = ratio(2 * overlap, m + y)
             scores['iou_' + kind] = ratio(overlap, m + y - overlap)
-            scores['accuracy_' + kind] = (pixels - (m + y - 2 * overlap)) / pixels               # all but the wrong ones
+            scores['accuracy_' + kind] = (pixels - (m + y - 2 * overlap)) / pixels          # all but the wrong ones
             if kind == 'pooled':
                 scores.update(foreground_share=m / pixels, true_foreground_share=y / pixels)
         scores['accuracy'] = scores.pop('accuracy_pooled')
@@ -96,8 +96,9 @@ class SegmentationScores:
 class Baselines:
     """What a prediction that never looks at the image scores: the empty mask, and the mean training mask.
 
-    Nerves lie in similar places, so the share of training masks that cover a pixel is a prediction of its own. It is cut at
-    the threshold where its pooled Dice on the training masks is best, and the same mask then stands for every image.
+    Nerves lie in similar places, so the share of training masks that cover a pixel is a prediction of its own. It is
+    cut at the threshold where its pooled Dice on the training masks is best, and the same mask then stands for every
+    image.
 
         baselines = Baselines()
         for target in training_masks:
@@ -109,7 +110,7 @@ class Baselines:
         self.total, self.images = 0, 0
 
     def update(self, target):
-        """Count one batch of training masks, 0 or 1, (N, H, W, C). Raises ValueError if their size differs from the first ones'."""
+        """Count one batch of training masks, 0 or 1, (N, H, W, C). Raises ValueError unless all have one size."""
         batch = (target != 0).sum(axis=0, dtype='float64')                                       # (H, W, C)
         if self.images and batch.shape != self.total.shape:
             raise ValueError(f'masks of {batch.shape} and {self.total.shape} (height, width, channels) have no mean; '
@@ -119,10 +120,10 @@ class Baselines:
     def mean_mask(self):
         """Return the mean training mask cut where its Dice is best, (H, W, C), 0 or 1, on the device of the masks.
 
-        Let q be the share of training masks that cover a pixel. On all of them together, a set of pixels has the pooled Dice
-        2·Σq / (number of pixels + Q), with Σq over the set and Q over the whole image. For a given number of pixels the best
-        are those of largest q, so it is enough to try every number. The best set then is where q > best Dice / 2: adding a
-        pixel helps as long as its own 2q/1 is above the fraction it is added to.
+        Let q be the share of training masks that cover a pixel. On all of them together, a set of pixels has the pooled
+        Dice 2·Σq / (number of pixels + Q), with Σq over the set and Q over the whole image. For a given number of
+        pixels the best are those of largest q, so it is enough to try every number. The best set then is where q > best
+        Dice / 2: adding a pixel helps as long as its own 2q/1 is above the fraction it is added to.
         """
         if not self.images:
             raise ValueError('there is no mean training mask: no mask was counted')
@@ -136,7 +137,8 @@ class Baselines:
     def compute(self, targets):
         """Return {'empty mask': scores, 'mean training mask': scores} on `targets`, an iterable of masks (N, H, W, C).
 
-        `scores` are those of `SegmentationScores`. Both predictions are 0 or 1, so their soft scores equal their hard ones.
+        `scores` are those of `SegmentationScores`. Both predictions are 0 or 1, so their soft scores equal their hard
+        ones.
         """
         mean_mask, empty, mean = self.mean_mask(), SegmentationScores(), SegmentationScores()
         for target in targets:

@@ -1,6 +1,7 @@
-"""Optimizers: how a gradient becomes a step. From the simplest up: SGD, Adam, AdamW, then schedules of the learning rate.
+"""Optimizers: how a gradient becomes a step. In order: SGD, Adam, AdamW, then schedules of the learning rate.
 
-The gradient g = ∂L/∂w says in which direction the loss L rises. An optimizer moves w the other way, and decides how far:
+The gradient g = ∂L/∂w says in which direction the loss L rises. An optimizer moves w the other way, and decides how
+far:
 
     optimizer = Adam(model.parameters())
     …
@@ -8,8 +9,9 @@ The gradient g = ∂L/∂w says in which direction the loss L rises. An optimize
     clip_gradients(model.gradients(), max_norm=1.0)
     optimizer.step(model.gradients())
 
-`parameters` and `gradients` are dicts of name → array under the same names. The parameters are the model's own arrays, updated
-in place, so build the optimizer after `model.to(device)`, which replaces them. An optimizer only reads the gradients.
+`parameters` and `gradients` are dicts of name → array under the same names. The parameters are the model's own arrays,
+updated in place, so build the optimizer after `model.to(device)`, which replaces them. An optimizer only reads the
+gradients.
 
 In the equations, η is the learning rate, λ the weight decay, ← an update in place; all of it is element by element.
 """
@@ -22,10 +24,10 @@ from .backend import device_of, get_array_module, move
 
 
 class Optimizer:
-    """What all optimizers share: parameters, running averages of the gradients by name, the number of steps, weight decay.
+    """What all optimizers share: parameters, running averages by name, the number of steps, weight decay.
 
-    `learning_rate` is a plain attribute, to be set by hand or by a schedule. Weight decay holds every parameter near 0 by
-    adding λ·w, the gradient of λ/2·Σw², to g. Raises ValueError if a hyperparameter is out of its range.
+    `learning_rate` is a plain attribute, to be set by hand or by a schedule. Weight decay holds every parameter near 0
+    by adding λ·w, the gradient of λ/2·Σw², to g. Raises ValueError if a hyperparameter is out of its range.
     """
 
     averages = ()                                     # the names of the arrays kept for each parameter
@@ -39,7 +41,7 @@ class Optimizer:
         self.steps = 0
         self.state = {average: {name: get_array_module(w).zeros_like(w) for name, w in parameters.items()}
                       for average in self.averages}
-        # An update is a chain of operations on one parameter. Two buffers, as large as the largest parameter, hold whatever
+        # An update is a chain of operations on one parameter. Two buffers, as large as the largest parameter, hold what
         # lies between the first operation and the last, so that a step allocates nothing.
         largest = max(parameters.values(), key=lambda w: w.size)
         self.buffers = [get_array_module(largest).empty(largest.size, largest.dtype) for _ in range(2)]
@@ -62,14 +64,14 @@ class Optimizer:
         return xp.add(g, scratch, out=scratch)
 
     def update(self, w, g, *averages, scratch):
-        """Move `w` in place, given g, the running averages of this parameter, and `scratch`, which may be overwritten."""
+        """Move `w` in place, given g, the running averages of this parameter, and `scratch`, free to be overwritten."""
         raise NotImplementedError(f'{type(self).__name__} has no update rule')
 
     def state_dict(self):
         """Return {'steps': int, 'velocity.stem.conv1.weight': array, …}: with the parameters, all that resuming needs.
 
-        The arrays are the live ones; copy them to keep them. The learning rate is not part of it: a schedule computes it from
-        the number of steps.
+        The arrays are the live ones; copy them to keep them. The learning rate is not part of it: a schedule computes
+        it from the number of steps.
         """
         return {'steps': self.steps} | self.arrays()
 
@@ -94,12 +96,12 @@ class Optimizer:
 class SGD(Optimizer):
     """Stochastic gradient descent: a small step against the gradient, optionally with momentum μ.
 
-        v ← μ·v + g,    w ← w − η·v                   v remembers earlier gradients, old ones ever less; μ = 0 forgets them
-        v ← μ·v + g,    w ← w − η·(g + μ·v)           with Nesterov: the v that the next step would have if g stayed
+        v ← μ·v + g,    w ← w − η·v               v remembers earlier gradients, old ones ever less; μ = 0 forgets them
+        v ← μ·v + g,    w ← w − η·(g + μ·v)       with Nesterov: the v that the next step would have if g stayed
 
-    Along a valley the remembered gradients add up, to 1/(1 − μ) times one gradient; across it they cancel. v starts at 0.
-    Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning", with η outside of v,
-    so that a new η acts at once.
+    Along a valley the remembered gradients add up, to 1/(1 − μ) times one gradient; across it they cancel. v starts at
+    0. Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning", with η
+    outside of v, so that a new η acts at once.
     """
 
     averages = ('velocity',)
@@ -129,9 +131,9 @@ class Adam(Optimizer):
         v ← β₂·v + (1 − β₂)·g²          the mean of their squares
         w ← w − η·m̂ / (√v̂ + ε)          m̂ = m / (1 − β₁ᵗ),  v̂ = v / (1 − β₂ᵗ)
 
-    m and v start at 0 and are too small at first; step t = 1, 2, … divides by just what is missing. `betas` is (β₁, β₂).
-    Source: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1, in the order of operations of its §2: the two corrections
-    are numbers, so they are moved out of the arrays into η and ε.
+    m and v start at 0 and are too small at first; step t = 1, 2, … divides by just what is missing. `betas` is (β₁,
+    β₂). Source: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1, in the order of operations of its §2: the two
+    corrections are numbers, so they are moved out of the arrays into η and ε.
     """
 
     averages = 'mean', 'mean_square'
@@ -165,10 +167,10 @@ class AdamW(Adam):
 
         w ← w − η·λ·w,    then the step of Adam with g alone
 
-    In Adam, a decay added to g is divided by √v̂ with it, so parameters with large gradients hardly decay; here all shrink by
-    the same share. The decay follows the learning rate through its schedule.
-    Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), Algorithm 2, with η for its product of schedule and step size,
-    and λ scaled so that the decay per step is η·λ.
+    In Adam, a decay added to g is divided by √v̂ with it, so parameters with large gradients hardly decay; here all
+    shrink by the same share. The decay follows the learning rate through its schedule. Source: Loshchilov & Hutter 2019
+    (arXiv:1711.05101), Algorithm 2, with η for its product of schedule and step size, and λ scaled so that the decay
+    per step is η·λ.
     """
 
     def __init__(self, parameters, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
@@ -181,11 +183,11 @@ class AdamW(Adam):
 
 
 def clip_gradients(gradients, max_norm):
-    """Scale all `gradients` in place by one factor, so that their common norm is at most `max_norm`; return the norm before.
+    """Scale all `gradients` in place by one factor, so that their norm is at most `max_norm`; return the norm before.
 
-    The norm √Σg² runs over all elements of all arrays and accumulates in float64. One factor for all keeps the direction of the
-    step (Pascanu, Mikolov & Bengio 2013, Algorithm 1). The norm is a 0-d value on the device of the gradients, and the factor
-    stays there too: nothing waits. Raises ValueError if `max_norm` is not positive.
+    The norm √Σg² runs over all elements of all arrays and accumulates in float64. One factor for all keeps the
+    direction of the step (Pascanu, Mikolov & Bengio 2013, Algorithm 1). The norm is a 0-d value on the device of the
+    gradients, and the factor stays there too: nothing waits. Raises ValueError if `max_norm` is not positive.
     """
     if not max_norm > 0:
         raise ValueError(f'max_norm is {max_norm}; it must be positive')
@@ -200,9 +202,9 @@ def clip_gradients(gradients, max_norm):
 class ConstantSchedule:
     """The learning rate `base` at every step, after a linear rise over the first `warmup_steps`.
 
-    A schedule is called with the number of steps done so far and returns the rate of the next one. The warm-up takes small
-    steps while the running averages of the optimizer and of batch norm still rest on few batches; it ends at `base`, with
-    base·(step + 1)/warmup_steps on the way.
+    A schedule is called with the number of steps done so far and returns the rate of the next one. The warm-up takes
+    small steps while the running averages of the optimizer and of batch norm still rest on few batches; it ends at
+    `base`, with base·(step + 1)/warmup_steps on the way.
     """
 
     def __init__(self, base, warmup_steps=0):

@@ -53,8 +53,8 @@ def parallel_for(blocks, work):
             job.run()
         finally:
             _inside.reset(token)
-            job.wait()                              # helpers write into the caller's arrays: never leave before them
-    return job.results()
+            outcomes = job.wait()                   # helpers write into the caller's arrays: never leave before them
+    return outcomes
 
 
 def scratch(name, shape, dtype):
@@ -145,41 +145,45 @@ class _Job:
     def _take(self):
         with self.changed:
             number = self.next
-            if number == len(self.blocks):
+            if number >= len(self.blocks):
                 return None
             self.next += 1
             return number
 
     def wait(self):
+        """Return the outcomes once nobody computes any more, or raise the first error."""
         while True:
             try:
                 with self.changed:
                     self.next = len(self.blocks)    # a helper that arrives from now on finds nothing to do
                     self.changed.wait_for(lambda: self.running == 0)
-                return
+                break
             except KeyboardInterrupt as error:      # the helpers still write: raise it once they have stopped
                 self.errors.setdefault(len(self.blocks), error)
-
-    def results(self):
-        if self.errors:
+        outcomes, errors = self.outcomes, self.errors
+        # A helper may still find this job in its queue: it must not keep the caller's arrays alive.
+        self.blocks, self.work, self.outcomes, self.errors = [], None, None, {}
+        if errors:
             # Blocks are taken in order, so every block before a failed one has run: the first failure is always the same.
-            raise self.errors[min(self.errors)]
-        return self.outcomes
+            raise errors[min(errors)]
+        return outcomes
 
 
 class _Helpers:
-    """Threads that wait for jobs and leave when none comes."""
+    """Threads that wait for jobs and leave when none comes; at most one less than `number_of_threads()`, for all callers together."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.jobs = queue.SimpleQueue()
-        self.idle = 0                               # waiting helpers that no job has been promised to
+        self.alive = 0
+        self.idle = 0                               # helpers alive, less the jobs that are queued or being helped with
 
     def call(self, job, number):
         """Ask `number` helpers to join `job`."""
         for _ in range(number):
             with self.lock:
-                start = self.idle == 0
+                start = self.idle <= 0 and self.alive < number_of_threads() - 1
+                self.alive += start
                 self.idle -= not start
             # Each helper gets its own copy of the caller's context: one context cannot be entered twice at a time.
             context = contextvars.copy_context()
@@ -189,21 +193,23 @@ class _Helpers:
                 threading.Thread(target=self._help, name='nervenet helper').start()
 
     def _help(self):
+        wait = None
         while True:
             try:
-                context, job = self.jobs.get(timeout=LINGER)
+                context, job = self.jobs.get(timeout=wait)
             except queue.Empty:
                 with self.lock:
-                    if self.idle > 0:               # nobody counts on this thread: it may go
+                    if self.idle > 0:               # no queued job counts on this thread: it may go
                         self.idle -= 1
+                        self.alive -= 1
                         return
-                # A job was promised to it in this very moment, or another helper took the one it was promised, and will
-                # count itself idle in its place when done. Waiting without end for the first would miss the second.
+                    wait = None                     # one was queued in this very moment
                 continue
             context.run(job.run)
             del context, job                        # keep no arrays alive while waiting
             with self.lock:
                 self.idle += 1
+                wait = LINGER
 
 
 _helpers = _Helpers()

@@ -1,10 +1,13 @@
 """Every fast path against the plain mathematics, in float64 and float32, on shapes chosen to be awkward."""
 
+import contextlib
+import threading
+
 import numpy
 import pytest
 
-from nervenet import convolution, parallel
-from nervenet.convolution import im2col, patches, plain
+from nervenet import backend, convolution, parallel
+from nervenet.convolution import im2col, patches, plain, winograd_1d, winograd_2d
 
 TOLERANCE = {'float64': 1e-10, 'float32': 1e-4}
 
@@ -73,9 +76,9 @@ def test_the_fast_paths_agree_with_the_plain_path(rng, shape, dtype):
 
 
 def test_the_fast_paths_agree_with_the_plain_path_at_random_shapes(rng):
-    for _ in range(60):
-        N, H, W = rng.integers(1, [6, 40, 40])
-        C_in, C_out = rng.integers(1, 70, 2)
+    for _ in range(40):
+        N, H, W = rng.integers(1, [6, 30, 30])
+        C_in, C_out = rng.integers(1, 60, 2)
         shape = dict(N=N, H=H, W=W, C_in=C_in, C_out=C_out)
         arguments = problem(rng, **shape)
         assert_close(three(convolution, *arguments), three(plain, *arguments), 'float64', shape)
@@ -85,3 +88,164 @@ def test_the_fast_paths_agree_with_the_plain_path_at_random_shapes(rng):
 def test_im2col_serves_every_shape(rng, shape):
     arguments = problem(rng, **shape)
     assert_close(three(im2col, *arguments), three(plain, *arguments), 'float64', shape)
+
+
+THREE_BY_THREE = [shape for shape in SHAPES if not shape.keys() & {'kernel_size', 'stride'} and max(shape.get('padding', (1, 1))) <= 2]
+
+
+@pytest.mark.parametrize('path', [winograd_1d, winograd_2d])
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('shape', THREE_BY_THREE, ids=lambda shape: '-'.join(str(value).replace(' ', '') for value in shape.values()))
+def test_winograd_serves_every_shape_with_a_3_by_3_kernel(rng, shape, dtype, path):
+    arguments = problem(rng, **shape, dtype=dtype)
+    in_float64 = *(array.astype('float64') for array in arguments[:3]), arguments[3]
+    assert_close(three(path, *arguments), three(plain, *in_float64), dtype, shape)
+
+
+def test_winograd_matrices_compute_a_filter(rng):
+    d, g = rng.standard_normal(6), rng.standard_normal(3)
+    expected = [d[i:i + 3] @ g for i in range(4)]
+    assert numpy.allclose(winograd_1d.AT @ ((winograd_1d.G @ g) * (winograd_1d.BT @ d)), expected, atol=1e-13)
+
+
+PATHS = {                                           # a shape that the face gives to each path
+    patches: dict(N=3, H=32, W=48, C_in=24, C_out=12, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0)),
+    im2col: dict(N=3, H=30, W=40, C_in=10, C_out=12, kernel_size=(5, 5), padding=(2, 2)),
+    winograd_1d: dict(N=3, H=45, W=90, C_in=16, C_out=20),
+    winograd_2d: dict(N=5, H=21, W=26, C_in=40, C_out=44),
+}
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.__name__.rpartition('.')[2])
+def path(request):
+    return request.param
+
+
+def test_the_face_picks_each_path(path):
+    shape = {'kernel_size': (3, 3), 'stride': (1, 1), 'padding': (1, 1)} | PATHS[path]
+    assert convolution._path(shape['kernel_size'], shape['stride'], shape['padding'], (shape['H'], shape['W']),
+                             shape['N'], shape['C_in'], shape['C_out']) is path
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+def test_the_number_of_threads_changes_no_bit(rng, path, dtype):
+    arguments = problem(rng, **PATHS[path], dtype=dtype)
+    with parallel.set_threads(1):
+        expected = three(convolution, *arguments)
+    for threads in (2, 3, 16):
+        with parallel.set_threads(threads):
+            for name, result in three(convolution, *arguments).items():
+                assert numpy.array_equal(result, expected[name]), (name, threads)
+
+
+def test_inputs_stay_unchanged_and_may_be_any_view(rng, path):
+    x, weight, dy, geometry = problem(rng, **PATHS[path])
+    expected = three(plain, x, weight, dy, geometry)
+
+    def views(array):
+        """Return the same values with channels cut out of a wider array, with axes in another order, and reversed."""
+        wide = numpy.full((*array.shape[:3], array.shape[3] + 3), numpy.nan)
+        wide[..., 2:-1] = array
+        yield wide[..., 2:-1]
+        yield numpy.ascontiguousarray(array.transpose(3, 1, 0, 2)).transpose(2, 1, 3, 0)
+        yield array[::-1, ::-1, ::-1, ::-1].copy()[::-1, ::-1, ::-1, ::-1]
+
+    for arrays in zip(views(x), views(weight), views(dy)):
+        for array in arrays:
+            array.flags.writeable = False
+        assert_close(three(convolution, *arrays, geometry), expected, 'float64', path.__name__)
+
+
+def test_results_are_fresh_arrays(rng, path):
+    """Scratch memory is handed out again: nothing that a function returns may lie in it."""
+    arguments = problem(rng, **PATHS[path])
+    first = three(convolution, *arguments)
+    copies = {name: result.copy() for name, result in first.items()}
+    three(convolution, *(-array for array in arguments[:3]), arguments[3])
+    assert all(numpy.array_equal(first[name], copies[name]) for name in first)
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+def test_bias_is_added_to_every_pixel(rng, path, dtype):
+    x, weight, dy, geometry = problem(rng, **PATHS[path], dtype=dtype)
+    bias, dbias = rng.standard_normal(weight.shape[3]).astype(dtype), rng.standard_normal(weight.shape[2]).astype(dtype)
+    for context in (contextlib.nullcontext(), convolution.use_plain()):
+        with context:
+            results = {'forward': convolution.forward(x, weight, *geometry, bias=bias),
+                       'input_gradient': convolution.input_gradient(dy, weight, x.shape[1:3], *geometry, bias=dbias)}
+        assert_close(results, {'forward': plain.forward(x, weight, *geometry) + bias,
+                               'input_gradient': plain.input_gradient(dy, weight, x.shape[1:3], *geometry) + dbias}, dtype, path)
+
+
+def test_large_images_are_cut_into_strips_without_a_seam(rng):
+    for shape in (dict(N=1, H=203, W=201, C_in=7, C_out=9), dict(N=1, H=103, W=101, C_in=40, C_out=48)):
+        arguments = problem(rng, **shape)
+        assert_close(three(convolution, *arguments), three(plain, *arguments), 'float64', shape)
+
+
+@pytest.mark.parametrize('channels', [4, 40])
+def test_input_gradient_is_the_adjoint_of_forward(rng, channels):
+    x, weight, dy, geometry = problem(rng, N=4, H=19, W=27, C_in=channels, C_out=channels + 8)
+    y, dx = convolution.forward(x, weight, *geometry), convolution.input_gradient(dy, weight, (19, 27), *geometry)
+    dweight = convolution.weight_gradient(x, dy, (3, 3), *geometry)
+    assert (y * dy).sum() == pytest.approx((x * dx).sum(), rel=1e-10) == (weight * dweight).sum()
+
+
+def test_within_use_plain_only_the_plain_path_runs(rng, path, monkeypatch):
+    arguments = problem(rng, **PATHS[path])
+    for name in ('forward', 'input_gradient', 'weight_gradient'):
+        monkeypatch.setattr(path, name, lambda *arguments: pytest.fail('a fast path ran'))
+    expected = three(plain, *arguments)
+    with convolution.use_plain():
+        results = three(convolution, *arguments)
+        with convolution.use_plain():
+            pass
+        convolution.forward(arguments[0], arguments[1], *arguments[3])        # still plain after the inner one
+    assert all(numpy.array_equal(results[name], expected[name]) for name in results)
+    with pytest.raises(pytest.fail.Exception):
+        convolution.forward(arguments[0], arguments[1], *arguments[3])
+
+
+def test_complex_mixed_and_empty_arrays_take_the_plain_path(rng):
+    x, weight, dy, geometry = problem(rng, N=2, H=12, W=16, C_in=8, C_out=8)
+    step = x + 1e-30j * x                                                     # complex-step differentiation needs all digits
+    assert numpy.array_equal(convolution.forward(step, weight, *geometry), plain.forward(step, weight, *geometry))
+    single = x.astype('float32')
+    assert numpy.array_equal(convolution.forward(single, weight, *geometry), plain.forward(single, weight, *geometry))
+    assert convolution.forward(x[:0], weight, *geometry).shape == (0, 12, 16, 8)
+    assert not convolution.weight_gradient(x[:0], dy[:0], (3, 3), *geometry).any()
+
+
+def test_device_arrays_take_the_plain_path(rng, xp):
+    x, weight, dy, geometry = problem(rng, N=2, H=12, W=16, C_in=8, C_out=8)
+    expected = three(plain, x, weight, dy, geometry)
+    results = three(convolution, xp.asarray(x), xp.asarray(weight), xp.asarray(dy), geometry)
+    assert_close({name: backend.to_cpu(result) for name, result in results.items()}, expected, 'float64', xp)
+
+
+def test_an_image_smaller_than_the_kernel_is_refused(rng):
+    x, weight, _, _ = problem(rng, N=1, H=3, W=3, C_in=2, C_out=2)
+    with pytest.raises(ValueError, match='an input of 2×3 with padding'):
+        convolution.forward(x[:, :2], weight, (1, 1), (0, 0))
+
+
+def test_no_path_needs_scratch_as_large_as_the_batch(rng, path):
+    shape = PATHS[path] | dict(N=40)
+    arguments = problem(rng, **shape, dtype='float32')
+
+    def scratch_of(work):
+        """Return the bytes of scratch memory that a fresh thread holds after `work`."""
+        held = []
+
+        def measure():
+            with parallel.set_threads(1):
+                work()
+            held.append(sum(memory.nbytes for memory in vars(parallel._scratch).values()))
+        thread = threading.Thread(target=measure)
+        thread.start()
+        thread.join()
+        return held[0]
+
+    x, weight, dy, geometry = arguments
+    few = scratch_of(lambda: three(convolution, x[:10], weight, dy[:10], geometry))
+    assert scratch_of(lambda: three(convolution, x, weight, dy, geometry)) <= 1.1 * few

@@ -6,6 +6,8 @@ one trick, for NumPy arrays; this file picks by shape. `with use_plain():` picks
 | file | serves | trick |
 |---|---|---|
 | `patches.py` | kernel = stride: 1×1 head, 2×2 transposed convolution | windows that do not overlap need no copies |
+| `winograd_1d.py` | 3×3, few channels | half the multiplications: filters as products of polynomials, down the columns |
+| `winograd_2d.py` | 3×3, many channels | a quarter of them: along the rows too |
 | `im2col.py` | everything else | windows as rows of a matrix, in strips that fit the cache |
 """
 
@@ -14,7 +16,7 @@ import contextvars
 
 import numpy
 
-from . import im2col, patches
+from . import im2col, patches, winograd_1d, winograd_2d
 from . import plain as mathematics
 from .plain import output_size
 
@@ -32,33 +34,50 @@ def use_plain():
 
 
 def _plain_serves(*arrays):
-    """Say whether only the plain path takes these arrays: on another device, of mixed types, complex, or empty."""
+    """Say whether these arrays are for the plain path: on another device, of mixed types, complex, or empty."""
     return _plain_only.get() or not all(type(array) is numpy.ndarray and array.size and array.dtype == arrays[0].dtype
                                         and array.dtype in (numpy.float32, numpy.float64) for array in arrays)
 
 
-def forward(x, weight, stride, padding):
-    """Return y (N, H_out, W_out, C_out), the convolution of x (N, H, W, C_in) with weight (KH, KW, C_in, C_out)."""
+def _path(kernel_size, stride, padding, input_size, batch, C_in, C_out):
+    """Return the module that serves this shape fastest, by measurement."""
+    if patches.fits(kernel_size, stride, padding, input_size):
+        return patches
+    if tuple(kernel_size) != (3, 3) or tuple(stride) != (1, 1) or max(padding) > 2:
+        return im2col
+    H_out, W_out = output_size(input_size, kernel_size, stride, padding)
+    pixels, tiles = batch * H_out * W_out, batch * -(-H_out // 4) * -(-W_out // 4)
+    if pixels < 8 * tiles:                          # most of each tile would lie outside the image
+        return im2col
+    if C_in * C_out <= 32 * 32:
+        return winograd_1d
+    return winograd_2d if tiles >= 32 else im2col   # few tiles do not repay the transform of the weight
+
+
+def forward(x, weight, stride, padding, bias=None):
+    """Return y (N, H_out, W_out, C_out): x (N, H, W, C_in) convolved with weight (KH, KW, C_in, C_out), plus bias (C_out,)."""
     if _plain_serves(x, weight):
-        return mathematics.forward(x, weight, stride, padding)
-    if patches.fits(weight.shape[:2], stride, padding, x.shape[1:3]):
-        return patches.forward(x, weight)
-    return im2col.forward(x, weight, stride, padding)
+        y = mathematics.forward(x, weight, stride, padding)
+        return y if bias is None else y + bias
+    path = _path(weight.shape[:2], stride, padding, x.shape[1:3], len(x), *weight.shape[2:])
+    return path.forward(x, weight, stride, padding, bias)
 
 
-def input_gradient(dy, weight, input_size, stride, padding):
-    """Return dx (N, H, W, C_in) from dy (N, H_out, W_out, C_out); `input_size` is (H, W) of x."""
+def input_gradient(dy, weight, input_size, stride, padding, bias=None):
+    """Return dx (N, H, W, C_in) from dy (N, H_out, W_out, C_out); `input_size` is (H, W) of x.
+
+    `bias` (C_in,) is added to every pixel: this is also the forward of a transposed convolution.
+    """
     if _plain_serves(dy, weight):
-        return mathematics.input_gradient(dy, weight, input_size, stride, padding)
-    if patches.fits(weight.shape[:2], stride, padding, input_size):
-        return patches.input_gradient(dy, weight, input_size)
-    return im2col.input_gradient(dy, weight, input_size, stride, padding)
+        dx = mathematics.input_gradient(dy, weight, input_size, stride, padding)
+        return dx if bias is None else dx + bias
+    path = _path(weight.shape[:2], stride, padding, input_size, len(dy), *weight.shape[2:])
+    return path.input_gradient(dy, weight, input_size, stride, padding, bias)
 
 
 def weight_gradient(x, dy, kernel_size, stride, padding):
     """Return dweight (KH, KW, C_in, C_out) from x (N, H, W, C_in) and dy (N, H_out, W_out, C_out)."""
     if _plain_serves(x, dy):
         return mathematics.weight_gradient(x, dy, kernel_size, stride, padding)
-    if patches.fits(kernel_size, stride, padding, x.shape[1:3]):
-        return patches.weight_gradient(x, dy, kernel_size)
-    return im2col.weight_gradient(x, dy, kernel_size, stride, padding)
+    path = _path(kernel_size, stride, padding, x.shape[1:3], len(x), x.shape[3], dy.shape[3])
+    return path.weight_gradient(x, dy, kernel_size, stride, padding)

@@ -21,11 +21,10 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..parallel import parallel_for, scratch
 from . import plain
-from .strips import cut, cut_images, padded_strip
+from .strips import cut, cut_images, padded_strip, sum_in_parts
 
 COLUMN_BYTES = 512 * 1024               # of one strip; they must stay in a core's own cache (1 MiB) beside the weight
 CHANNELS = 128                          # wide enough for a product to run at full speed
-PARTIAL_SUMS = 8                        # weight gradients are summed in so many parts, whatever the number of threads
 
 
 def columns_of(x, images, rows, kernel_size, stride, padding, W_out):
@@ -47,7 +46,7 @@ def rows_per_block(W_out, row_values, itemsize):
     return max(1, COLUMN_BYTES // (W_out * row_values * itemsize))
 
 
-def forward(x, weight, stride, padding):
+def forward(x, weight, stride, padding, bias=None):
     """Return y (N, H_out, W_out, C_out); see `plain.forward`."""
     KH, KW, C_in, C_out = weight.shape
     H_out, W_out = plain.output_size(x.shape[1:3], (KH, KW), stride, padding)
@@ -60,25 +59,29 @@ def forward(x, weight, stride, padding):
     def work(block):
         (images, rows), out = block
         columns = columns_of(x, images, rows, (KH, KW), stride, padding, W_out)
-        y[images, rows, :, out] = (columns @ matrix[:, out]).reshape(-1, rows.stop - rows.start, W_out, out.stop - out.start)
+        product = columns @ matrix[:, out]                                   # (n·rows·W_out, channels)
+        if bias is not None:
+            product += bias[out]
+        y[images, rows, :, out] = product.reshape(-1, rows.stop - rows.start, W_out, product.shape[1])
 
     parallel_for([(strip, out) for strip in strips for out in channels], work)
     return y
 
 
-def input_gradient(dy, weight, input_size, stride, padding):
+def input_gradient(dy, weight, input_size, stride, padding, bias=None):
     """Return dx (N, H, W, C_in); see `plain.input_gradient`."""
     KH, KW, C_in, C_out = weight.shape
     (PH, PW), pixels = padding, dy.size // C_out
     if tuple(stride) == (1, 1) and PH < KH and PW < KW and pixels > C_in:
         turned = numpy.ascontiguousarray(weight[::-1, ::-1].swapaxes(2, 3))  # (KH, KW, C_out, C_in)
-        return forward(dy, turned, stride, (KH - 1 - PH, KW - 1 - PW))
+        return forward(dy, turned, stride, (KH - 1 - PH, KW - 1 - PW), bias)
     # Elsewhere turning the weight would cost more than it saves, or a stride leaves holes: the plain sum, in blocks.
     dx = numpy.empty((len(dy), *input_size, C_in), dy.dtype)
 
     def work(block):
         images, channels = block
-        dx[images, :, :, channels] = plain.input_gradient(dy[images], weight[:, :, channels], input_size, stride, padding)
+        part = plain.input_gradient(dy[images], weight[:, :, channels], input_size, stride, padding)
+        dx[images, :, :, channels] = part if bias is None else part + bias[channels]
 
     images = cut(len(dy), max(1, 256 * len(dy) // pixels))
     parallel_for([(some, channels) for some in images for channels in cut(C_in, CHANNELS if len(images) < 8 else C_in)], work)
@@ -88,23 +91,11 @@ def input_gradient(dy, weight, input_size, stride, padding):
 def weight_gradient(x, dy, kernel_size, stride, padding):
     """Return dweight (KH, KW, C_in, C_out); see `plain.weight_gradient`."""
     (KH, KW), (N, _, _, C_in), (_, H_out, W_out, C_out) = kernel_size, x.shape, dy.shape
-    channels = cut(C_in, CHANNELS)
     strips = cut_images(N, H_out, rows_per_block(W_out, KH * KW * min(C_in, CHANNELS), x.itemsize))
-    groups = cut(len(strips), -(-len(strips) * len(channels) // PARTIAL_SUMS))
 
-    def work(block):
-        group, within = block
-        total = 0
-        for images, rows in strips[group]:
-            columns = columns_of(x[..., within], images, rows, kernel_size, stride, padding, W_out)
-            total += columns.T @ dy[images, rows].reshape(-1, C_out)         # (KH·KW·C, pixels) @ (pixels, C_out)
-        return total
+    def term(strip, within):
+        images, rows = strip
+        columns = columns_of(x[..., within], images, rows, kernel_size, stride, padding, W_out)
+        return columns.T @ dy[images, rows].reshape(-1, C_out)               # (KH·KW·C, pixels) @ (pixels, C_out)
 
-    dweight = numpy.empty((KH, KW, C_in, C_out), x.dtype)
-    partial_sums = iter(parallel_for([(group, within) for within in channels for group in groups], work))
-    for within in channels:
-        total = next(partial_sums)
-        for _ in groups[1:]:
-            total += next(partial_sums)
-        dweight[:, :, within] = total.reshape(KH, KW, -1, C_out)
-    return dweight
+    return sum_in_parts(strips, cut(C_in, CHANNELS), term, lambda total: total.reshape(KH, KW, -1, C_out))

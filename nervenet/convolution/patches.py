@@ -10,13 +10,14 @@ nothing is copied twice, so the convolution is a matrix product and a rearrangem
 For 1×1 even the rearrangement vanishes: the pixels are the patches. The functions are exact rewritings of `plain`.
 """
 
+import math
+
 import numpy
 
 from ..parallel import parallel_for, scratch
-from .strips import cut
+from .strips import cut, sum_in_parts
 
 BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still in the cache when it is rearranged
-PARTIAL_SUMS = 8
 
 
 def fits(kernel_size, stride, padding, input_size):
@@ -26,9 +27,9 @@ def fits(kernel_size, stride, padding, input_size):
 
 
 def _rows_of_windows(x, kernel_size):
-    """Return x (N, H, W, C) as a view (N·H/KH, W/KW, KH, KW·C): one window's pixels on the last two axes."""
+    """Return x (N, H, W, C) as a view (N·H/KH, W/KW, KH, KW, C): one window's pixels on the last three axes."""
     (KH, KW), (N, H, W, C) = kernel_size, x.shape
-    return x.reshape(N * H // KH, KH, W // KW, KW * C).swapaxes(1, 2)
+    return x.reshape(N * H // KH, KH, W // KW, KW, C).swapaxes(1, 2)
 
 
 def _blocks(windows):
@@ -39,32 +40,35 @@ def _blocks(windows):
 def _matrix(windows, block):
     """Return rows `block` of the windows as a matrix (pixels, KH·KW·C): a view for 1×1, else a copy in scratch memory."""
     windows = windows[block]
-    if windows.shape[2] > 1:
+    if windows.shape[2:4] != (1, 1):
         patches = scratch('patches', windows.shape, windows.dtype)
         patches[...] = windows
         windows = patches
-    return windows.reshape(-1, windows.shape[2] * windows.shape[3])
+    return windows.reshape(-1, math.prod(windows.shape[2:]))
 
 
-def forward(x, weight):
+def forward(x, weight, stride, padding, bias=None):
     """Return y (N, H/KH, W/KW, C_out); see `plain.forward`."""
     KH, KW, _, C_out = weight.shape
-    windows = _rows_of_windows(x, (KH, KW))                                  # (rows, W/KW, KH, KW·C_in)
+    windows = _rows_of_windows(x, (KH, KW))                                  # (rows, W/KW, KH, KW, C_in)
     y = numpy.empty((len(x), x.shape[1] // KH, x.shape[2] // KW, C_out), x.dtype)
     rows, matrix = y.reshape(len(windows), -1), weight.reshape(-1, C_out)
 
     def work(block):
-        numpy.matmul(_matrix(windows, block), matrix, out=rows[block].reshape(-1, C_out))
+        pixels = rows[block].reshape(-1, C_out)
+        numpy.matmul(_matrix(windows, block), matrix, out=pixels)
+        if bias is not None:
+            pixels += bias
 
     parallel_for(_blocks(windows), work)
     return y
 
 
-def input_gradient(dy, weight, input_size):
+def input_gradient(dy, weight, input_size, stride, padding, bias=None):
     """Return dx (N, H, W, C_in); see `plain.input_gradient`."""
     KH, KW, C_in, C_out = weight.shape
     dx = numpy.empty((len(dy), *input_size, C_in), dy.dtype)
-    dwindows = _rows_of_windows(dx, (KH, KW))                                # (rows, W/KW, KH, KW·C_in), a view of dx
+    dwindows = _rows_of_windows(dx, (KH, KW))                                # (rows, W/KW, KH, KW, C_in), a view of dx
     matrix = weight.reshape(-1, C_out).T                                     # (C_out, KH·KW·C_in)
     rows = dy.reshape(len(dwindows), -1, C_out)
 
@@ -72,23 +76,21 @@ def input_gradient(dy, weight, input_size):
         pixels = rows[block].reshape(-1, C_out)
         dpatches = scratch('patches', (len(pixels), matrix.shape[1]), dy.dtype)
         numpy.matmul(pixels, matrix, out=dpatches)
+        if bias is not None:
+            dpatches += numpy.tile(bias, KH * KW)
         dwindows[block] = dpatches.reshape(dwindows[block].shape)
 
     parallel_for(_blocks(dwindows), work)
     return dx
 
 
-def weight_gradient(x, dy, kernel_size):
+def weight_gradient(x, dy, kernel_size, stride, padding):
     """Return dweight (KH, KW, C_in, C_out); see `plain.weight_gradient`."""
     C_in, C_out = x.shape[3], dy.shape[3]
     windows = _rows_of_windows(x, kernel_size)
     rows = dy.reshape(len(windows), -1, C_out)
-    blocks = _blocks(windows)
 
-    def work(group):
-        total = 0
-        for block in blocks[group]:
-            total += _matrix(windows, block).T @ rows[block].reshape(-1, C_out)
-        return total
+    def term(block, within):
+        return _matrix(windows, block).T @ rows[block].reshape(-1, C_out)
 
-    return sum(parallel_for(cut(len(blocks), -(-len(blocks) // PARTIAL_SUMS)), work)).reshape(*kernel_size, C_in, C_out)
+    return sum_in_parts(_blocks(windows), [slice(None)], term, lambda total: total.reshape(*kernel_size, C_in, C_out))

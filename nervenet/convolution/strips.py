@@ -39,15 +39,21 @@ def padded_strip(x, images, top, left, height, width, name='strip'):
     return strip
 
 
-def sum_in_parts(strips, term, finish=lambda total: total):
-    """Return Σ finish(Σ term(strip)): the inner sums run over neighbouring strips, each in one block, the outer over blocks.
+def sum_in_parts(strips, channels, term, finish=lambda total: total):
+    """Return the weight gradient Σ finish(Σ term(strip, within)) for each slice `within` of `channels`, joined along axis 2.
 
-    `finish` is a linear map that makes the partial sums smaller.
+    The inner sum runs over neighbouring strips, in one block; the outer one over at most PARTIAL_SUMS such blocks. `finish` is a
+    linear map that makes a partial sum smaller.
     """
-    def work(group):
-        total = numpy.array(term(strips[group.start]))                       # a copy: the term may be scratch memory
+    groups = cut(len(strips), -(-len(strips) * len(channels) // PARTIAL_SUMS))
+
+    def work(block):
+        within, group = block
+        total = numpy.array(term(strips[group.start], within))               # a copy: the term may be scratch memory
         for strip in strips[group][1:]:
-            total += term(strip)
+            total += term(strip, within)
         return finish(total)
 
-    return sum(parallel_for(cut(len(strips), -(-len(strips) // PARTIAL_SUMS)), work))
+    partial = parallel_for([(within, group) for within in channels for group in groups], work)
+    sums = [sum(partial[start:start + len(groups)]) for start in range(0, len(partial), len(groups))]
+    return sums[0] if len(sums) == 1 else numpy.concatenate(sums, axis=2)

@@ -1,0 +1,151 @@
+import math
+
+import numpy
+import pytest
+
+from nervenet import backend
+from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
+
+LOSSES = {
+    'dice': lambda: DiceLoss(),
+    'dice per image': lambda: DiceLoss(smooth=0.5, per_image=True),
+    'bce': lambda: BCEWithLogitsLoss(),
+    'sum': lambda: WeightedSum([(1.0, DiceLoss()), (0.5, BCEWithLogitsLoss())]),
+}
+
+
+def logit(p):
+    return numpy.log(p / (1 - p))
+
+
+def pixels(*values):
+    """Return values as images of one row: (N, 1, W, 1)."""
+    return numpy.array(values, dtype=float)[:, None, :, None]
+
+
+def test_dice_loss_of_two_images_by_hand():
+    p, y = pixels([0.5, 0.25], [0.75, 0.5]), pixels([1, 0], [0, 0])
+    # image 1: Σpy = 0.5, Σp = 0.75, Σy = 1; image 2: Σpy = 0, Σp = 1.25, Σy = 0
+    assert DiceLoss(smooth=1.0).forward(logit(p), y) == pytest.approx(-(2 * 0.5 + 1) / (2 + 1 + 1))
+    assert DiceLoss(smooth=1.0, per_image=True).forward(logit(p), y) == pytest.approx(-(2 / 2.75 + 1 / 2.25) / 2)
+
+
+def test_dice_loss_gradient_by_hand():
+    p, y, loss = pixels([0.5, 0.25]), pixels([1, 0]), DiceLoss(smooth=1.0)
+    loss.forward(logit(p), y)
+    overlap, extent = 2, 2.75
+    expected = pixels([(overlap / extent**2 - 2 / extent) * 0.25, overlap / extent**2 * 0.1875])
+    numpy.testing.assert_allclose(loss.backward(), expected, rtol=1e-12)
+
+
+def test_gradient_of_dice_loss_per_image_is_that_of_each_image_over_their_number(rng):
+    logits, target = rng.standard_normal((3, 4, 5, 1)), (rng.random((3, 4, 5, 1)) < 0.3).astype(float)
+    loss, alone = DiceLoss(per_image=True), DiceLoss()
+    loss.forward(logits, target)
+    dlogits = loss.backward()
+    for n in range(3):
+        alone.forward(logits[n:n + 1], target[n:n + 1])
+        numpy.testing.assert_allclose(dlogits[n:n + 1], alone.backward() / 3, rtol=1e-12)
+
+
+def test_dice_loss_averages_over_channels(rng):
+    logits, target = rng.standard_normal((2, 3, 4, 3)), (rng.random((2, 3, 4, 3)) < 0.3).astype(float)
+    for per_image in (False, True):
+        loss = DiceLoss(per_image=per_image)
+        channels = [loss.forward(logits[..., c:c + 1], target[..., c:c + 1]) for c in range(3)]
+        assert loss.forward(logits, target) == pytest.approx(numpy.mean(channels))
+
+
+def test_dice_loss_of_perfect_and_of_two_empty_masks_is_minus_one():
+    for target in (pixels([1, 0, 1]), pixels([0, 0, 0])):
+        for per_image in (False, True):
+            assert DiceLoss(per_image=per_image).forward(1e4 * (2 * target - 1), target) == -1
+
+
+def test_bce_by_hand():
+    p, y, loss = pixels([0.8, 0.3]), pixels([1, 0]), BCEWithLogitsLoss()
+    assert loss.forward(logit(p), y) == pytest.approx(-(math.log(0.8) + math.log(0.7)) / 2)
+    numpy.testing.assert_allclose(loss.backward(), pixels([-0.1, 0.15]), rtol=1e-12)
+    assert loss.forward(numpy.zeros((2, 3, 4, 1)), numpy.zeros((2, 3, 4, 1))) == pytest.approx(math.log(2))
+
+
+def test_weighted_sum_adds_values_and_gradients(rng):
+    logits, target = rng.standard_normal((2, 3, 4, 1)), (rng.random((2, 3, 4, 1)) < 0.3).astype(float)
+    dice, bce, both = DiceLoss(), BCEWithLogitsLoss(), WeightedSum([(2.0, DiceLoss()), (0.5, BCEWithLogitsLoss())])
+    expected = 2 * dice.forward(logits, target) + 0.5 * bce.forward(logits, target)
+    assert both.forward(logits, target) == pytest.approx(expected)
+    numpy.testing.assert_allclose(both.backward(), 2 * dice.backward() + 0.5 * bce.backward(), rtol=1e-12)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+def test_losses_are_stable_for_logits_of_ten_thousand(name, dtype):
+    logits = numpy.array([-1e4, -1e4, 1e4, 1e4, -90, 90, 0], dtype).reshape(1, 1, 7, 1)
+    target = numpy.array([0, 1, 0, 1, 1, 0, 1], dtype).reshape(1, 1, 7, 1)
+    with numpy.errstate(all='raise', under='ignore'):
+        loss = LOSSES[name]()
+        value, dlogits = loss.forward(logits, target), loss.backward()
+    assert numpy.isfinite(value) and numpy.isfinite(dlogits).all() and numpy.abs(dlogits).max() > 0
+    if name == 'bce':
+        assert value == pytest.approx((2e4 + 180 + math.log(2)) / 7, rel=1e-6)
+        numpy.testing.assert_allclose(dlogits.ravel() * 7, [0, -1, 1, 0, -1, 1, -0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_device_gives_what_the_host_gives_and_gradients_keep_the_dtype_of_the_logits(name, xp, rng):
+    logits, target = rng.standard_normal((3, 5, 4, 2)), (rng.random((3, 5, 4, 2)) < 0.3)
+    loss = LOSSES[name]()
+    expected = loss.forward(logits, target), loss.backward()
+    for dtype, tolerance in (('float32', 1e-5), ('float64', 1e-12)):
+        for target_dtype in ('float32', 'float64', 'uint8', 'bool'):
+            value = loss.forward(xp.asarray(logits.astype(dtype)), xp.asarray(target.astype(target_dtype)))
+            dlogits = loss.backward()
+            assert value.shape == () and value.dtype == 'float64' and dlogits.dtype == dtype
+            assert backend.device_of(value) == backend.device_of(dlogits) == ('cpu' if xp is numpy else 'gpu')
+            numpy.testing.assert_allclose(backend.to_cpu(value), expected[0], rtol=tolerance)
+            numpy.testing.assert_allclose(backend.to_cpu(dlogits), expected[1], rtol=tolerance, atol=tolerance / 100)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_sums_accumulate_in_double_precision(name, rng):
+    """Added up in float32, these values are off by 1e-7 and more; what remains is the rounding of each value."""
+    logits = rng.standard_normal((1, 512, 512, 2)).astype('float32')
+    target = rng.random(logits.shape) < 0.3
+    exact = LOSSES[name]().forward(logits.astype('float64'), target)
+    assert LOSSES[name]().forward(logits, target) == pytest.approx(exact, rel=0, abs=5e-9)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_losses_change_none_of_their_arguments(name, rng):
+    logits, target = rng.standard_normal((2, 3, 4, 1)), (rng.random((2, 3, 4, 1)) < 0.3).astype(float)
+    before = logits.copy(), target.copy()
+    loss = LOSSES[name]()
+    loss.forward(logits, target)
+    loss.backward()
+    assert numpy.array_equal(logits, before[0]) and numpy.array_equal(target, before[1])
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_different_shapes_are_refused_with_both_shapes(name):
+    with pytest.raises(ValueError, match=r'\(2, 3, 4, 1\).*\(2, 3, 1, 1\)'):
+        LOSSES[name]().forward(numpy.zeros((2, 3, 4, 1)), numpy.zeros((2, 3, 1, 1)))
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_each_forward_serves_one_backward_and_the_cache_is_freed(name, rng):
+    loss = LOSSES[name]()
+    with pytest.raises(RuntimeError, match='forward first'):
+        loss.backward()
+    loss.forward(rng.standard_normal((2, 3, 4, 1)), numpy.ones((2, 3, 4, 1)))
+    loss.backward()
+    assert all(part.cache is None for _, part in loss.layers())
+    with pytest.raises(RuntimeError, match='forward first'):
+        loss.backward()
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: DiceLoss(smooth=0), 'smooth is 0'), (lambda: DiceLoss(smooth=-1), 'smooth is -1'),
+    (lambda: DiceLoss(smooth=math.nan), 'smooth is nan'), (lambda: WeightedSum([]), 'at least one')])
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

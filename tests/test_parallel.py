@@ -1,0 +1,240 @@
+"""Blocks on threads: order, errors, nesting, concurrency, BLAS, and that nothing is left behind."""
+
+import contextvars
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy
+import pytest
+
+from nervenet import parallel
+from nervenet.parallel import parallel_for, scratch, set_threads
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, 'waited 10 s'
+        time.sleep(0.01)
+
+
+def helpers():
+    return [thread for thread in threading.enumerate() if thread.name == 'nervenet helper']
+
+
+def meet(parties):
+    """Return a work function whose blocks return only once `parties` of them run at the same time."""
+    barrier = threading.Barrier(parties)
+
+    def work(block):
+        barrier.wait(10)
+        return block, threading.get_ident()
+    return work
+
+
+@pytest.mark.parametrize('threads', [1, 2, 3, 8])
+def test_results_come_in_block_order(threads):
+    with set_threads(threads):
+        assert parallel_for(range(50), lambda block: block * block) == [block * block for block in range(50)]
+        assert parallel_for([], lambda block: 1 / 0) == []
+        assert parallel_for(iter('ab'), str.upper) == ['A', 'B']              # more threads than blocks
+
+
+def test_blocks_run_at_the_same_time():
+    with set_threads(3):
+        idents = {ident for _, ident in parallel_for(range(3), meet(3))}
+    assert len(idents) == 3 and threading.get_ident() in idents
+
+
+@pytest.mark.parametrize('threads', [1, 2, 4])
+def test_the_error_of_the_first_failing_block_arrives_as_itself(threads):
+    error, started = KeyError('block 5'), []
+
+    def work(block):
+        started.append(block)
+        if block == 5:
+            time.sleep(0.02)                        # block 6, on another thread, fails earlier in time
+            raise error
+        if block == 6:
+            raise ValueError('block 6')
+
+    with set_threads(threads):
+        with pytest.raises(KeyError) as caught:
+            parallel_for(range(100), work)
+        assert caught.value is error
+        assert len(started) < 100                   # no further block starts
+        assert parallel_for(range(3), lambda block: block) == [0, 1, 2]       # and the next call works
+
+
+def test_no_block_runs_on_after_an_error_has_reached_the_caller():
+    finished = []
+
+    def work(block):
+        if block == 0:
+            raise ValueError
+        time.sleep(0.05)
+        finished.append(block)
+
+    with set_threads(2), pytest.raises(ValueError):
+        parallel_for(range(2), work)
+    before = list(finished)
+    time.sleep(0.1)
+    assert finished == before
+
+
+def test_a_nested_call_runs_where_it_is():
+    def outer(block):
+        return {threading.get_ident(), *parallel_for(range(8), lambda inner: threading.get_ident())}
+
+    with set_threads(4):
+        assert all(len(idents) == 1 for idents in parallel_for(range(8), outer))
+
+
+def test_concurrent_callers_do_not_disturb_each_other(rng):
+    a = rng.standard_normal((6, 40, 40))
+    expected, results = [matrix @ matrix for matrix in a], {}
+
+    def caller(name):
+        for _ in range(20):
+            results[name] = parallel_for(range(6), lambda block: a[block] @ a[block])
+            assert len(helpers()) <= 2              # for all callers together
+
+    wait_until(lambda: not helpers())
+    with set_threads(3):
+        threads = [threading.Thread(target=caller, args=(name,)) for name in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(numpy.array_equal(result, expected) for result in results.values()) and len(results) == 4
+
+
+def test_blocks_see_the_context_of_the_caller():
+    variable = contextvars.ContextVar('variable', default='unset')
+    variable.set('set')
+    with set_threads(3):
+        assert {name for name in parallel_for(range(9), lambda block: variable.get())} == {'set'}
+        work = meet(3)
+
+        def divide(block):
+            work(block)
+            return numpy.ones(1) / numpy.zeros(1)
+
+        with numpy.errstate(divide='raise'), pytest.raises(FloatingPointError):
+            parallel_for(range(3), divide)
+        with numpy.errstate(divide='ignore'):
+            parallel_for(range(3), divide)
+
+
+def test_no_thread_is_left_behind():
+    wait_until(lambda: not helpers())
+    with set_threads(4):
+        parallel_for(range(4), meet(4))
+    assert len(helpers()) == 3                      # they wait for more work
+    wait_until(lambda: not helpers())
+    assert (parallel._helpers.alive, parallel._helpers.idle) == (0, 0)
+    with set_threads(4):
+        parallel_for(range(4), meet(4))             # and are started again when needed
+
+
+def test_waiting_helpers_are_used_again():
+    wait_until(lambda: not helpers())
+    with set_threads(3):
+        first = {ident for _, ident in parallel_for(range(3), meet(3))}
+        wait_until(lambda: parallel._helpers.idle == 2)
+        assert {ident for _, ident in parallel_for(range(3), meet(3))} == first
+
+
+def test_waiting_helpers_keep_no_arrays_alive():
+    class Block:
+        deleted = False
+
+        def __del__(self):
+            Block.deleted = True
+
+    with set_threads(2):
+        parallel_for([Block(), Block()], lambda block: None)
+    wait_until(lambda: Block.deleted)
+
+
+def test_set_threads_holds_and_returns():
+    available = parallel.number_of_threads()
+    with set_threads(5):
+        assert parallel.number_of_threads() == 5
+        with set_threads(None):
+            assert parallel.number_of_threads() == available
+        assert parallel.number_of_threads() == 5
+    assert parallel.number_of_threads() == available
+    set_threads(2)
+    assert parallel.number_of_threads() == 2
+    set_threads(None)
+    with pytest.raises(ValueError, match='number of threads is 0'):
+        set_threads(0)
+
+
+@pytest.mark.skipif(parallel._blas.set is None, reason='the BLAS behind NumPy cannot be asked for its threads')
+def test_blas_uses_one_thread_while_blocks_run_and_its_own_number_afterwards():
+    before = parallel._blas.get()
+    try:
+        parallel._blas.set(2)
+        for threads in (1, 3):
+            with set_threads(threads):
+                assert set(parallel_for(range(4), lambda block: parallel._blas.get())) == {1}
+                assert parallel._blas.get() == 2
+                with pytest.raises(ZeroDivisionError):
+                    parallel_for(range(4), lambda block: 1 / 0)
+                assert parallel._blas.get() == 2
+    finally:
+        parallel._blas.set(before)
+
+
+def test_without_a_settable_blas_everything_still_runs(monkeypatch):
+    monkeypatch.setattr(parallel._blas, 'set', None)
+    monkeypatch.setattr(parallel._blas, 'get', None)
+    assert parallel_for(range(3), lambda block: block) == [0, 1, 2]
+    assert 'cannot be set' in parallel.describe_blas()
+
+
+def test_scratch_is_reused_in_a_thread_and_never_shared_between_threads():
+    a = scratch('test', (3, 5), 'float32')
+    a[...] = 1
+    b = scratch('test', (4, 2), 'float64')
+    assert a.shape == (3, 5) and a.dtype == 'float32' and b.shape == (4, 2) and b.dtype == 'float64'
+    assert numpy.shares_memory(scratch('test', (2,), 'uint8'), b)
+    assert not numpy.shares_memory(scratch('other', (4, 2), 'float64'), b)
+    assert b.ctypes.data % 64 == 0
+    barrier = threading.Barrier(2)
+
+    def work(block):
+        mine = scratch('test', (1000,), 'int64')
+        barrier.wait(10)
+        mine[...] = block
+        barrier.wait(10)
+        return (mine == block).all()
+
+    with set_threads(2):
+        assert all(parallel_for(range(2), work))
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system cannot fork')
+def test_a_forked_child_and_the_end_of_the_program_are_clean():
+    program = '''
+import os, threading, warnings
+warnings.simplefilter('ignore', DeprecationWarning)     # Python warns of forking beside threads; the point here is that it works
+from nervenet.parallel import parallel_for, set_threads
+set_threads(3)
+barrier = threading.Barrier(3)
+parallel_for(range(3), lambda block: barrier.wait(10))
+child = os.fork()
+if child == 0:
+    barrier = threading.Barrier(3)
+    parallel_for(range(3), lambda block: barrier.wait(10))
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+print('clean')
+'''
+    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, 'clean\n', '')

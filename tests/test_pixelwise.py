@@ -1,0 +1,64 @@
+import numpy
+import pytest
+
+from nervenet import backend, parallel, pixelwise
+from nervenet.pixelwise import channel_moments, channel_sums, in_blocks
+
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 1), (1, 7, 9, 3), (3, 64, 64, 16), (2, 65, 67, 24), (1, 1, 1, 300), (2, 8, 8, 512)]
+
+
+def shifted_product(out, x, y, factor):
+    get = backend.get_array_module(x)
+    get.multiply(x, y, out=out)
+    out += factor
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('float64', 1e-12)])
+def test_blocks_give_what_the_whole_gives(shape, dtype, tolerance, rng, xp, monkeypatch):
+    monkeypatch.setattr(pixelwise, 'BLOCK_VALUES', 4096)                     # several blocks, the last one short
+    x, y = (3 + rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    factor = rng.standard_normal(shape[3]).astype(dtype)
+    device = 'cpu' if xp is numpy else 'gpu'
+    given = [backend.move(array, device) for array in (x, y, factor)]
+    before = [array.copy() for array in (x, y, factor)]
+
+    z = in_blocks(shifted_product, *given[:2], channels=given[2:])
+    assert z.dtype == dtype
+    numpy.testing.assert_allclose(backend.to_cpu(z), x * y + factor, rtol=tolerance)
+
+    first, product = channel_sums([None, shifted_product], *given[:2], channels=given[2:])
+    assert first.dtype == product.dtype == numpy.float64
+    numpy.testing.assert_allclose(backend.to_cpu(first), x.sum(axis=(0, 1, 2), dtype=float), rtol=tolerance)
+    numpy.testing.assert_allclose(backend.to_cpu(product), (x * y + factor).sum(axis=(0, 1, 2), dtype=float), rtol=tolerance)
+
+    mean, variance = map(backend.to_cpu, channel_moments(given[0]))
+    numpy.testing.assert_allclose(mean, x.mean(axis=(0, 1, 2), dtype=float), rtol=tolerance)
+    numpy.testing.assert_allclose(variance, x.astype(float).var(axis=(0, 1, 2)), rtol=10 * tolerance, atol=tolerance)
+    assert all(numpy.array_equal(old, backend.to_cpu(array)) for old, array in zip(before, given))
+
+
+def test_arrays_that_do_not_lie_in_one_piece_are_taken_as_they_are(rng):
+    x = rng.standard_normal((3, 20, 30, 8))
+    for view in (x[:, 1:18, 2:29], x[..., 3:7], x[:, ::-1], x.transpose(0, 2, 1, 3)):
+        assert numpy.array_equal(in_blocks(lambda y, x: numpy.negative(x, out=y), view), -view)
+        numpy.testing.assert_allclose(channel_sums([None], view)[0], view.sum(axis=(0, 1, 2)), atol=1e-10)
+        numpy.testing.assert_allclose(channel_moments(view)[1], view.var(axis=(0, 1, 2)), rtol=1e-12)
+
+
+def test_number_of_threads_changes_no_bit(rng):
+    x = rng.standard_normal((4, 90, 100, 12)).astype('float32')
+    results = []
+    for threads in (1, 2, 5):
+        with parallel.set_threads(threads):
+            results.append([*channel_moments(x), *channel_sums([None], x), in_blocks(lambda y, x: numpy.exp(x, out=y), x)])
+    for other in results[1:]:
+        assert all(numpy.array_equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_sums_and_moments_of_large_values_keep_their_digits(rng):
+    """A plain float32 sum over four million values near 1000 would lose the variance altogether."""
+    x = (1000 + rng.standard_normal((4, 1000, 1000, 1))).astype('float32')
+    mean, variance = channel_moments(x)
+    assert abs(mean[0] / x.mean(dtype=float) - 1) < 1e-7 and abs(variance[0] / x.var(dtype=float) - 1) < 1e-5
+    assert abs(channel_sums([None], x)[0][0] / x.sum(dtype=float) - 1) < 1e-7
