@@ -258,11 +258,8 @@ class Conv2D(Layer):
 
     def forward(self, x):
         self.output_shape(x.shape)
-        y = convolution.forward(x, self.params['weight'], self.stride, self.padding)          # (N, H_out, W_out, C_out)
-        if 'bias' in self.params:
-            y += self.params['bias']
         self.keep(x)
-        return y
+        return convolution.forward(x, self.params['weight'], self.stride, self.padding, self.params.get('bias'))
 
     def backward(self, dy):
         x, = self.take()
@@ -307,12 +304,10 @@ class ConvTranspose2D(Layer):
             self.add_parameter('bias', numpy.zeros(C_out, dtype))
 
     def forward(self, x):
-        N, H_out, W_out, C_out = self.output_shape(x.shape)
-        y = convolution.input_gradient(x, self.params['weight'], (H_out, W_out), self.stride, self.padding)
-        if 'bias' in self.params:
-            y += self.params['bias']
+        _, H_out, W_out, _ = self.output_shape(x.shape)
         self.keep(x)
-        return y                                                                              # (N, H_out, W_out, C_out)
+        return convolution.input_gradient(x, self.params['weight'], (H_out, W_out), self.stride, self.padding,
+                                          self.params.get('bias'))
 
     def backward(self, dy):
         x, = self.take()
