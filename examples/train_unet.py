@@ -1,9 +1,11 @@
 """Train a U-Net to find nerves in ultrasound images.
 
-    python examples/train_unet.py --data DIR
+    python examples/train_unet.py                 on synthetic ultrasound, made as it goes
+    python examples/train_unet.py --data DIR      on scans of your own
 
-DIR holds pairs {subject}_{image}.tif and {subject}_{image}_mask.tif, or a folder train/ that does. Whole subjects are set aside
-for validation, because neighbouring frames of one subject are near copies. All that comes out lies in the run folder:
+DIR holds pairs {subject}_{image}.tif and {subject}_{image}_mask.tif, or a folder train/ that does, or folders images/ and masks/ with
+equal file names. Whole subjects are set aside for validation, because neighbouring frames of one subject are near copies. All
+that comes out lies in the run folder:
 
     config.json    every setting, the split and the versions: what it takes to repeat the run
     history.csv    one row per epoch
@@ -30,6 +32,7 @@ from nervenet.data import Loader, Reader, find_samples, intensity_statistics, is
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.metrics import Baselines, SegmentationScores
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
+from nervenet.phantom import Phantom
 from nervenet.segment import Segmenter, choose_settings
 from nervenet.train import RunFolder, fit
 
@@ -44,14 +47,19 @@ def main(arguments=None):
     print(f'nervenet {nervenet.__version__}, {reason}')
 
     # The data: pairs found, whole subjects set aside, intensities measured on the training part only.
-    samples = find_samples(args.data, args.subject_pattern)
+    if args.data is None:
+        reader = Phantom(seed=args.seed, size=args.size)
+        samples = reader.samples
+        print('data:        synthetic ultrasound; give --data DIR for scans')
+    else:
+        reader = Reader(args.size, args.mask_threshold)
+        samples = find_samples(args.data, args.subject_pattern)
     if is_split_by_image(samples):
         print('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on\n'
               '         both sides of the split and the scores are too good to be true: give --subject-pattern.')
     training_samples, validation_samples = split_by_subject(samples, args.validation_share, args.seed)
     for part, chosen in ('training', training_samples), ('validation', validation_samples):
         print(f'{part + ":":12} {len(chosen)} images of {len({sample.subject for sample in chosen})} subjects')
-    reader = Reader(args.size, args.mask_threshold)
     input_mean, input_std = intensity_statistics(training_samples, reader)
     training = Loader(training_samples, reader, args.batch_size, seed=args.seed, shuffle=True)
     validation = Loader(validation_samples, reader, args.batch_size)
@@ -72,7 +80,7 @@ def main(arguments=None):
     schedule = (CosineSchedule(args.learning_rate, steps, warmup) if args.schedule == 'cosine'
                 else ConstantSchedule(args.learning_rate, warmup))
 
-    run = RunFolder(args.out, {**vars(args), 'data': str(args.data), 'out': str(args.out), 'device': device,
+    run = RunFolder(args.out, {**vars(args), 'data': args.data and str(args.data), 'out': str(args.out), 'device': device,
                                'nervenet': nervenet.__version__, 'numpy': numpy.__version__,
                                'training_subjects': sorted({sample.subject for sample in training_samples}),
                                'validation_subjects': sorted({sample.subject for sample in validation_samples})})
@@ -137,7 +145,7 @@ def print_scores(epoch, part, row, prefix, note=''):
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group('data')
-    data.add_argument('--data', type=Path, required=True, metavar='DIR', help='folder of the image and mask pairs')
+    data.add_argument('--data', type=Path, metavar='DIR', help='folder of the image and mask pairs; default: synthetic ultrasound')
     data.add_argument('--size', type=size, default=(96, 128), metavar='HxW',
                       help='rows x columns the network works at, rounded up to a multiple of 2^depth')
     data.add_argument('--subject-pattern', metavar='REGEX',

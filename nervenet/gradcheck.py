@@ -145,13 +145,15 @@ def check(layer, inputs, rng, name, methods, directions):
     dy = rng.standard_normal(y.shape) if y.ndim else numpy.ones(())     # a loss is L itself
     gradients, faults = claimed_gradients(layer, input_names, values, dy)
     results = [Result(name, 'protocol', '', numpy.inf, 0, fault) for fault in faults]
-    for key, gradient in gradients.items():
-        moves = list(directions(gradient, rng))
-        claimed = [(gradient * direction).sum() for _, direction in moves]
+    moves = {key: list(directions(gradient, rng)) for key, gradient in gradients.items()}
+    claims = {key: [(gradients[key] * direction).sum() for _, direction in moves[key]] for key in moves}
+    # A gradient of exactly 0, as of a bias in front of a batch norm, is measured as rounding: the others set its scale.
+    floor = 0.01 * max((abs(claim) for claimed in claims.values() for claim in claimed), default=0)
+    for key, claimed in claims.items():
         for method, (h, tolerance) in methods.items():
-            measured = [measure(key, direction, method, h) for _, direction in moves]
-            labels = [what for what, _ in moves]
-            results.append(compare(name, gradient_name(key), method, claimed, measured, tolerance, labels))
+            measured = [measure(key, direction, method, h) for _, direction in moves[key]]
+            labels = [what for what, _ in moves[key]]
+            results.append(compare(name, gradient_name(key), method, claimed, measured, tolerance, labels, floor))
     return results
 
 
@@ -197,11 +199,14 @@ def gradient_name(key):
     return f'{owner}{dot}d{name}'
 
 
-def compare(layer, quantity, method, claimed, measured, tolerance, labels):
-    """Return the `Result` of comparing two lists of numbers; `labels` says what each pair is about."""
+def compare(layer, quantity, method, claimed, measured, tolerance, labels, floor=0.0):
+    """Return the `Result` of comparing two lists of numbers; `labels` says what each pair is about.
+
+    Their difference is judged relative to the largest number, or to `floor` if that is larger.
+    """
     claimed, measured = numpy.array(claimed), numpy.array(measured)
     difference = numpy.abs(claimed - measured)
-    scale = max(numpy.abs(claimed).max(), numpy.abs(measured).max())
+    scale = max(numpy.abs(claimed).max(), numpy.abs(measured).max(), floor)
     error = difference.max() / scale if scale != 0 else 0.0
     worst = difference.argmax()
     detail = (f'{(~(difference <= tolerance * scale)).sum()} of {difference.size} differ; worst for {labels[worst]}: '

@@ -19,7 +19,7 @@ import math
 import numpy
 
 from . import convolution
-from .backend import generator_like, get_array_module, move
+from .backend import device_of, generator_like, get_array_module, move
 from .pixelwise import channel_moments, channel_sums, in_blocks
 
 
@@ -85,15 +85,9 @@ class Layer:
     def load_state_dict(self, state):
         """Copy `state` into the arrays of this layer. Raises ValueError, and changes nothing, unless all names and shapes match."""
         own = self.state_dict()
-        problems = ([f'{name} is missing' for name in own.keys() - state.keys()]
-                    + [f'{name} is not part of this model' for name in state.keys() - own.keys()]
-                    + [f'{name} has shape {state[name].shape}, expected {own[name].shape}'
-                       for name in own.keys() & state.keys() if state[name].shape != own[name].shape])
-        if problems:
-            raise ValueError(f'the state does not fit this model: {"; ".join(sorted(problems)[:3])}'
-                             + (f'; and {len(problems) - 3} more' if len(problems) > 3 else ''))
+        check_match(own, state, 'the state', 'this model')
         for name, array in own.items():
-            array[...] = move(state[name], 'cpu' if get_array_module(array) is numpy else 'gpu')
+            array[...] = move(state[name], device_of(array))
 
     def train(self):
         """Switch to training mode: batch statistics, active dropout, caches kept. Returns the layer."""
@@ -442,6 +436,17 @@ def he_normal(shape, fan_in, rng, dtype):
     """Return weights drawn from a normal distribution with variance 2 / fan_in, on the host, in double precision, then cast."""
     rng = numpy.random.default_rng() if rng is None else rng
     return (rng.standard_normal(shape) * math.sqrt(2 / fan_in)).astype(dtype)
+
+
+def check_match(own, given, what, whose):
+    """Raise ValueError unless the dicts `own` and `given` hold arrays of the same shapes under the same names."""
+    problems = ([f'{name} is missing' for name in own.keys() - given.keys()]
+                + [f'{name} is unknown' for name in given.keys() - own.keys()]
+                + [f'{name} has shape {numpy.shape(given[name])}, expected {numpy.shape(own[name])}'
+                   for name in own.keys() & given.keys() if numpy.shape(given[name]) != numpy.shape(own[name])])
+    if problems:
+        more = f'; and {len(problems) - 3} more' if len(problems) > 3 else ''
+        raise ValueError(f'{what} does not fit {whose}: {"; ".join(sorted(problems)[:3])}{more}')
 
 
 def check_channels(shape, channels):

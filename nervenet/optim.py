@@ -18,9 +18,8 @@ In the equations, η is the learning rate, λ the weight decay, ← an update in
 
 import math
 
-import numpy
-
 from .backend import device_of, get_array_module, move
+from .layers import check_match
 
 
 class Optimizer:
@@ -48,7 +47,7 @@ class Optimizer:
 
     def step(self, gradients):
         """Update every parameter from the gradient of its name. Raises ValueError if names or shapes do not match."""
-        check_match(self.parameters, gradients, 'gradient')
+        check_match(self.parameters, gradients, 'gradient', 'the parameters')
         self.steps += 1
         for name, w in self.parameters.items():
             scratch = [buffer[:w.size].reshape(w.shape) for buffer in self.buffers]
@@ -87,7 +86,7 @@ class Optimizer:
         if 'steps' not in state:
             raise ValueError("the optimizer state has no entry 'steps'; was it written by state_dict()?")
         own, loaded = self.arrays(), {name: array for name, array in state.items() if name != 'steps'}
-        check_match(own, loaded, 'optimizer state')
+        check_match(own, loaded, 'optimizer state', 'the parameters')
         for name, array in own.items():
             array[...] = move(loaded[name], device_of(array))
         self.steps = int(state['steps'])
@@ -246,13 +245,3 @@ def check_range(name, value, end):
     if not 0 <= value < end:
         raise ValueError(f'{name} is {value}; expected a number from 0 up to, not including, {end}')
 
-
-def check_match(own, given, what):
-    """Raise ValueError unless the dicts `own` and `given` hold arrays of the same shapes under the same names."""
-    problems = ([f'{name} is missing' for name in own.keys() - given.keys()]
-                + [f'{name} is unknown' for name in given.keys() - own.keys()]
-                + [f'{name} has shape {numpy.shape(given[name])}, expected {numpy.shape(own[name])}'
-                   for name in own.keys() & given.keys() if numpy.shape(given[name]) != numpy.shape(own[name])])
-    if problems:
-        more = f'; and {len(problems) - 3} more' if len(problems) > 3 else ''
-        raise ValueError(f'{what} does not fit the parameters: {"; ".join(sorted(problems)[:3])}{more}')

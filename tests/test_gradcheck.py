@@ -552,6 +552,47 @@ def test_a_layer_that_takes_no_complex_numbers_can_be_checked_by_finite_differen
     assert not result.ok
 
 
+def test_a_gradient_of_exactly_zero_is_no_false_alarm(rng):
+    class Block(Layer):
+        """A convolution with a bias that the batch norm behind it takes away again."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = Conv2D(2, 3, rng=rng, dtype=float), BatchNorm2D(3, dtype=float)
+            self.children = {'conv': self.conv, 'norm': self.norm}
+
+        def forward(self, x):
+            return self.norm.forward(self.conv.forward(x))
+
+        def backward(self, dy):
+            return self.conv.backward(self.norm.backward(dy))
+
+    class Broken(Block):
+        def backward(self, dy):
+            dx = super().backward(dy)
+            self.conv.grads['bias'] = dy.sum(axis=(0, 1, 2))
+            return dx
+
+    x = rng.standard_normal((2, 5, 4, 2))
+    for check in (check_layer, check_network):
+        assert wrong_quantities(check(Block(), x, rng=rng)) == set()
+        assert wrong_quantities(check(Broken(), x, rng=rng)) == {'conv.dbias'}
+
+
+def test_inputs_are_named_even_if_forward_does_not(rng):
+    class Product(Layer):
+        def forward(self, *inputs):
+            self.keep(*inputs)
+            return inputs[0] * inputs[1]
+
+        def backward(self, dy):
+            a, b = self.take()
+            return dy * b, dy * a
+
+    results = check_layer(Product(), rng.standard_normal((2, 3)), rng.standard_normal((2, 3)), rng=rng)
+    assert [result.quantity for result in results if result.ok] == 2 * ['dinput0'] + 2 * ['dinput1']
+
+
 def test_a_gradient_of_nan_is_wrong(rng):
     class NotANumber(ReLU):
         def backward(self, dy):

@@ -98,7 +98,7 @@ def test_loading_a_state_is_strict_and_changes_nothing_on_failure(rng):
     state['stem.conv2.weight'] = numpy.zeros((3, 3, 3, 4))
     with pytest.raises(ValueError) as error:
         model.load_state_dict(state)
-    for part in ('head.bias is missing', 'head.extra is not part', 'stem.conv2.weight has shape (3, 3, 3, 4), expected (3, 3, 3, 3)'):
+    for part in ('head.bias is missing', 'head.extra is unknown', 'stem.conv2.weight has shape (3, 3, 3, 4), expected (3, 3, 3, 3)'):
         assert part in str(error.value)
     assert all(numpy.array_equal(before[name], array) for name, array in model.state_dict().items())
 
