@@ -1,7 +1,8 @@
 """All cores at work, inside one operation at a time.
 
-NumPy computes on one core, except in matrix products. But it lets go of Python's lock while it multiplies, copies and adds,
-so ordinary threads do run at the same time. An operation cuts its work into blocks (some images, some rows) and calls
+NumPy computes on one core, except in matrix products. But it lets go of Python's lock while it multiplies, copies and
+adds, so ordinary threads do run at the same time. An operation cuts its work into blocks (some images, some rows) and
+calls
 
     results = parallel_for(blocks, work)        # [work(block) for block in blocks], on all cores
 
@@ -9,14 +10,14 @@ Three rules keep this invisible to everything above it.
 
 - **The blocks never depend on the number of threads.** A floating-point sum depends on its order. With the same blocks
   everywhere, and partial results that come back in block order, one thread and sixteen give the same bits.
-- **A matrix product inside a block uses one thread.** Otherwise every block would start as many threads again as there are
-  cores, and OpenBLAS makes concurrent callers wait for each other. While blocks run, BLAS is set to one thread; then
-  it is put back.
-- **The caller works too, and waits for the others.** Helpers take blocks from the same list until it is empty. So a helper that
-  starts late costs speed, never correctness, and a call made inside a block simply runs where it is.
+- **A matrix product inside a block uses one thread.** Otherwise every block would start as many threads again as there
+  are cores, and OpenBLAS makes concurrent callers wait for each other. While blocks run, BLAS is set to one thread;
+  then it is put back.
+- **The caller works too, and waits for the others.** Helpers take blocks from the same list until it is empty. So a
+  helper that starts late costs speed, never correctness, and a call made inside a block simply runs where it is.
 
-Helpers start on demand, wait `LINGER` seconds for more work, and end. No thread outlives its use; a program that ends waits at
-most that long.
+Helpers start on demand, wait `LINGER` seconds for more work, and end. No thread outlives its use; a program that ends
+waits at most that long.
 """
 
 import contextlib
@@ -39,9 +40,9 @@ _scratch = threading.local()
 def parallel_for(blocks, work):
     """Return `[work(block) for block in blocks]`, computed on several threads.
 
-    Blocks start in order. `work` must write only what belongs to its block. It sees the caller's context variables, such as
-    `numpy.errstate`. If a block raises, no further block starts, and once those that run have ended the error of the first block
-    that failed is raised, as itself.
+    Blocks start in order. `work` must write only what belongs to its block. It sees the caller's context variables,
+    such as `numpy.errstate`. If a block raises, no further block starts, and once those that run have ended the error
+    of the first block that failed is raised, as itself.
     """
     blocks = list(blocks)
     with _one_thread_per_product():
@@ -60,8 +61,8 @@ def parallel_for(blocks, work):
 def scratch(name, shape, dtype):
     """Return an uninitialised array that belongs to this thread and is handed out again for the same `name`.
 
-    Memory fresh from the system costs a page fault per 4 KiB; a block that ran before has left its memory warm, often in the cache.
-    The contents last until this thread asks for the same name again. It is freed when the thread ends.
+    Memory fresh from the system costs a page fault per 4 KiB; a block that ran before has left its memory warm, often
+    in the cache. The contents last until this thread asks for the same name again. It is freed when the thread ends.
     """
     size = math.prod(shape) * numpy.dtype(dtype).itemsize
     memory = getattr(_scratch, name, None)
@@ -108,7 +109,7 @@ class _restore_threads(contextlib.AbstractContextManager):
 
 
 def _available_cores():
-    if hasattr(os, 'sched_getaffinity'):            # Linux: a container or `taskset` may grant fewer cores than there are
+    if hasattr(os, 'sched_getaffinity'):            # Linux: a container or `taskset` may grant fewer cores
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
@@ -164,13 +165,13 @@ class _Job:
         # A helper may still find this job in its queue: it must not keep the caller's arrays alive.
         self.blocks, self.work, self.outcomes, self.errors = [], None, None, {}
         if errors:
-            # Blocks are taken in order, so every block before a failed one has run: the first failure is always the same.
+            # Blocks are taken in order, so every block before a failed one has run: the first is always the same.
             raise errors[min(errors)]
         return outcomes
 
 
 class _Helpers:
-    """Threads that wait for jobs and leave when none comes; at most one less than `number_of_threads()`, for all callers together."""
+    """Threads that wait for jobs and leave when none comes; one less than `number_of_threads()`, for all callers."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -193,23 +194,20 @@ class _Helpers:
                 threading.Thread(target=self._help, name='nervenet helper').start()
 
     def _help(self):
-        wait = None
         while True:
             try:
-                context, job = self.jobs.get(timeout=wait)
+                context, job = self.jobs.get(timeout=LINGER)
             except queue.Empty:
                 with self.lock:
-                    if self.idle > 0:               # no queued job counts on this thread: it may go
+                    if self.idle > 0:               # else a job was queued in this very moment, counting on this thread
                         self.idle -= 1
                         self.alive -= 1
                         return
-                    wait = None                     # one was queued in this very moment
                 continue
             context.run(job.run)
             del context, job                        # keep no arrays alive while waiting
             with self.lock:
                 self.idle += 1
-                wait = LINGER
 
 
 _helpers = _Helpers()
@@ -231,8 +229,9 @@ class _Blas:
 
     def __init__(self):
         self.get = self.set = None
+        affixes = [(prefix, suffix) for prefix in ('scipy_openblas_', 'openblas_') for suffix in ('64_', '')]
         for library in self._libraries():
-            for prefix, suffix in (('scipy_openblas_', '64_'), ('scipy_openblas_', ''), ('openblas_', '64_'), ('openblas_', '')):
+            for prefix, suffix in affixes:
                 get = getattr(library, f'{prefix}get_num_threads{suffix}', None)
                 set_ = getattr(library, f'{prefix}set_num_threads{suffix}', None)
                 if get and set_:
@@ -241,7 +240,7 @@ class _Blas:
 
     @staticmethod
     def _libraries():
-        """Yield what may hold BLAS: the compiled part of NumPy and all it is linked to, then the wheel's own libraries."""
+        """Yield what may hold BLAS: the compiled part of NumPy with all it is linked to, then the wheel's libraries."""
         package = Path(numpy.__file__).parent
         files = [numpy._core._multiarray_umath.__file__] if hasattr(numpy, '_core') else []
         for folder in (package.parent / 'numpy.libs', package / '.dylibs'):

@@ -1,27 +1,29 @@
-"""Synthetic ultrasound of a neck that, in some frames, holds a nerve: images and masks to train on where there are no scans.
+"""Synthetic ultrasound of a neck that, in some frames, holds a nerve: images and masks to train on without any scans.
 
 A B-mode image is a map of echoes. The probe sends a pulse down each column and listens; the later an echo returns, the
-deeper it is drawn. This module makes an anatomy, moves it a little from frame to frame, and scans it. Everything that
-makes an ultrasound image look like one follows from a few lines of `scan` and `Subject`:
+deeper it is drawn. This module makes an anatomy, moves it a little from frame to frame, and scans it. What makes an
+ultrasound image look like one follows from a few lines of `scan` and `Subject`:
 
-- **Speckle**, the grain. Tissue is full of scatterers far smaller than the pulse. The echoes of all that lie within one pulse
-  add up with random phases to a complex Gaussian number; its magnitude is what is drawn (Burckhardt 1978, "Speckle in
-  ultrasound B-mode scans"). The grain shows the size of the pulse, not of any tissue (Wagner et al. 1983, "Statistics of
-  speckle in ultrasound B-scans"), so an image is simulated as scatterers convolved with the pulse (Bamber and Dickinson 1980,
-  "Ultrasonic B-scanning: a computer simulation"). The beam is narrowest at its focus, so the grain widens away from it.
-- **Bright lines.** A smooth surface (fascia, a vessel's wall, bone) reflects like a mirror: its echoes add in phase, without
-  speckle, and only where it faces the probe. So a round wall shows its top and bottom and loses its sides.
-- **Shadow and enhancement.** Sound weakens on its way. The scanner amplifies late echoes as if all tissue weakened it alike; so
-  what lies below bone comes out too dark, and what lies below blood too bright.
-- **Haze and small contrast.** Echoes differ by a factor of a million; the screen shows their logarithm. The noise of the amplifier is what
-  is left in the dark.
+- **Speckle**, the grain. Tissue is full of scatterers far smaller than the pulse. The echoes of all that lie within one
+  pulse add up with random phases to a complex Gaussian number, and its magnitude is what is drawn (Burckhardt 1978,
+  "Speckle in ultrasound B-mode scans"). The grain shows the size of the pulse, not of any tissue (Wagner et al. 1983,
+  "Statistics of speckle in ultrasound B-scans"), so an image is simulated as scatterers convolved with the pulse
+  (Bamber and Dickinson 1980, "Ultrasonic B-scanning: a computer simulation"). The beam is narrowest at its focus, so
+  the grain widens away from it.
+- **Bright lines.** A smooth surface (fascia, a vessel's wall, bone) reflects like a mirror: its echoes add in phase,
+  without speckle, and most where it faces the probe. So a round wall shows its top and bottom and loses its sides.
+- **Shadow and enhancement.** Sound weakens on its way. The scanner amplifies late echoes as if all tissue weakened it
+  alike; so what lies below bone comes out too dark, and what lies below blood too bright.
+- **Haze.** Echoes differ by a factor of a million, so the screen shows their logarithm; the noise of the amplifier is
+  what is left in the dark.
 
-The nerve is a group of fascicles, dark discs in bright connective tissue (Silvestri et al. 1995, "Echotexture of peripheral
-nerves"). Its place, size and tilt, and the share of frames that hold it, follow the brachial plexus in the frames of the
-Kaggle competition "Ultrasound Nerve Segmentation". Vessels, muscles and the gaps between them stay when it is gone.
+The nerve is a group of fascicles, dark discs in bright connective tissue (Silvestri et al. 1995, "Echotexture of
+peripheral nerves"). Its place, size and tilt, and the share of frames that hold it, follow the brachial plexus in the
+frames of the Kaggle competition "Ultrasound Nerve Segmentation". Vessels, muscles and the gaps between them remain when
+it is gone.
 
-All lengths are in pixels of a 420×580 frame, about 0.1 mm. `y` and `x` are places in the frame; `v` and `u` are the places
-in the tissue (depth and across) that these show, which motion and pressure shift. Every number follows from
+All lengths are in pixels of a 420×580 frame, about 0.1 mm. `y` and `x` are places in the frame; `v` and `u` are the
+places in the tissue (depth and across) that these show, which motion and pressure shift. Every number follows from
 `(seed, subject, index)`, in float64, so that frames need no storage and agree to one grey level between machines.
 """
 
@@ -38,7 +40,7 @@ from .data import Sample
 
 HEIGHT, WIDTH = 420, 580
 STEP = 2.5                                       # distance of the grid points on which tissue and echoes are computed
-EDGE = 4                                         # grid columns beside the frame: the Fourier transform joins left and right
+EDGE = 4                                         # grid columns beside the frame, where left and right run together
 MARGIN_Y, MARGIN_X = 70, 150                     # tissue around the frame, which motion may bring into view
 Y = ((np.arange(HEIGHT / STEP) + 0.5) * STEP)[:, None]                          # (168, 1)
 X = (np.arange(WIDTH / STEP + 2 * EDGE) + 0.5 - EDGE) * STEP                    # (240,)
@@ -50,8 +52,8 @@ GREY_OF_0_DB, GREY_PER_DB = 76, 6.7              # the display: 255 grey levels 
 DECIBEL = np.log(10) / 20                        # amplitude = exp(DECIBEL · level): +20 dB is ten times the amplitude
 
 
-# Smooth random things. A sum of Gaussian bumps with random heights, one bump per sigma, is smooth noise: its variance is 1
-# everywhere to 1e-4, and it costs two small matrix products.
+# Smooth random things. A sum of Gaussian bumps with random heights, one bump per sigma, is smooth noise: its variance
+# is 1 everywhere to 1e-4, and it costs two small matrix products.
 
 def bumps(points, sigma):
     """Return (len(points), number of bumps): each bump's height at each point, scaled so that its squares sum to 1."""
@@ -93,7 +95,7 @@ def inside(distance, softness):
 
 
 def ellipse(v, u, centre_v, centre_u, radius_v, radius_u, tilt):
-    """Return `(distance, facing)`: the signed distance to an ellipse, to first order, and how much its surface faces the probe.
+    """Return `(distance, facing)`: the signed distance to an ellipse, to first order, and how much it faces the probe.
 
     `facing` is the squared vertical part of the unit normal: 1 at top and bottom, 0 at the sides.
     """
@@ -118,8 +120,8 @@ def sample(texture, v, u):
 class Subject:
     """The anatomy of one subject, its motion over the frames, and the settings of the scanner.
 
-    The tissue is held as two sections, a few millimetres apart; a frame shows a mixture of both. They share muscles, vessels and
-    bones and differ in the fine structure. Three properties of every point of the tissue are kept:
+    The tissue is held as two sections, a few millimetres apart; a frame shows a mixture of both. They share muscles,
+    vessels and bones and differ in the fine structure. Three properties of every point of the tissue are kept:
 
     backscatter   (2, 224, 352)   mean strength of the scatterers, dB
     specular      (2, 224, 352)   amplitude of mirror-like surfaces; 1 is as bright as scatterers of 0 dB
@@ -135,14 +137,14 @@ class Subject:
 
     def draw_nerve(self, rng):
         """Draw the nerve's place, size, fascicles and contrast, and the share of frames that hold it."""
-        self.nerve_v, self.nerve_u = 95 + rng.gamma(1.5, 36), rng.normal(333, 16)
+        self.nerve_v, self.nerve_u = min(95 + rng.gamma(1.5, 36), 290), rng.normal(333, 16)
         self.log_area, self.log_aspect = rng.normal(8.81, 0.12), rng.normal(0.63, 0.12)
-        self.tilt = np.radians(rng.normal(-61, 14))                  # of the long axis; negative: its right end is higher
-        if rng.random() < 0.7:                                       # a row of large fascicles, as between the scalene muscles
+        self.tilt = np.radians(rng.normal(-61, 14))      # of the long axis; negative: its right end is higher
+        if rng.random() < 0.7:                           # a row of large fascicles, as between the scalene muscles
             count = rng.integers(2, 5)
             along, across = np.linspace(-1, 1, count) * (1 - 1 / count), np.zeros(count)
             length, width = 1 / count, 0.8
-        else:                                                        # a bunch of small ones, as above the collar bone
+        else:                                            # a bunch of small ones, as above the collar bone
             count = rng.integers(4, 7)
             along, across = np.linspace(-0.64, 0.64, count), np.where(np.arange(count) % 2, 0.4, -0.4)
             length, width = 0.3, 0.45
@@ -162,7 +164,7 @@ class Subject:
         self.nerve_changes = [wander(rng, scale) for scale in (10, 8, 0.19, 0.16, 0.24)]
 
     def draw_scanner(self, rng):
-        """Draw the settings that a sonographer turns: gain, contrast, focus; and how well the probe touches the skin."""
+        """Draw what a sonographer sets, gain, contrast and focus, and how well the probe touches the skin."""
         self.gain, self.dynamics, self.beam_width = rng.normal(0, 1), rng.uniform(0.9, 1.1), rng.uniform(0.85, 1.2)
         self.contact = 1.3 * smooth_curve(rng, 70, X)
         self.scatterers = rng.standard_normal((len(V), len(U), 2)).view(complex)[..., 0]    # they move with the tissue
@@ -174,7 +176,8 @@ class Subject:
         self.roof = max(self.nerve_v - half_height - rng.uniform(0, 14), skin + 16)      # the fascia over the nerve
         self.wobble = np.stack([9 * smooth_noise(rng, 18, 26)[0] + 2 * smooth_noise(rng, 8, 12)[0],
                                 14 * smooth_noise(rng, 20, 26)[0] + 3 * smooth_noise(rng, 8, 12)[0]])
-        v, u = V + self.wobble[0] * np.clip((V - 20) / 60, 0, 1), U + self.wobble[1]    # nothing in a body is an ellipse
+        # Shapes are drawn at shifted places, since nothing in a body is an ellipse.
+        v, u = V + self.wobble[0] * np.clip((V - 20) / 60, 0, 1), U + self.wobble[1]
 
         # Fine structure: noise stretched along the fibres, of which only the crests reflect.
         def fibres(sigma_y, sigma_x):
@@ -190,7 +193,8 @@ class Subject:
         self.backscatter = 3.5 * patches + 2.5 * fine + 2 * in_fat + in_skin * (6 + 3 * sheets)
         self.specular = (14 * density * (1 - 0.7 * in_fat) * (0.3 + 0.7 * broken)
                          * (np.maximum(short - 0.6, 0) ** 1.6 + 1.2 * np.maximum(long - 0.9, 0) ** 1.6)
-                         + 5 * in_fat * np.maximum(sheets - 0.4, 0) ** 1.5 + 3.5 * in_skin * np.maximum(sheets + 0.3, 0))
+                         + 5 * in_fat * np.maximum(sheets - 0.4, 0) ** 1.5
+                         + 3.5 * in_skin * np.maximum(sheets + 0.3, 0))
         self.attenuation = np.zeros((len(V), len(U)))
 
         # Muscles: a flat one in the fat, two on either side of the nerve, some deep ones.
@@ -198,7 +202,8 @@ class Subject:
                     0.2 * self.roof, rng.uniform(130, 260), 0.05, -9, 10)]
         for side in (-1, 1):
             radius_v, radius_u = rng.uniform(38, 75), rng.uniform(75, 140)
-            muscles.append((self.roof + radius_v + rng.uniform(0, 25), self.nerve_u + side * (radius_u + rng.uniform(15, 60)),
+            muscles.append((self.roof + radius_v + rng.uniform(0, 25),
+                            self.nerve_u + side * (radius_u + rng.uniform(15, 60)),
                             radius_v, radius_u, 0.15, rng.uniform(-9, -2), rng.uniform(2, 8)))
         for _ in range(rng.integers(1, 4)):
             muscles.append((rng.uniform(250, 360), rng.uniform(40, 540), rng.uniform(25, 50), rng.uniform(60, 130),
@@ -247,9 +252,9 @@ def subject_of(seed, number):
 
 
 def add_nerve(subject, index, v, u, backscatter, specular):
-    """Draw the nerve of frame `index` into `backscatter` and `specular` (168, 240), and return the level of its outline.
+    """Draw the nerve of frame `index` into `backscatter` and `specular` (168, 240), and return its level (168, 240).
 
-    The level is 1 in the middle of the nerve, 0 on its outline and negative outside, −1 everywhere if the frame holds none.
+    The level is 1 in the middle of the nerve, 0 on its outline and negative outside, −1 everywhere if there is none.
     Where the section comes near the nerve without showing it clearly, a trace of it is drawn, as in real frames.
     """
     level = np.full(v.shape, -1.0)
@@ -278,7 +283,7 @@ def add_nerve(subject, index, v, u, backscatter, specular):
         level[box] = np.clip(1 - r, -1, 1)
 
     # Connective tissue around dark fascicles; what reflects are the fascicles' rims and the outer sheath.
-    nearest, facing, clarity = np.full(r.shape, 9.0), np.zeros(r.shape), np.zeros(r.shape)      # of the nearest fascicle
+    nearest, facing, clarity = np.full(r.shape, 9.0), np.zeros(r.shape), np.zeros(r.shape)      # of the nearest one
     for centre_p, centre_q, length, width, clear in subject.fascicles:
         along, across = (p - centre_p) / length, (q - centre_q) / width
         distance = np.sqrt(along * along + across * across) + 1e-6
@@ -308,11 +313,11 @@ def blur(axis, sigma):
 
 @lru_cache(maxsize=8)
 def beam(width):
-    """Return `(transfer, gain)`: what the beam does to every lateral frequency (168, 240), and what it takes from speckle (168, 1).
+    """Return `(transfer, gain)`: the beam's effect on lateral frequencies (168, 240), the gain it asks for (168, 1).
 
-    Across, the pulse is a Gaussian whose sigma grows with the distance from the focus, so each row has a blur of its own; a
-    blur is a product after a Fourier transform along the row. Blurring averages random scatterers away: amplitude falls by
-    √(4π · axial sigma · lateral sigma) / STEP. `gain` makes up for that, so that 0 dB looks alike at every depth.
+    Across, the pulse is a Gaussian whose sigma grows with the distance from the focus, so each row has a blur of its
+    own: a product after a Fourier transform along the row. It averages random scatterers away: their amplitude falls to
+    STEP / √(4π · axial sigma · lateral sigma). `gain` makes up for that, so that 0 dB looks alike at every depth.
     """
     sigma = width * (3.4 + 2 * abs(Y - 150) / 270)
     transfer = np.exp(-2 * (np.pi * sigma * np.fft.fftfreq(len(X), STEP)) ** 2)
@@ -321,8 +326,8 @@ def beam(width):
 
 def scan(subject, index, rng, v, u, backscatter, specular, attenuation):
     """Return the B-mode image (168, 240), grey levels 0 to 255, of tissue given at every grid point."""
-    # 1. What is there: scatterers with random phases, and surfaces whose echoes add in phase. Two looks at it are taken, one at
-    #    scatterers that stay with the tissue, one at those that this frame alone brings into view.
+    # 1. What is there: scatterers with random phases, and surfaces whose echoes add in phase. Two looks are taken, one
+    #    at scatterers that stay with the tissue, one at those that this frame alone brings into view.
     row = np.clip((v + MARGIN_Y) / STEP + 0.5, 0, len(V) - 1).astype(int)
     column = np.clip((u + MARGIN_X) / STEP + 0.5, 0, len(U) - 1).astype(int)
     looks = np.stack([subject.scatterers.take(row * len(U) + column),
@@ -334,7 +339,7 @@ def scan(subject, index, rng, v, u, backscatter, specular, attenuation):
     looks *= np.exp(-2 * DECIBEL * STEP * np.cumsum(attenuation, axis=0))
     # 3. The pulse smears it, across (wider away from the focus) and in depth.
     looks = np.fft.ifft(np.fft.fft(looks) * transfer)
-    looks = blur('depth', AXIAL_SIGMA) @ looks.view(float)                                # (2, 168, 480): real, imaginary, …
+    looks = blur('depth', AXIAL_SIGMA) @ looks.view(float)                           # (2, 168, 480): real, imaginary, …
     # 4. Only the strength is kept; the looks are averaged (compounding), which halves the variance of speckle.
     looks *= looks
     looks = 0.5 * (looks[0] + looks[1])
@@ -349,7 +354,7 @@ def scan(subject, index, rng, v, u, backscatter, specular, attenuation):
 
 
 def add_overlay(grey):
-    """Return `grey` with what the screen draws over it: dark left and upper borders, and the mark of the probe's middle."""
+    """Return `grey` with what the screen draws over it: dark left and upper borders, a mark at the probe's middle."""
     arrow = abs(abs(X - 303) - (10 - Y / 2))                         # pixels from the two strokes of a V
     ink = np.where((Y < 20) & (abs(X - 303) < 12), np.clip(1 - arrow / 3, 0, 0.7), 0)
     ink = np.maximum(ink, 0.6 * (abs(X) < STEP) + 0.3 * (Y < STEP))
@@ -358,7 +363,7 @@ def add_overlay(grey):
 
 @lru_cache(maxsize=16)
 def resize_matrix(target, source):
-    """Return (target, source): the weights of linear interpolation, widened when shrinking so that every sample counts."""
+    """Return (target, source): weights of linear interpolation, widened when shrinking so that every sample counts."""
     scale = source / target
     centre = np.clip((np.arange(target)[:, None] + 0.5) * scale - 0.5, 0, source - 1)
     weights = np.clip(1 - abs(centre - np.arange(source)) / max(scale, 1), 0, None)
@@ -387,8 +392,9 @@ def check_numbers(subject, index, seed, size):
 def make_frame(subject, index, seed=0, size=(96, 128)):
     """Return frame `index` of subject number `subject`: `(image, mask)`, (H, W) uint8 in 0 … 255 and (H, W) bool.
 
-    Both count from 1, as file names do. The frame follows from `(seed, subject, index)` alone and is the same picture at every
-    `size`. Raises ValueError if a number is not a whole one in its range.
+    Both count from 1, as file names do (a seed sequence ignores trailing zeros, so index 0 would share its stream with
+    the subject). The frame follows from `(seed, subject, index)` alone and is the same picture at every `size`. Raises
+    ValueError if a number is not a whole one in its range.
     """
     check_numbers(subject, index, seed, size)
     anatomy = subject_of(int(seed), int(subject))
@@ -405,17 +411,17 @@ def make_frame(subject, index, seed=0, size=(96, 128)):
 
 
 class Phantom:
-    """Frames of `subjects` subjects, `frames` of each, made when they are asked for: it serves a `Loader` as a `Reader` does.
+    """`frames` frames of each of `subjects` subjects, made when they are asked for: a Reader for a Loader.
 
     size          (H, W) of the frames
     first         number of the first subject: two sets of one seed whose numbers do not overlap share no subject
     cache_bytes   memory for frames already made; what does not fit is made anew each time
 
-    `samples` lists what there is, `read` makes it. Reading a subject's frames one after the other is fastest: an anatomy takes
-    ten times as long as a frame, and only the last few are kept.
+    `samples` lists what there is, `read` makes it. Reading the frames of a subject one after the other is fastest: an
+    anatomy takes ten times as long as a frame, and only the last few are kept.
     """
 
-    def __init__(self, subjects=30, frames=30, seed=0, size=(96, 128), first=1, cache_bytes=2**30):
+    def __init__(self, subjects=60, frames=15, seed=0, size=(96, 128), first=1, cache_bytes=2**30):
         for name, count in ('subjects', subjects), ('frames', frames):
             if not isinstance(count, (int, np.integer)) or count < 1:
                 raise ValueError(f'{name} is {count!r}; expected a whole number of 1 or more')
@@ -438,10 +444,10 @@ class Phantom:
 
 
 def write(out, subjects, frames, seed=0, size=(HEIGHT, WIDTH), report=print):
-    """Write a set in the layout of the competition: `out`/train/{subject}_{index}.tif and …_mask.tif, grey, 0 and 255 in masks.
+    """Write a set in the layout of the competition: `out`/train/{subject}_{index}.tif and …_mask.tif, masks 0 and 255.
 
-    The files are LZW-compressed TIFFs. They are written into `out`/train.part, which becomes `out`/train when all are there.
-    `report` gets a line of progress per subject. Raises FileExistsError if `out` is a file or a folder that is not empty.
+    The files are LZW-compressed grey TIFFs. They are written into `out`/train.part, which becomes `out`/train when all
+    are there. `report` gets a line of progress per subject. Raises FileExistsError if `out` is a file or not empty.
     """
     out = Path(out)
     phantom = Phantom(subjects, frames, seed, size, cache_bytes=0)
@@ -455,8 +461,8 @@ def write(out, subjects, frames, seed=0, size=(HEIGHT, WIDTH), report=print):
             for sample in phantom.samples[first:first + frames]:
                 image, mask = phantom.read(sample)
                 with_nerve += mask.any()
-                for suffix, grey in ('', image // 257), ('_mask', mask * 255):
-                    Image.fromarray(grey.astype(np.uint8)).save(part / f'{sample.name}{suffix}.tif', compression='tiff_lzw')
+                for suffix, grey in ('', (image // 257).astype(np.uint8)), ('_mask', mask * 255):
+                    Image.fromarray(grey).save(part / f'{sample.name}{suffix}.tif', compression='tiff_lzw')
             report(f'subject {sample.subject} of {subjects}: {frames} frames, {with_nerve} with nerve')
         part.rename(out / 'train')
     finally:
@@ -471,13 +477,15 @@ def main(arguments=None):
             raise argparse.ArgumentTypeError(f'{text!r} is not of the form HxW, rows x columns, such as 420x580')
         return int(height), int(width)
 
-    parser = argparse.ArgumentParser(prog='python -m nervenet.phantom', description='Write synthetic ultrasound images and masks of '
-                                     'the nerve in them, in the layout of the Kaggle competition.',
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='new or empty folder')
+    parser = argparse.ArgumentParser(
+        prog='python -m nervenet.phantom', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Write synthetic ultrasound images and nerve masks in the layout of the Kaggle competition.')
+    parser.add_argument('--out', type=Path, required=True, default=argparse.SUPPRESS, metavar='DIR',
+                        help='new or empty folder')
     parser.add_argument('--subjects', type=int, default=10, metavar='N', help='number of subjects')
     parser.add_argument('--frames', type=int, default=40, metavar='N', help='frames of each subject')
-    parser.add_argument('--size', type=size, default=(HEIGHT, WIDTH), metavar='HxW', help='rows x columns of the images')
+    parser.add_argument('--size', type=size, default=f'{HEIGHT}x{WIDTH}', metavar='HxW',
+                        help='rows x columns of the images')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='another number makes other subjects')
     args = parser.parse_args(arguments)
     try:

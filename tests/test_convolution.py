@@ -61,14 +61,18 @@ SHAPES = [
     dict(N=2, H=11, W=14, C_in=6, C_out=1, kernel_size=(1, 1), padding=(0, 0)),
     dict(N=2, H=11, W=14, C_in=6, C_out=7, kernel_size=(1, 1), padding=(1, 0)),
     dict(N=2, H=10, W=14, C_in=6, C_out=7, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0)),
-    dict(N=2, H=11, W=13, C_in=6, C_out=7, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0)),   # a row and a column left over
+    dict(N=2, H=11, W=13, C_in=6, C_out=7, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0)),   # some left over
     dict(N=1, H=9, W=8, C_in=2, C_out=3, kernel_size=(3, 2), stride=(3, 2), padding=(0, 0)),
-    dict(N=2, H=9, W=9, C_in=2, C_out=3, kernel_size=(2, 2), stride=(3, 3), padding=(0, 0)),     # pixels that no window meets
+    dict(N=2, H=9, W=9, C_in=2, C_out=3, kernel_size=(2, 2), stride=(3, 3), padding=(0, 0)),     # some never met
 ]
 
 
+def name_of(shape):
+    return '-'.join(str(value).replace(' ', '') for value in shape.values())
+
+
 @pytest.mark.parametrize('dtype', TOLERANCE)
-@pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: '-'.join(str(value).replace(' ', '') for value in shape.values()))
+@pytest.mark.parametrize('shape', SHAPES, ids=name_of)
 def test_the_fast_paths_agree_with_the_plain_path(rng, shape, dtype):
     arguments = problem(rng, **shape, dtype=dtype)
     in_float64 = *(array.astype('float64') for array in arguments[:3]), arguments[3]
@@ -84,18 +88,19 @@ def test_the_fast_paths_agree_with_the_plain_path_at_random_shapes(rng):
         assert_close(three(convolution, *arguments), three(plain, *arguments), 'float64', shape)
 
 
-@pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: '-'.join(str(value).replace(' ', '') for value in shape.values()))
+@pytest.mark.parametrize('shape', SHAPES, ids=name_of)
 def test_im2col_serves_every_shape(rng, shape):
     arguments = problem(rng, **shape)
     assert_close(three(im2col, *arguments), three(plain, *arguments), 'float64', shape)
 
 
-THREE_BY_THREE = [shape for shape in SHAPES if not shape.keys() & {'kernel_size', 'stride'} and max(shape.get('padding', (1, 1))) <= 2]
+THREE_BY_THREE = [shape for shape in SHAPES
+                  if not shape.keys() & {'kernel_size', 'stride'} and max(shape.get('padding', (1, 1))) <= 2]
 
 
 @pytest.mark.parametrize('path', [winograd_1d, winograd_2d])
 @pytest.mark.parametrize('dtype', TOLERANCE)
-@pytest.mark.parametrize('shape', THREE_BY_THREE, ids=lambda shape: '-'.join(str(value).replace(' ', '') for value in shape.values()))
+@pytest.mark.parametrize('shape', THREE_BY_THREE, ids=name_of)
 def test_winograd_serves_every_shape_with_a_3_by_3_kernel(rng, shape, dtype, path):
     arguments = problem(rng, **shape, dtype=dtype)
     in_float64 = *(array.astype('float64') for array in arguments[:3]), arguments[3]
@@ -173,8 +178,9 @@ def test_bias_is_added_to_every_pixel(rng, path, dtype):
         with context:
             results = {'forward': convolution.forward(x, weight, *geometry, bias=bias),
                        'input_gradient': convolution.input_gradient(dy, weight, x.shape[1:3], *geometry, bias=dbias)}
-        assert_close(results, {'forward': plain.forward(x, weight, *geometry) + bias,
-                               'input_gradient': plain.input_gradient(dy, weight, x.shape[1:3], *geometry) + dbias}, dtype, path)
+        expected = {'forward': plain.forward(x, weight, *geometry) + bias,
+                    'input_gradient': plain.input_gradient(dy, weight, x.shape[1:3], *geometry) + dbias}
+        assert_close(results, expected, dtype, path)
 
 
 def test_large_images_are_cut_into_strips_without_a_seam(rng):
@@ -208,8 +214,10 @@ def test_within_use_plain_only_the_plain_path_runs(rng, path, monkeypatch):
 
 def test_complex_mixed_and_empty_arrays_take_the_plain_path(rng):
     x, weight, dy, geometry = problem(rng, N=2, H=12, W=16, C_in=8, C_out=8)
-    step = x + 1e-30j * x                                                     # complex-step differentiation needs all digits
+    step = x + 1e-30j * x                                                     # as in complex-step differentiation
     assert numpy.array_equal(convolution.forward(step, weight, *geometry), plain.forward(step, weight, *geometry))
+    weight_too = weight + 1j * weight
+    assert numpy.array_equal(convolution.forward(step, weight_too, *geometry), plain.forward(step, weight_too, *geometry))
     single = x.astype('float32')
     assert numpy.array_equal(convolution.forward(single, weight, *geometry), plain.forward(single, weight, *geometry))
     assert convolution.forward(x[:0], weight, *geometry).shape == (0, 12, 16, 8)
@@ -230,7 +238,7 @@ def test_an_image_smaller_than_the_kernel_is_refused(rng):
 
 
 def test_no_path_needs_scratch_as_large_as_the_batch(rng, path):
-    shape = PATHS[path] | dict(N=40)
+    shape = PATHS[path] | dict(N=60)
     arguments = problem(rng, **shape, dtype='float32')
 
     def scratch_of(work):
@@ -247,5 +255,5 @@ def test_no_path_needs_scratch_as_large_as_the_batch(rng, path):
         return held[0]
 
     x, weight, dy, geometry = arguments
-    few = scratch_of(lambda: three(convolution, x[:10], weight, dy[:10], geometry))
-    assert scratch_of(lambda: three(convolution, x, weight, dy, geometry)) <= 1.1 * few
+    few = scratch_of(lambda: three(convolution, x[:15], weight, dy[:15], geometry))
+    assert scratch_of(lambda: three(convolution, x, weight, dy, geometry)) <= 1.25 * few

@@ -86,11 +86,19 @@ def test_no_block_runs_on_after_an_error_has_reached_the_caller():
 
 
 def test_a_nested_call_runs_where_it_is():
-    def outer(block):
-        return {threading.get_ident(), *parallel_for(range(8), lambda inner: threading.get_ident())}
+    def inner(block):
+        time.sleep(0.002)                           # time for another thread to take the next block
+        return threading.get_ident()
 
-    with set_threads(4):
-        assert all(len(idents) == 1 for idents in parallel_for(range(8), outer))
+    def outer(block):
+        together.wait(10)                           # so that one outer block runs in the caller, the other in a helper
+        return {threading.get_ident(), *parallel_for(range(8), inner)}
+
+    together = threading.Barrier(2)
+    with set_threads(2):
+        parallel_for(range(2), meet(2))
+        with set_threads(4):
+            assert [len(idents) for idents in parallel_for(range(2), outer)] == [1, 1]
 
 
 def test_concurrent_callers_do_not_disturb_each_other(rng):
@@ -160,6 +168,50 @@ def test_waiting_helpers_keep_no_arrays_alive():
     wait_until(lambda: Block.deleted)
 
 
+def test_a_job_that_waits_for_a_busy_helper_keeps_no_arrays_alive():
+    class Block:
+        alive = 0
+
+        def __init__(self):
+            Block.alive += 1
+
+        def __del__(self):
+            Block.alive -= 1
+
+    busy, release = threading.Barrier(3), threading.Event()
+
+    def keep_busy(block):
+        busy.wait(10)
+        release.wait(10)
+
+    wait_until(lambda: not helpers())
+    with set_threads(2):
+        other = threading.Thread(target=parallel_for, args=(range(2), keep_busy))
+        other.start()
+        busy.wait(10)                               # the only helper is at work for the other caller
+        parallel_for([Block(), Block()], lambda block: None)
+        alive = Block.alive
+        release.set()
+        other.join()
+    assert alive == 0
+
+
+def test_helpers_leave_after_many_short_calls_from_many_threads():
+    """A helper may find that another has taken the job it was started for."""
+    def caller():
+        for _ in range(100):
+            parallel_for(range(3), lambda block: None)
+
+    with set_threads(5):
+        threads = [threading.Thread(target=caller) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    wait_until(lambda: not helpers())
+    assert (parallel._helpers.alive, parallel._helpers.idle, parallel._helpers.jobs.qsize()) == (0, 0, 0)
+
+
 def test_set_threads_holds_and_returns():
     available = parallel.number_of_threads()
     with set_threads(5):
@@ -187,6 +239,30 @@ def test_blas_uses_one_thread_while_blocks_run_and_its_own_number_afterwards():
                 with pytest.raises(ZeroDivisionError):
                     parallel_for(range(4), lambda block: 1 / 0)
                 assert parallel._blas.get() == 2
+    finally:
+        parallel._blas.set(before)
+
+
+@pytest.mark.skipif(parallel._blas.set is None, reason='the BLAS behind NumPy cannot be asked for its threads')
+def test_blas_returns_to_its_own_number_when_the_last_of_several_callers_is_done():
+    before, started, release = parallel._blas.get(), threading.Event(), threading.Event()
+
+    def stay(block):
+        started.set()
+        release.wait(10)
+        return parallel._blas.get()
+
+    try:
+        parallel._blas.set(2)
+        results = []
+        other = threading.Thread(target=lambda: results.extend(parallel_for([0], stay)))
+        other.start()
+        assert started.wait(10)
+        assert parallel_for([0], lambda block: parallel._blas.get()) == [1]
+        assert parallel._blas.get() == 1            # the other caller's block still runs
+        release.set()
+        other.join()
+        assert results == [1] and parallel._blas.get() == 2
     finally:
         parallel._blas.set(before)
 
@@ -223,7 +299,7 @@ def test_scratch_is_reused_in_a_thread_and_never_shared_between_threads():
 def test_a_forked_child_and_the_end_of_the_program_are_clean():
     program = '''
 import os, threading, warnings
-warnings.simplefilter('ignore', DeprecationWarning)     # Python warns of forking beside threads; the point here is that it works
+warnings.simplefilter('ignore', DeprecationWarning)     # Python warns of forking beside threads; here it must work
 from nervenet.parallel import parallel_for, set_threads
 set_threads(3)
 barrier = threading.Barrier(3)

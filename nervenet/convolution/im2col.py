@@ -1,16 +1,17 @@
 """Convolution as one matrix product: windows laid out as rows.
 
-Write every window of the image as one row of a matrix, its KH·KW·C_in pixel values one after the other ("im2col"), and the
-whole convolution becomes
+Write every window of the image as one row of a matrix, its KH·KW·C_in pixel values one after the other ("im2col"), and
+the whole convolution becomes
 
     y (pixels, C_out) = columns (pixels, KH·KW·C_in) @ weight (KH·KW·C_in, C_out)
 
-One product with a long inner side is what BLAS does best. The price is that a 3×3 kernel copies each pixel nine times: done for
-the whole image, that is nine times the memory written, and read again. So the image is cut into strips of rows whose columns stay
-in the cache between the copy and the product. (Strips, not the copy itself, are what makes it fast: 240 against 25 GF/s.)
+One product with a long inner side is what BLAS does best. The price is that a 3×3 kernel copies each pixel nine times:
+done for the whole image, that is nine times the memory written, and read again. So the image is cut into strips of rows
+whose columns stay in the cache between the copy and the product. (Strips, not the copy itself, are what makes it fast:
+240 against 25 GF/s.)
 
-The gradient to the weight is the same line solved for `weight`: columnsᵀ @ dy, summed over the strips.
-The gradient to the input, at stride 1, is again a convolution: pixel (r, c) was met by tap (i, j) of the output (r − i, c − j), so it
+The gradient to the weight is the same line solved for `weight`: columnsᵀ @ dy, summed over the strips. The gradient to
+the input, at stride 1, is again a convolution: pixel (r, c) was met by tap (i, j) of the output (r − i, c − j), so it
 collects dy through the kernel turned by 180°, with C_in and C_out exchanged and padding k − 1 − p.
 
 It serves every kernel, stride and padding, and rounds like the plain path.
@@ -24,6 +25,7 @@ from . import plain
 from .strips import cut, cut_images, padded_strip, sum_in_parts
 
 COLUMN_BYTES = 512 * 1024               # of one strip; they must stay in a core's own cache (1 MiB) beside the weight
+LEAST_PIXELS = 64                       # of one strip, because it reads the whole weight
 CHANNELS = 128                          # wide enough for a product to run at full speed
 
 
@@ -42,8 +44,11 @@ def columns_of(x, images, rows, kernel_size, stride, padding, W_out):
 
 
 def rows_per_block(W_out, row_values, itemsize):
-    """Return how many output rows have columns of about COLUMN_BYTES, if each output pixel needs `row_values` values."""
-    return max(1, COLUMN_BYTES // (W_out * row_values * itemsize))
+    """Return how many output rows have columns of about COLUMN_BYTES, if each output pixel needs `row_values` values.
+
+    At least LEAST_PIXELS pixels: a product reads the whole weight for them.
+    """
+    return -(-max(LEAST_PIXELS, COLUMN_BYTES // (row_values * itemsize)) // W_out)
 
 
 def forward(x, weight, stride, padding, bias=None):
@@ -84,7 +89,8 @@ def input_gradient(dy, weight, input_size, stride, padding, bias=None):
         dx[images, :, :, channels] = part if bias is None else part + bias[channels]
 
     images = cut(len(dy), max(1, 256 * len(dy) // pixels))
-    parallel_for([(some, channels) for some in images for channels in cut(C_in, CHANNELS if len(images) < 8 else C_in)], work)
+    channels = cut(C_in, CHANNELS if len(images) < 8 else C_in)
+    parallel_for([(some, within) for some in images for within in channels], work)
     return dx
 
 

@@ -1,7 +1,7 @@
 """Kernels that tile the image: no two windows share a pixel.
 
-Where the stride equals the kernel and nothing is padded, as in the 1×1 head and in the 2×2 steps between two levels of a U-Net,
-nothing is copied twice, so the convolution is a matrix product and a rearrangement:
+Where the stride equals the kernel and nothing is padded, as in the 1×1 head and in the 2×2 steps between two levels of
+a U-Net, nothing is copied twice, so the convolution is a matrix product and a rearrangement:
 
     y (pixels, C_out)                 = patches (pixels, KH·KW·C_in) @ weight (KH·KW·C_in, C_out)
     dpatches (pixels, KH·KW·C_in)     = dy (pixels, C_out) @ weightᵀ
@@ -18,6 +18,7 @@ from ..parallel import parallel_for, scratch
 from .strips import cut, sum_in_parts
 
 BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still in the cache when it is rearranged
+LEAST_PIXELS = 128                      # a product reads the whole weight for them
 
 
 def fits(kernel_size, stride, padding, input_size):
@@ -33,12 +34,12 @@ def _rows_of_windows(x, kernel_size):
 
 
 def _blocks(windows):
-    """Cut rows of windows into blocks of about BLOCK_BYTES."""
-    return cut(len(windows), BLOCK_BYTES * len(windows) // max(1, windows.nbytes))
+    """Cut rows of windows into blocks of about BLOCK_BYTES, and at least LEAST_PIXELS windows."""
+    return cut(len(windows), max(BLOCK_BYTES * len(windows) // windows.nbytes, -(-LEAST_PIXELS // windows.shape[1])))
 
 
 def _matrix(windows, block):
-    """Return rows `block` of the windows as a matrix (pixels, KH·KW·C): a view for 1×1, else a copy in scratch memory."""
+    """Return rows `block` of the windows as a matrix (pixels, KH·KW·C): a view for 1×1, else a scratch copy."""
     windows = windows[block]
     if windows.shape[2:4] != (1, 1):
         patches = scratch('patches', windows.shape, windows.dtype)
@@ -90,7 +91,10 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
     windows = _rows_of_windows(x, kernel_size)
     rows = dy.reshape(len(windows), -1, C_out)
 
-    def term(block, within):
-        return _matrix(windows, block).T @ rows[block].reshape(-1, C_out)
+    strips = _blocks(windows)
+    channels = cut(C_in, C_in if len(strips) > 4 else max(32, C_in // 8))
 
-    return sum_in_parts(_blocks(windows), [slice(None)], term, lambda total: total.reshape(*kernel_size, C_in, C_out))
+    def term(block, within):
+        return _matrix(windows[..., within], block).T @ rows[block].reshape(-1, C_out)
+
+    return sum_in_parts(strips, channels, term, lambda total: total.reshape(*kernel_size, -1, C_out))

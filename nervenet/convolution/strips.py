@@ -15,41 +15,43 @@ def cut(length, size):
 
 
 def cut_images(images, rows, rows_per_block):
-    """Return pairs of slices (images, rows): about `rows_per_block` rows each, of several images where images are small."""
+    """Return pairs of slices (images, rows) of about `rows_per_block` rows, of several small images or of one."""
     if rows_per_block < rows:
         return [(image, strip) for image in cut(images, 1) for strip in cut(rows, rows_per_block)]
     return [(several, slice(0, rows)) for several in cut(images, rows_per_block // rows)]
 
 
 def padded_strip(x, images, top, left, height, width, name='strip'):
-    """Return x[images] (n, height, width, C) from row `top` and column `left` on, zeros where that lies outside the image.
+    """Return x[images] (n, height, width, C) from row `top` and column `left` on, zeros where that lies outside the
+    image.
 
     The result is scratch memory: it lasts until this thread asks for its next strip.
     """
     x = x[images]
     n, H, W, C = x.shape
     strip = scratch(name, (n, height, width, C), x.dtype)
-    first, last = sorted((0, -top, height))[1], sorted((0, H - top, height))[1]       # the rows of the strip inside the image
-    left_end, right_end = sorted((0, -left, width))[1], sorted((0, W - left, width))[1]
-    strip[:, :first] = 0
-    strip[:, last:] = 0
-    strip[:, first:last, :left_end] = 0
-    strip[:, first:last, right_end:] = 0
-    strip[:, first:last, left_end:right_end] = x[:, top + first:top + last, left + left_end:left + right_end]
+    # The rows a to b and the columns c to d of the strip lie inside the image.
+    (a, b), (c, d) = ((min(max(0, -start), size), max(0, min(length - start, size)))
+                      for start, size, length in ((top, height, H), (left, width, W)))
+    strip[:, :a] = 0
+    strip[:, b:] = 0
+    strip[:, a:b, :c] = 0
+    strip[:, a:b, d:] = 0
+    strip[:, a:b, c:d] = x[:, top + a:top + b, left + c:left + d]
     return strip
 
 
 def sum_in_parts(strips, channels, term, finish=lambda total: total):
-    """Return the weight gradient Σ finish(Σ term(strip, within)) for each slice `within` of `channels`, joined along axis 2.
+    """Return the weight gradient: Σ finish(Σ term(strip, within)) for each slice `within` of `channels`, side by side.
 
-    The inner sum runs over neighbouring strips, in one block; the outer one over at most PARTIAL_SUMS such blocks. `finish` is a
-    linear map that makes a partial sum smaller.
+    The inner sum runs over neighbouring strips, in one block; the outer one over at most PARTIAL_SUMS such blocks.
+    `finish` is linear and returns a part (KH, KW, channels, C_out) of the gradient. A term must be a fresh array.
     """
     groups = cut(len(strips), -(-len(strips) * len(channels) // PARTIAL_SUMS))
 
     def work(block):
         within, group = block
-        total = numpy.array(term(strips[group.start], within))               # a copy: the term may be scratch memory
+        total = term(strips[group.start], within)
         for strip in strips[group][1:]:
             total += term(strip, within)
         return finish(total)

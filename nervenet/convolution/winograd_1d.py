@@ -1,8 +1,9 @@
 """Winograd convolution along one axis: 3×3 kernels with half the multiplications.
 
-Four neighbouring outputs of a filter with three taps need 12 multiplications if they are computed one by one. But a filter is a
-product of polynomials, and a product can be found from its values at a few points: 6 points, 6 multiplications, and
-additions (Winograd 1980; Lavin & Gray 2015, arXiv:1509.09308). For d six neighbouring pixels and g the three taps,
+Four neighbouring outputs of a filter with three taps need 12 multiplications if they are computed one by one. But a
+filter is a product of polynomials, and a product can be found from its values at a few points: 6 points, 6
+multiplications, and additions (Winograd 1980; Lavin & Gray 2015, arXiv:1509.09308). For d six neighbouring pixels and g
+the three taps,
 
     y = Aᵀ [(G g) ⊙ (Bᵀ d)]            y (4,), Aᵀ (4×6), G (6×3), Bᵀ (6×6)
 
@@ -13,15 +14,15 @@ Here this is done down the columns of the image, with whole rows for pixels: d i
     M_u = windows(V_u) U_u   (6, pixels, C_out)      six ordinary convolutions along the rows
     y = Aᵀ M                                         one product: (4×6) @ (6 × W·C_out)
 
-The windows of three neighbouring pixels are 3·C_in values side by side in memory, so they need no copy either: windows 0, 3, 6, …
-are the rows of one matrix, windows 1, 4, 7, … of a second, and 2, 5, 8, … of a third. Every step is a matrix product on
-memory as it lies, small enough for BLAS to skip its own rearranging.
+The windows of three neighbouring pixels are 3·C_in values side by side in memory, so they need no copy either: windows
+0, 3, 6, … are the rows of one matrix, windows 1, 4, 7, … of a second, and 2, 5, 8, … of a third. Every step is a matrix
+product on memory as it lies, small enough for BLAS to skip its own rearranging.
 
-The gradient to the weight is the chain rule through these lines, that is their transposes: Z = A dy, dU_u = windows(V_u)ᵀ Z_u,
-dweight = Gᵀ dU. The gradient to the input is a convolution of dy with the kernel turned by 180°.
+The gradient to the weight is the chain rule through these lines, that is their transposes: Z = A dy, dU_u =
+windows(V_u)ᵀ Z_u, dweight = Gᵀ dU. The gradient to the input is a convolution of dy with the kernel turned by 180°.
 
-It wins where channels are few, up to about 32: there the two-dimensional form spends its gain on transforms. The numbers in
-Bᵀ and Aᵀ nearly cancel: in float32 the relative error is about 1e-6, some three times that of the plain sum.
+It wins where channels are few, up to about 32: there the two-dimensional form spends its gain on transforms. The
+numbers in Bᵀ and Aᵀ nearly cancel: in float32 the relative error is about 1e-6, some three times that of the plain sum.
 """
 
 import numpy
@@ -48,46 +49,55 @@ AT = numpy.array([[1, 1, 1, 1, 1, 0],
                   [0, 1, 1, 4, 4, 0],
                   [0, 1, -1, 8, -8, 1]])
 
-BLOCK_VALUES = 32 * 1024                # pixels times channels of one block, which has 1.5 times as many values in V and in M
+BLOCK_VALUES = 32 * 1024                # pixels times channels of one block, which has 1.5 times as many in V and in M
 
 
 def transform_rows(matrix, x, images, tiles, padding, width, name):
     """Return values (p, n, tiles, width, C): `matrix` (p, q) times the q rows of x[images] under each row of tiles.
 
-    Tile t starts at row 4t − padding[0]. The image starts at column padding[1] of `width`; around it the values are zero. Rows
-    above and below the image are zeros too: they are left out of the product, with their columns of the matrix.
+    Tile t starts at row 4t − padding[0]. The image starts at column padding[1] of `width`; around it the values are
+    zero. Rows above and below the image are zeros too: they are left out of the product, with their columns of the
+    matrix.
     """
     (p, q), (top, left), x = matrix.shape, padding, x[images]
     (n, H, W, C), number = x.shape, tiles.stop - tiles.start
     values = scratch(name, (p, n, number, width, C), x.dtype)
     values[:, :, :, :left] = 0
     values[:, :, :, left + W:] = 0
-    out = values.reshape(p, n, number, width * C)[..., left * C:(left + W) * C].transpose(1, 2, 0, 3)     # (n, tiles, p, W·C)
+    inside = slice(left * C, (left + W) * C)
+    out = values.reshape(p, n, number, width * C)[..., inside].transpose(1, 2, 0, 3)     # (n, tiles, p, W·C)
     matrix, x = matrix.astype(x.dtype), x.reshape(n, H, W * C)
     a, b, c = x.strides
     tile = tiles.start
     while tile < tiles.stop:
         first = 4 * tile - top
-        above, below = max(0, -first), max(0, first + q - H)                 # rows of this tile that lie outside the image
-        last = tile + 1 if above or below else min(tiles.stop, (H + top - q) // 4 + 1)       # of tiles treated alike
+        above, below = max(0, -first), max(0, first + q - H)                 # rows of this tile outside the image
+        last = tile + 1 if above or below else min(tiles.stop, (H + top - q) // 4 + 1)   # of tiles treated alike
         rows = as_strided(x[:, first + above:], (n, last - tile, q - above - below, W * C), (a, 4 * b, b, c))
         numpy.matmul(matrix[:, above:q - below], rows, out=out[:, tile - tiles.start:last - tiles.start])
         tile = last
     return values
 
 
-def write_rows(values, y, images, tiles):
-    """Write y[images] under `tiles`: Aᵀ times `values` (6, n, tiles, width ≥ W_out, C_out); rows below the image are left out."""
-    (_, n, number, width, C_out), y = values.shape, y[images]
-    H_out, W_out = y.shape[1:3]
-    values = values.reshape(6, n, number, width * C_out)[..., :W_out * C_out].transpose(1, 2, 0, 3)       # (n, tiles, 6, W_out·C_out)
-    a, b, _, d = y.strides
+def write_rows(values, y, images, tiles, channels=slice(None)):
+    """Write y[images, …, channels] under `tiles`: Aᵀ times `values` (6, n, tiles, width ≥ W_out, channels).
+
+    Rows below the image and columns right of it are left out.
+    """
+    (_, n, number, width, C), y = values.shape, y[images]
+    (_, H_out, W_out, C_out), at = y.shape, AT.astype(y.dtype)
+    values = values.reshape(6, n, number, width * C)[..., :W_out * C].transpose(1, 2, 0, 3)     # (n, tiles, 6, W_out·C)
     whole = min(tiles.stop, H_out // 4) - tiles.start
-    at = AT.astype(y.dtype)
     for start, stop, rows in ((0, whole, 4), (whole, number, H_out % 4)):
         if start < stop:
-            out = as_strided(y[:, 4 * (tiles.start + start):], (n, stop - start, rows, W_out * C_out), (a, 4 * b, b, d))
-            numpy.matmul(at[:rows], values[:, start:stop], out=out)
+            below = y[:, 4 * (tiles.start + start):]
+            a, b, _, d = y.strides
+            if C == C_out:
+                out = as_strided(below, (n, stop - start, rows, W_out * C), (a, 4 * b, b, d))
+                numpy.matmul(at[:rows], values[:, start:stop], out=out)
+            else:
+                part = (at[:rows] @ values[:, start:stop]).reshape(n, -1, W_out, C)
+                below[:, :part.shape[1], :, channels] = part
 
 
 def shifts(pixels):
@@ -116,7 +126,7 @@ def forward(x, weight, stride, padding, bias=None):
         V = transform_rows(BT, x, images, tiles, padding, width, 'V')        # (6, n, tiles, width, C_in)
         M = scratch('M', (*V.shape[:4], C_out), x.dtype)
         points, products = V.reshape(6, -1, C_in), M.reshape(6, -1, C_out)   # (6, pixels, …)
-        for pixels, windows in shifts(points.shape[1]):                      # the last two windows of a row are never read
+        for pixels, windows in shifts(points.shape[1]):                      # a row's last two windows are never read
             numpy.matmul(points[:, pixels].reshape(6, -1, 3 * C_in), U, out=products[:, windows])
         if bias is not None:
             # The second column of Aᵀ is all ones: what is added at this point is added to all four rows.
@@ -129,7 +139,8 @@ def forward(x, weight, stride, padding, bias=None):
 
 def input_gradient(dy, weight, input_size, stride, padding, bias=None):
     """Return dx (N, H, W, C_in): dy convolved with the kernel turned by 180°; see `plain.input_gradient`."""
-    return forward(dy, numpy.ascontiguousarray(weight[::-1, ::-1].swapaxes(2, 3)), stride, (2 - padding[0], 2 - padding[1]), bias)
+    turned = numpy.ascontiguousarray(weight[::-1, ::-1].swapaxes(2, 3))      # (3, 3, C_out, C_in)
+    return forward(dy, turned, stride, (2 - padding[0], 2 - padding[1]), bias)
 
 
 def weight_gradient(x, dy, kernel_size, stride, padding):
@@ -141,9 +152,10 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
     def term(block, within):
         images, tiles = block
         V = transform_rows(BT, x, images, tiles, padding, width, 'V').reshape(6, -1, C_in)
-        Z = transform_rows(AT.T, dy, images, tiles, (0, 0), width, 'Z').reshape(6, -1, C_out)      # zero in the last two columns
-        return sum(points.reshape(6, -1, 3 * C_in).swapaxes(1, 2) @ Z[:, windows] for points, windows in
-                   ((V[:, pixels], windows) for pixels, windows in shifts(V.shape[1])))            # (6, 3·C_in, C_out)
+        # Zero in the last two columns of each row, so that the windows that do not exist count for nothing.
+        Z = transform_rows(AT.T, dy, images, tiles, (0, 0), width, 'Z').reshape(6, -1, C_out)
+        return sum(V[:, pixels].reshape(6, -1, 3 * C_in).swapaxes(1, 2) @ Z[:, windows]
+                   for pixels, windows in shifts(V.shape[1]))                # (6, 3·C_in, C_out)
 
     def finish(dU):
         return (G.T.astype(x.dtype) @ dU.reshape(6, -1)).reshape(3, 3, C_in, C_out)

@@ -1,6 +1,7 @@
 """Winograd convolution along both axes: 3×3 kernels with a quarter of the multiplications.
 
-Read `winograd_1d.py` first. Doing the same along the columns and along the rows, a tile d of 6×6 pixels gives 4×4 outputs:
+Read `winograd_1d.py` first. Doing the same along the columns and along the rows, a tile d of 6×6 pixels gives 4×4
+outputs:
 
     y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A              36 multiplications instead of 144
 
@@ -11,16 +12,17 @@ With channels, each of the 36 is a matrix product that all tiles share (Lavin & 
     M = V U            (36, tiles, C_out)        36 products, nearly all of the arithmetic
     y = Aᵀ M A
 
-Bᵀ is applied to whole rows of the image at once, then B to six neighbouring pixels at a time: (6×6) @ (6×C), written where the 36
-products want it. Nothing is gathered; neighbouring tiles overlap by being views of the same memory.
+Bᵀ is applied to whole rows of the image at once, then B to six neighbouring pixels at a time: (6×6) @ (6×C), written
+where the 36 products want it. Nothing is gathered; neighbouring tiles overlap by being views of the same memory.
 
-The products come in pieces of about half a million multiplications: such small matrices BLAS multiplies where they lie, without
-rearranging them first. U is cut into panels for that.
+The products come in pieces of about half a million multiplications: such small matrices BLAS multiplies where they lie,
+without rearranging them first. So U is made as panels of a few output channels.
 
-Gradients as in one dimension: Z = A dy Aᵀ, dU = Vᵀ Z, dweight = Gᵀ dU G; the gradient to the input is a convolution of dy with
-the turned kernel, which here means G with its columns reversed.
+Gradients as in one dimension: Z = A dy Aᵀ, dU = Vᵀ Z, dweight = Gᵀ dU G; the gradient to the input is a convolution of
+dy with the turned kernel, which here means G with its columns reversed.
 
-In float32 the relative error is about 2e-6. It wins from about 48 channels up, as long as there are tens of tiles to share U.
+In float32 the relative error is about 2e-6. It wins from about 48 channels up. With only a few tiles, the transform of
+the weight costs as much as it saves; and an image much smaller than a tile wastes most of it.
 """
 
 import numpy
@@ -32,8 +34,10 @@ from .strips import cut, cut_images, sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
 TILE_VALUES = 8 * 1024                  # tiles times channels of one block, which has 36 times as many values in V
-LEAST_TILES = 32                        # of one block: they share one reading of U
+LEAST_TILES = 32                        # of one block, because it reads all of U
+FEW_TILES = 128                         # up to so many in all, blocks share the channels, not the tiles
 SUMMED_TILES = 128                      # tiles that one term of a weight gradient sums over
+SHARES = 8                              # blocks that share the channels
 PIECE = 512 * 1024                      # multiplications of one product
 
 
@@ -52,53 +56,52 @@ def transform_tiles(matrix, x, images, tiles, padding, columns, name):
     return values.reshape(36, -1, C)
 
 
-def panels(matrix, weight, tiles, turned=False):
-    """Return U = matrix weight matrixᵀ as a list of panels (36, C_in, some of C_out), for the weight or the turned weight.
-
-    A panel is as wide as makes a product with `tiles` tiles one PIECE. Being contiguous, it stays in the cache as a whole.
-    """
-    if turned:
-        matrix, weight = matrix[:, ::-1], weight.swapaxes(2, 3)              # the reversed columns turn the kernel
-    C_in, C_out = weight.shape[2:]
-    matrix = matrix.astype(weight.dtype)
-
-    def work(columns):
-        taps = numpy.ascontiguousarray(weight[..., columns]).reshape(3, 3, -1)
-        rows = matrix @ taps.swapaxes(0, 1)                                  # (3, 6, …): the kernel's columns come first
-        return (matrix @ rows.swapaxes(0, 1)).reshape(36, C_in, -1)
-
-    return parallel_for(cut(C_out, max(16, min(64, PIECE // (tiles * C_in) // 16 * 16))), work)
+def transform_weight(matrix, weight):
+    """Return matrix weight matrixᵀ (36, C_in, C_out) for `matrix` (6, 3)."""
+    _, _, C_in, C_out = weight.shape
+    matrix, taps = matrix.astype(weight.dtype), numpy.ascontiguousarray(weight).reshape(3, 3, -1)
+    rows = matrix @ taps.swapaxes(0, 1)                                      # (3, 6, …), the columns first
+    return (matrix @ rows.swapaxes(0, 1)).reshape(36, C_in, C_out)
 
 
 def convolve(x, weight, padding, turned=False, bias=None):
-    """Return y (N, H_out, W_out, C_out), x convolved with `weight`, or with its turned form, which exchanges C_in and C_out."""
-    x = numpy.ascontiguousarray(x)
-    (N, H, W, C_in), C_out = x.shape, weight.shape[2 if turned else 3]
+    """Return y (N, H_out, W_out, C_out): x convolved with weight or, C_in and C_out exchanged, the turned weight."""
+    x, matrix = numpy.ascontiguousarray(x), G
+    if turned:
+        matrix, weight = G[:, ::-1], weight.swapaxes(2, 3)                   # the reversed columns turn the kernel
+    (N, H, W, C_in), C_out = x.shape, weight.shape[3]
     H_out, W_out = output_size((H, W), (3, 3), (1, 1), padding)
-    columns = -(-W_out // 4)
-    tiles_per_block = max(LEAST_TILES, TILE_VALUES // max(C_in, C_out))
-    U = panels(G, weight, tiles_per_block, turned)
+    R, columns = -(-H_out // 4), -(-W_out // 4)
+    few = N * R * columns <= FEW_TILES
+    tiles_per_block = FEW_TILES if few else max(LEAST_TILES, TILE_VALUES // max(C_in, C_out))
+    panels = cut(C_out, max(16, min(64, PIECE // (min(tiles_per_block, N * R * columns) * C_in) // 16 * 16)))
     y = numpy.empty((N, H_out, W_out, C_out), x.dtype)
     at = AT.astype(x.dtype)
 
-    def work(block):
-        images, tiles = block
-        n, number = images.stop - images.start, tiles.stop - tiles.start
-        V = transform_tiles(BT, x, images, tiles, padding, columns, 'V')     # (36, tiles, C_in)
-        M = scratch('M', (36, V.shape[1], C_out), x.dtype)
-        start = 0
-        for panel in U:
-            stop = start + panel.shape[2]
-            numpy.matmul(V, panel, out=M[:, :, start:stop])
-            start = stop
-        M = M.reshape(6, 6, n, number, columns, C_out)
-        if bias is not None:
-            M[1, 1] += bias                                                  # the column of ones in Aᵀ adds it to all 16 outputs
-        rows = scratch('rows', (6, n, number, columns, 4, C_out), x.dtype)
-        numpy.matmul(at, M.transpose(0, 2, 3, 4, 1, 5), out=rows)            # M A
-        write_rows(rows.reshape(6, n, number, 4 * columns, C_out), y, images, tiles)
+    def panel(out):
+        return transform_weight(matrix, weight[..., out])                    # (36, C_in, some of C_out)
 
-    parallel_for(cut_images(N, -(-H_out // 4), tiles_per_block // columns), work)
+    # With few tiles, U would be larger than all else: each block then makes its panels as it uses them.
+    U = None if few else parallel_for(panels, panel)
+
+    def work(block):
+        (images, tiles), share = block
+        n, number = images.stop - images.start, tiles.stop - tiles.start
+        start, stop = panels[share.start].start, panels[share.stop - 1].stop  # the output channels of this share
+        V = transform_tiles(BT, x, images, tiles, padding, columns, 'V')     # (36, tiles, C_in)
+        M = scratch('M', (36, V.shape[1], stop - start), x.dtype)
+        for i in range(share.start, share.stop):
+            out = slice(panels[i].start - start, panels[i].stop - start)
+            numpy.matmul(V, panel(panels[i]) if few else U[i], out=M[:, :, out])
+        M = M.reshape(6, 6, n, number, columns, -1)
+        if bias is not None:
+            M[1, 1] += bias[start:stop]                                      # Aᵀ's column of ones adds it to 16 outputs
+        rows = scratch('rows', (6, n, number, columns, 4, stop - start), x.dtype)
+        numpy.matmul(at, M.transpose(0, 2, 3, 4, 1, 5), out=rows)            # M A
+        write_rows(rows.reshape(6, n, number, 4 * columns, -1), y, images, tiles, slice(start, stop))
+
+    shares = cut(len(panels), -(-len(panels) // SHARES) if few else len(panels))
+    parallel_for([(strip, share) for strip in cut_images(N, R, tiles_per_block // columns) for share in shares], work)
     return y
 
 
@@ -120,20 +123,18 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
     gt = G.T.astype(x.dtype)
     strips = cut_images(N, -(-H_out // 4), SUMMED_TILES // columns)
     # With few tiles, blocks also share the input channels; each then transforms dy again.
-    channels = cut(C_in, C_in if len(strips) > 4 else max(64, C_in // 4))
+    channels = cut(C_in, C_in if len(strips) > 4 else max(32, C_in // SHARES))
 
     def term(block, within):
         images, tiles = block
         V = transform_tiles(BT, x[..., within], images, tiles, padding, columns, 'V').swapaxes(1, 2)
         Z = transform_tiles(AT.T, dy, images, tiles, (0, 0), columns, 'Z')
-        dU = scratch('M', (36, V.shape[1], C_out), x.dtype)
-        size = PIECE // (V.shape[2] * C_out)
-        for piece in cut(V.shape[1], size if size >= 32 else V.shape[1]):
-            numpy.matmul(V[:, piece], Z, out=dU[:, piece])
-        return dU
+        dweight = numpy.empty((3, 3, V.shape[1], C_out), x.dtype)
+        for piece in cut(V.shape[1], max(32, PIECE // (V.shape[2] * C_out))):
+            dU = scratch('M', (36, piece.stop - piece.start, C_out), x.dtype)
+            numpy.matmul(V[:, piece], Z, out=dU)
+            rows = gt @ dU.reshape(6, 6, -1).swapaxes(0, 1)                  # (6, 3, …)
+            dweight[:, :, piece] = (gt @ rows.swapaxes(0, 1)).reshape(3, 3, -1, C_out)
+        return dweight
 
-    def finish(dU):
-        rows = (gt @ dU.reshape(6, -1)).reshape(3, 6, -1)
-        return (gt @ rows).reshape(3, 3, -1, C_out)
-
-    return sum_in_parts(strips, channels, term, finish)
+    return sum_in_parts(strips, channels, term)
