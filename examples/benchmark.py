@@ -107,9 +107,11 @@ def our_jobs(model, x, target):
 
 
 def best_times(contenders, rounds):
-    """Return name → seconds of each job, the best of `rounds`. In every round all contenders have their turn, so that a
-    change
-    of the machine's load meets them alike; the first call of a turn is not timed."""
+    """Return name → seconds of each job, the best of `rounds`.
+
+    In every round all contenders have their turn, so that a change of the machine's load meets them alike; the first call of a
+    turn is not timed.
+    """
     best = {name: [float('inf')] * len(jobs) for name, jobs in contenders.items()}
     for _ in range(rounds):
         for name, jobs in contenders.items():

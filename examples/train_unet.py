@@ -48,7 +48,7 @@ def main(arguments=None):
 
     # The data: pairs found, whole subjects set aside, intensities measured on the training part only.
     if args.data is None:
-        reader = Phantom(seed=args.seed, size=args.size)
+        reader = Phantom(subjects=100, frames=8, seed=args.seed, size=args.size)
         samples = reader.samples
         print('data:        synthetic ultrasound; give --data DIR for scans')
     else:

@@ -257,11 +257,12 @@ class Conv2D(Layer):
 
     def backward(self, dy):
         x, = self.take()
-        weight = self.params['weight']
         self.grads['weight'] = convolution.weight_gradient(x, dy, self.kernel_size, self.stride, self.padding)
         if 'bias' in self.params:
             self.grads['bias'] = bias_gradient(dy)
-        return convolution.input_gradient(dy, weight, x.shape[1:3], self.stride, self.padding)
+        input_size = x.shape[1:3]
+        del x                                                   # its memory may be free before that of dx is needed
+        return convolution.input_gradient(dy, self.params['weight'], input_size, self.stride, self.padding)
 
     def output_shape(self, x):
         C_in, C_out = self.params['weight'].shape[2:]

@@ -148,10 +148,10 @@ class Subject:
             count = rng.integers(4, 7)
             along, across = np.linspace(-0.64, 0.64, count), np.where(np.arange(count) % 2, 0.4, -0.4)
             length, width = 0.3, 0.45
-        scale, clarity = rng.uniform(0.75, 1, count), rng.uniform(0.4, 1, count)
+        scale, clarity = rng.uniform(0.75, 1, count), rng.uniform(0.65, 1, count)
         self.fascicles = np.stack([along, across, scale * length, scale * width, clarity], axis=1)      # in half axes
         self.fascicles[:, :4] += rng.normal(0, 0.04, (count, 4))
-        self.sheath, self.core, self.rim = rng.uniform(1, 8), rng.uniform(-15, -6), rng.uniform(5, 15)
+        self.sheath, self.core, self.rim = rng.uniform(2, 8), rng.uniform(-15, -8), rng.uniform(6, 15)
         self.contrast = rng.uniform(0.8, 1)
         share = 0.017 + 0.873 * rng.beta(1.8, 2.2)
         self.presence = wander(rng, 1, 7, 40)
@@ -275,8 +275,8 @@ def add_nerve(subject, index, v, u, backscatter, specular):
     rows = np.flatnonzero((v.max(axis=1) > centre_v - 1.6 * major) & (v.min(axis=1) < centre_v + 1.6 * major))
     box = slice(rows[0], rows[-1] + 1), slice(*np.searchsorted(u, [centre_u - 1.6 * major, centre_u + 1.6 * major]))
     v, u = v[box], u[box[1]]
-    dv = v - centre_v + 0.5 * sample(subject.wobble[0], v, u)
-    du = u - centre_u + 0.5 * sample(subject.wobble[1], v, u)
+    dv = v - centre_v + 0.4 * sample(subject.wobble[0], v, u)
+    du = u - centre_u + 0.4 * sample(subject.wobble[1], v, u)
     p, q = (cos * du + sin * dv) / major, (cos * dv - sin * du) / minor
     r = np.sqrt(p * p + q * q)
     if visible > 0:
@@ -298,7 +298,7 @@ def add_nerve(subject, index, v, u, backscatter, specular):
     specular[box] *= (1 - 0.6 * sheath) * (1 - core)
     specular[box] += contrast * subject.rim * (0.3 + 0.7 * sample(subject.broken, v, u)) * (
         clarity * line(nearest - 1, 0.14) * (0.2 + 0.8 * facing) * (r < 1.1)
-        + 0.6 * line(r - 1, 0.07) * (0.2 + 0.8 * outward))
+        + 0.75 * line(r - 1, 0.07) * (0.2 + 0.8 * outward))
     return level
 
 

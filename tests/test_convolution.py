@@ -217,7 +217,8 @@ def test_complex_mixed_and_empty_arrays_take_the_plain_path(rng):
     step = x + 1e-30j * x                                                     # as in complex-step differentiation
     assert numpy.array_equal(convolution.forward(step, weight, *geometry), plain.forward(step, weight, *geometry))
     weight_too = weight + 1j * weight
-    assert numpy.array_equal(convolution.forward(step, weight_too, *geometry), plain.forward(step, weight_too, *geometry))
+    expected = plain.forward(step, weight_too, *geometry)
+    assert numpy.array_equal(convolution.forward(step, weight_too, *geometry), expected)
     single = x.astype('float32')
     assert numpy.array_equal(convolution.forward(single, weight, *geometry), plain.forward(single, weight, *geometry))
     assert convolution.forward(x[:0], weight, *geometry).shape == (0, 12, 16, 8)
