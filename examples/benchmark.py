@@ -376,14 +376,20 @@ def parse_case(text):
         raise argparse.ArgumentTypeError(problem) from None
 
 
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--case', type=parse_case, nargs='+', default=[parse_case(text) for text in DEFAULT_CASES],
                         help='base:HEIGHTxWIDTH:batch, one or several')
     parser.add_argument('--norm', choices=['none', 'batch'], default='none')
     parser.add_argument('--dtype', choices=['float32', 'float64'], default='float32')
-    parser.add_argument('--threads', type=int, help='default: the cores this process may use')
-    parser.add_argument('--rounds', type=int, default=5, help='of which the best counts (default 5)')
+    parser.add_argument('--threads', type=positive, help='default: the cores this process may use')
+    parser.add_argument('--rounds', type=positive, default=5, help='of which the best counts (default 5)')
     parser.add_argument('--layers', action='store_true', help='also time each layer of a training step')
     parser.add_argument('--against', choices=['torch'], help='also run the same network in PyTorch')
     parser.add_argument('--memory-of', choices=['nervenet', 'torch'], help=argparse.SUPPRESS)

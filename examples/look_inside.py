@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy
 
-import nervenet
 from nervenet import figures
 from nervenet.data import DataError, read_image, resize
 from nervenet.layers import sigmoid
+from nervenet.segment import Segmenter
 
 
 def main(arguments=None):
     args = parse(arguments)
-    model, extra = nervenet.load_checkpoint(args.model)
-    size = tuple(extra.get('size', (96, 128)))
+    segmenter, _ = Segmenter.from_file(args.model)
+    model, size = segmenter.model, segmenter.size
     image = resize(read_image(args.image), size)                             # (H, W), intensities in [0, 1]
     x = image[None, :, :, None].astype(model.dtype)
 
@@ -38,6 +38,8 @@ def main(arguments=None):
     dlogits[0, row, column, 0] = 1                                           # L = the logit of this one pixel
     dimage = model.backward(dlogits)[0, :, :, 0]                             # ∂L/∂(every input pixel)
 
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise DataError(f'{args.output}: exists and is not an empty folder; choose another --output')
     args.output.mkdir(parents=True, exist_ok=True)
     down = ['stem', *(f'downs.{i}' for i in range(model.depth))]
     up = [f'ups.{i}' for i in range(model.depth)]
@@ -84,5 +86,5 @@ def pixel(text):
 if __name__ == '__main__':
     try:
         main()
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError, OverflowError) as error:
         sys.exit(f'look_inside.py: {error}')

@@ -17,27 +17,25 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
-import nervenet
 from nervenet import figures
 from nervenet.backend import select_device
 from nervenet.checkpoint import atomic_write
 from nervenet.data import DataError, find_samples, read_ahead, read_image, read_pair, resize_mask
 from nervenet.metrics import SegmentationScores
-from nervenet.segment import Segmenter, Settings, describe
+from nervenet.segment import Segmenter, describe
 from nervenet.submission import TEST_HEADER, encode, write_submission
 from nervenet.train import progress
 
+CLEAR_LINE = '\r\x1b[K'               # a progress bar may stand there
 COLUMNS = 'image', 'area', 'share', 'row', 'column', 'confidence', 'dice'
 
 
 def main(arguments=None):
     args = parse(arguments)
     device, reason = select_device(args.device)
-    model, extra = nervenet.load_checkpoint(args.model)
-    if 'size' not in extra:
-        raise DataError(f'{args.model}: does not say at which size its network works; it was not written by train_unet.py')
-    settings = Settings(**{**extra.get('settings', {}), **args.settings})
-    segmenter = Segmenter(model.to(device), extra['size'], settings)
+    segmenter, extra = Segmenter.from_file(args.model, **args.settings)
+    segmenter.model.to(device)
+    settings = segmenter.settings
     print(f'{reason}\nmodel:    {args.model}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}\nsettings: '
           + ', '.join(f'{name} {value}' for name, value in asdict(settings).items()))
 
@@ -46,6 +44,8 @@ def main(arguments=None):
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice:
         raise DataError(f'{twice}: two images of this name would have one output; predict them into two folders')
+    if args.submission and not args.submission.parent.is_dir():
+        raise DataError(f'{args.submission}: no such folder as {args.submission.parent}')
     make_output_folder(args.output)
 
     results, judged, failed, runs = [], [], [], []
@@ -54,7 +54,7 @@ def main(arguments=None):
     for batch in progress(read_ahead(read_batch, batches), len(batches), 'predicting'):
         for sample, error in ((sample, error) for sample, _, _, error in batch if error):
             failed.append(sample.name)
-            print(f'skipped: {error}', file=sys.stderr)
+            print(f'{CLEAR_LINE if sys.stderr.isatty() else ""}skipped: {error}', file=sys.stderr)
         good = [(sample, image, truth) for sample, image, truth, error in batch if not error]
         probabilities = segmenter.probabilities([image for _, image, _ in good]) if good else []
         for (sample, image, truth), probability in zip(good, probabilities):
@@ -167,5 +167,5 @@ def parse(arguments):
 if __name__ == '__main__':
     try:
         sys.exit(main())
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError, OverflowError) as error:
         sys.exit(f'predict.py: {error}')

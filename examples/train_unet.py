@@ -28,7 +28,7 @@ import nervenet
 from nervenet import figures
 from nervenet.backend import select_device
 from nervenet.checkpoint import atomic_write
-from nervenet.data import Loader, Reader, find_samples, intensity_statistics, is_split_by_image, split_by_subject
+from nervenet.data import DataError, Loader, Reader, find_samples, intensity_statistics, is_split_by_image, split_by_subject
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.metrics import Baselines, SegmentationScores
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
@@ -67,6 +67,8 @@ def main(arguments=None):
     counted = Baselines()
     for _, masks in training.epoch(0):
         counted.update(masks)
+    if not counted.total.any():
+        raise DataError('no training mask holds any foreground at this size: look at the masks, --mask-threshold and --size')
     baselines = counted.compute(masks for _, masks in validation.epoch(0))
 
     # The network, what it minimises, and how.
@@ -151,7 +153,7 @@ def parse(arguments):
     data.add_argument('--subject-pattern', metavar='REGEX',
                       help='regular expression on the file name whose first group is the subject, such as "(.+)_[0-9]+"; default: '
                       'the first number of {subject}_{image}')
-    data.add_argument('--mask-threshold', type=float, metavar='N', help='count mask values from N up as foreground, for masks with '
+    data.add_argument('--mask-threshold', type=positive, metavar='N', help='count mask values from N up as foreground, for masks with '
                       'in-between values')
     data.add_argument('--validation-share', type=share, default=0.2, metavar='SHARE',
                       help='share of the images set aside for validation, by whole subjects')
@@ -167,14 +169,16 @@ def parse(arguments):
     training.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine', help='course of the learning rate, after a warm-up')
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
-    training.add_argument('--epochs', type=whole, default=8, metavar='N', help='how often every training image is seen')
-    training.add_argument('--seed', type=int, default=0, metavar='N', help='of the split, the weights and the order of the images')
+    training.add_argument('--epochs', type=whole, default=6, metavar='N', help='how often every training image is seen')
+    training.add_argument('--seed', type=seed, default=0, metavar='N', help='of the split, the weights and the order of the images')
     training.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
     training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder; default: runs/ and the date and time')
     args = parser.parse_args(arguments)
 
     args.norm = None if args.norm == 'none' else args.norm
     args.out = args.out or Path('runs', f'{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}')
+    if args.depth > 12:
+        parser.error(f'--depth is {args.depth}; expected at most 12: each level halves the image')
     multiple = 2**args.depth
     rounded = tuple(math.ceil(length / multiple) * multiple for length in args.size)
     if rounded != args.size:
@@ -193,6 +197,12 @@ def size(text):
 def whole(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
+def seed(text):
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 0')
     return int(text)
 
 
@@ -216,5 +226,7 @@ def share(text):
 if __name__ == '__main__':
     try:
         main()
-    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+    except MemoryError as error:
+        sys.exit(f'train_unet.py: not enough memory: lower --size, --base-channels or --batch-size ({error})')
+    except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         sys.exit(f'train_unet.py: {error}')

@@ -164,8 +164,8 @@ class Concat(Layer):
     """
 
     def forward(self, a, b):
-        self.keep(a.shape[3])
         self.output_shape(a.shape, b.shape)
+        self.keep(a.shape[3])
         return get_array_module(a).concatenate([a, b], axis=3)                 # (N, H, W, A + B)
 
     def backward(self, dy):

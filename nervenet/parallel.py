@@ -73,11 +73,6 @@ def scratch(name, shape, dtype):
     return memory[:size].view(dtype).reshape(shape)
 
 
-def release_scratch():
-    """Give this thread's scratch memory back to the system."""
-    vars(_scratch).clear()
-
-
 # --- How many threads -------------------------------------------------------------------------------------------------
 
 _number_of_threads = None

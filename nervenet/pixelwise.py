@@ -32,7 +32,7 @@ from .parallel import parallel_for, scratch
 
 BLOCK_VALUES = 2**17            # 512 KiB of float32: fewer are more overhead, more no longer stay in the cache
 ROW_VALUES = 2**10              # values in a row, at most, where pixels are joined
-CHAIN = 64                      # values added in a row before their sum goes on in float64
+CHAIN = 128                     # values added in a row before their sum goes on in float64
 
 
 def in_blocks(formula, *arrays, channels=()):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy
 
 from .backend import device_of, move, to_cpu
+from .checkpoint import CheckpointError, load_checkpoint
 from .data import resize
 from .metrics import ratio
 from .train import predict
@@ -53,6 +54,29 @@ class Segmenter:
     def __init__(self, model, size, settings=Settings()):
         self.model, self.size, self.settings = model.eval(), tuple(size), settings
 
+    @classmethod
+    def from_file(cls, path, **overrides):
+        """Return (segmenter, extra) of a model file that `train_unet.py` wrote; `overrides` replace settings stored in it.
+
+        Raises CheckpointError if the file lacks what a segmenter needs, or holds it in another form.
+        """
+        model, extra = load_checkpoint(path)
+        size, stored = extra.get('size'), extra.get('settings', {})
+        if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
+            raise CheckpointError(f'{path}: gives {size!r} as the size of its images, expected [height, width]; '
+                                  'was it written by train_unet.py?')
+        if (model.config['in_channels'], model.config['out_channels']) != (1, 1):
+            raise CheckpointError(f'{path}: its network maps {model.config["in_channels"]} channels to '
+                                  f'{model.config["out_channels"]}, expected grey images and one kind of mask')
+        try:
+            settings = Settings(**{**stored, **overrides})
+        except TypeError as error:
+            raise CheckpointError(f'{path}: its settings {stored!r} are not those of this version ({error})') from error
+        mean_mask = extra.get('mean_training_mask')
+        if mean_mask is not None and getattr(mean_mask, 'ndim', 0) != 2:
+            raise CheckpointError(f'{path}: its mean training mask is not an array (H, W)')
+        return cls(model, size, settings), extra
+
     def probabilities(self, images):
         """Return, for each of `images`, (H, W) float32 in [0, 1] of any sizes, its map of probabilities (H, W)."""
         x = numpy.stack([resize(image, self.size) for image in images])[..., None].astype(self.model.dtype)     # (N, h, w, 1)
@@ -62,10 +86,10 @@ class Segmenter:
 
 
 def choose_settings(model, batches, thresholds=numpy.arange(0.1, 0.91, 0.05), areas=(0, 0.0025, 0.005, 0.01, 0.015, 0.02)):
-    """Return (Settings, score): those with the highest mean Dice per image on `batches` of (images, masks), (N, H, W, 1) each.
+    """Return (Settings, score): settings with a high mean Dice per image on `batches` of (images, masks), (N, H, W, 1) each.
 
-    `batches` is called for an iterable, once for each kind of averaging. The defaults stay unless something else is better by
-    0.002, so that noise does not decide.
+    `batches` is called for an iterable, once for each kind of averaging. Candidates are tried from the simplest on, and one takes
+    over only if it is better by 0.002 than the one before, so that noise does not decide.
     """
     best, best_score = Settings(), None
     device = device_of(model.head.params['weight'])

@@ -1,9 +1,10 @@
 """Training: one step, one epoch, one fit.
 
-Everything this library computes comes together in the five lines of `train_step`; the rest of this file repeats them, keeps
+Everything this library computes comes together in the few lines of `train_step`; the rest of this file repeats them, keeps
 score, and writes down what happened.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -38,12 +39,21 @@ def train_step(model, loss, optimizer, x, target, max_norm=None, observe=None):
 
 def predict(model, x):
     """Return the foreground probabilities (N, H, W, C_out), in [0, 1], of the images x (N, H, W, C_in) in inference mode."""
-    was_training = model.training
-    model.eval()
-    probabilities = sigmoid(model.forward(x))
-    if was_training:
-        model.train()
-    return probabilities
+    with inference(model):
+        return sigmoid(model.forward(x))
+
+
+@contextlib.contextmanager
+def inference(*layers):
+    """Within this context the layers are in inference mode and keep nothing; afterwards each is as it was, caches included."""
+    before = [(layer, layer.training, layer.keep_cache, layer.cache) for outer in layers for _, layer in outer.layers()]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer, training, keep_cache, cache in before:
+            layer.training, layer.keep_cache, layer.cache = training, keep_cache, cache
 
 
 def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
@@ -75,18 +85,15 @@ def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
 
 def evaluate(model, loss, batches):
     """Return the scores of the model on every batch, in inference mode: a dict of name → float, 'loss' among them."""
-    was_training = model.training
-    model.eval()
     device = device_of(model.head.params['weight'])
     scores, losses, images = SegmentationScores(), [], []
-    for x, target in batches:
-        logits = model.forward(move(x, device))
-        target = move(target, device)
-        losses.append(loss.forward(logits, target))
-        scores.update(sigmoid(logits), target)
-        images.append(len(x))
-    if was_training:
-        model.train()
+    with inference(model, loss):
+        for x, target in batches:
+            logits = model.forward(move(x, device))
+            target = move(target, device)
+            losses.append(loss.forward(logits, target))
+            scores.update(sigmoid(logits), target)
+            images.append(len(x))
     return account(scores, losses, images)
 
 
@@ -106,14 +113,16 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
     epoch: a dict of 'epoch', 'learning_rate', 'seconds', 'images_per_second', 'train_…' and 'validation_…' for each of the scores.
     """
     for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
+        start, part = time.perf_counter(), 'training'
         try:
-            trained = train_epoch(model, loss, optimizer, progress(training.epoch(epoch), len(training), f'epoch {epoch}/{epochs}'),
-                                  schedule, max_norm)
+            with numpy.errstate(over='ignore', invalid='ignore'):       # a diverged network gets one clear error, below
+                batches = progress(training.epoch(epoch), len(training), f'epoch {epoch}/{epochs}')
+                trained = train_epoch(model, loss, optimizer, batches, schedule, max_norm)
+                speed, part = len(training.samples) / (time.perf_counter() - start), 'validation'
+                validated = evaluate(model, loss, validation.epoch(epoch))
         except FloatingPointError as error:
-            raise FloatingPointError(f'epoch {epoch}: {error}. The last good epoch is in {run.last}') from error
-        speed = len(training.samples) / (time.perf_counter() - start)
-        validated = evaluate(model, loss, validation.epoch(epoch))
+            kept = f'. The last good epoch is in {run.last}' if run.history else ''
+            raise FloatingPointError(f'epoch {epoch}, {part}: {error}{kept}') from error
         row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
                'images_per_second': round(speed, 1),
                **{f'train_{name}': trained[name] for name in ('loss', *SCORES)},
@@ -171,10 +180,10 @@ class RunFolder:
 def summary(rows, baselines):
     """Return the text of summary.txt: a list for each score, one value per row (a run, or one per fold), and mean ± deviation.
 
-    The names are those of the reference project. Its Dice coefficient is the soft one and equals minus its loss.
+    `dicecoefs` is the soft Dice coefficient; with a loss of DiceLoss alone it is about minus the loss.
     """
     columns = [('accuracies', 'accuracy', 'share of pixels that are right'),
-               ('losses', 'loss', 'validation loss, mean over batches'),
+               ('losses', 'loss', 'validation loss, mean over batches weighted by their images'),
                ('ious', 'iou_pooled', 'hard IoU, pooled'), ('ious per image', 'iou_per_image', 'hard IoU, mean over images'),
                ('dicecoefs', 'soft_dice_pooled', 'soft Dice, pooled'),
                ('soft dice per image', 'soft_dice_per_image', 'soft Dice, mean over images'),
@@ -198,22 +207,24 @@ def summary(rows, baselines):
 def progress(items, total, label, stream=None, seconds=30):
     """Yield `items`, showing the share done, the speed and the time left.
 
-    On a terminal that is a bar, wiped when the last item is done; elsewhere a plain line every so many `seconds`. `total` is how
+    On a terminal that is a bar, wiped at the end; elsewhere a plain line every so many `seconds`. `total` is how
     many items there will be.
     """
     stream = sys.stderr if stream is None else stream
     terminal, start = stream.isatty(), time.perf_counter()
     shown = -1.0 if terminal else start                 # a terminal shows the first item at once
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.perf_counter()
-        if now - shown < (0.1 if terminal else seconds):
-            continue
-        shown, speed = now, done / (now - start)
-        left, filled = round((total - done) / speed), 30 * done // total
-        state = f'{done}/{total}  {speed:.1f} batches/s  {left // 60}:{left % 60:02d} left'
-        stream.write(f'\r{label} [{"█" * filled}{"·" * (30 - filled)}] {state} \x1b[K' if terminal else f'{label}  {state}\n')
-        stream.flush()
-    if terminal:
-        stream.write('\r\x1b[K')
-        stream.flush()
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.perf_counter()
+            if now - shown < (0.1 if terminal else seconds):
+                continue
+            shown, speed = now, done / (now - start)
+            left, filled = round((total - done) / speed), 30 * done // total
+            state = f'{done}/{total}  {speed:.1f} batches/s  {left // 60}:{left % 60:02d} left'
+            stream.write(f'\r{label} [{"█" * filled}{"·" * (30 - filled)}] {state} \x1b[K' if terminal else f'{label}  {state}\n')
+            stream.flush()
+    finally:                                            # also when the loop is left half-way
+        if terminal:
+            stream.write('\r\x1b[K')
+            stream.flush()

@@ -103,8 +103,10 @@ class UNet(Layer):
     def __init__(self, in_channels=1, out_channels=1, base_channels=32, depth=4, norm='batch', dropout=0.0,
                  input_mean=0.0, input_std=1.0, *, rng=None, dtype=numpy.float32):
         super().__init__()
-        if not input_std > 0:
+        if not 0 < input_std < math.inf:
             raise ValueError(f'input_std is {input_std}; expected a positive number')
+        if not math.isfinite(input_mean):
+            raise ValueError(f'input_mean is {input_mean}; expected a number')
         self.config = dict(in_channels=positive(in_channels, 'in_channels'),
                            out_channels=positive(out_channels, 'out_channels'),
                            base_channels=positive(base_channels, 'base_channels'), depth=positive(depth, 'depth'),

@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -115,6 +114,33 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_and_names_the_batch(rng):
         train_epoch(model, DiceLoss(), Adam(model.parameters()), [good, bad, good])
 
 
+def test_inference_leaves_modes_and_caches_as_they_were(rng):
+    model = UNet(base_channels=2, depth=1, rng=rng).eval(keep_cache=True)
+    x, target = batch(rng)
+    logits = model.forward(x)
+    predict(model, x)
+    assert not model.training and model.backward(logits).shape == x.shape
+    loss = DiceLoss()
+    evaluate(model, loss, [(x, target)])
+    assert loss.training and loss.cache is None, 'the last batch must not stay in memory'
+    with pytest.raises(ValueError):
+        predict(model, x[..., :0])
+    assert model.keep_cache
+
+
+def test_a_run_that_diverges_names_epoch_part_and_what_is_kept(loaders, tmp_path):
+    model = UNet(base_channels=2, depth=1, norm=None, rng=numpy.random.default_rng(0))
+    run = RunFolder(tmp_path / 'run', {'size': [16, 24]})
+    with pytest.raises(FloatingPointError, match=r'epoch 1, (training|validation): the loss is nan at batch') as error:
+        list(fit(model, BCEWithLogitsLoss(), SGD(model.parameters(), 1e30), *loaders, 2, run))
+    assert 'last good epoch' not in str(error.value), 'there is none yet'
+    model.head.params['bias'][:] = 0
+    run.history.append({})
+    model.stem.children['conv1'].params['weight'][:] = numpy.nan
+    with pytest.raises(FloatingPointError, match='The last good epoch is in .*last.npz'):
+        list(fit(model, BCEWithLogitsLoss(), SGD(model.parameters(), 0.1), *loaders, 2, run))
+
+
 @pytest.fixture
 def loaders(tmp_path, rng):
     write_pairs(tmp_path / 'data', rng)
@@ -207,7 +233,9 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
     (['--data', 'MISSING'], 'no such folder'), (['--data', 'DATA', '--size', '96'], 'not of the form HxW'),
     (['--data', 'DATA', '--epochs', '0'], 'whole number of at least 1'), (['--data', 'DATA', '--learning-rate', 'nan'], 'positive'),
     (['--data', 'DATA', '--dropout', '1.5'], 'dropout probability is 1.5'), (['--data', 'DATA', '--out', 'DATA'], 'choose another --out'),
-    (['--data', 'DATA', '--validation-share', '2'], 'share between 0 and 1')])
+    (['--data', 'DATA', '--validation-share', '2'], 'share between 0 and 1'), (['--data', 'DATA', '--seed=-1'], 'whole number of at least 0'),
+    (['--data', 'DATA', '--depth', '60'], '--depth is 60; expected at most 12'),
+    (['--data', 'DATA', '--mask-threshold', '999'], 'no training mask holds any foreground')])
 def test_bad_arguments_give_one_line_and_a_failing_exit_status(arguments, message, tmp_path, rng):
     write_pairs(tmp_path / 'data', rng, subjects=2, images=2)
     places = {'MISSING': tmp_path / 'missing', 'DATA': tmp_path / 'data'}

@@ -1,0 +1,90 @@
+import numpy
+import pytest
+
+import nervenet
+from nervenet import CheckpointError, UNet
+from nervenet.segment import Segmenter, Settings, choose_settings, describe
+from nervenet.train import predict
+
+
+@pytest.fixture
+def model(rng):
+    return UNet(base_channels=2, depth=1, rng=rng)
+
+
+def test_probabilities_come_back_at_each_image_own_size(model, rng):
+    segmenter = Segmenter(model, (16, 24))
+    images = [rng.random(size, dtype='float32') for size in ((16, 24), (1, 1), (45, 31))]
+    probabilities = segmenter.probabilities(images)
+    assert [p.shape for p in probabilities] == [image.shape for image in images]
+    numpy.testing.assert_allclose(probabilities[0], predict(model, images[0][None, :, :, None])[0, :, :, 0], rtol=1e-4)
+
+
+def test_flip_average_is_the_mean_of_both_directions(model, rng):
+    image = rng.random((16, 24), dtype='float32')
+    plain, flipped, averaged = (Segmenter(model, (16, 24), Settings(flip_average=flip)).probabilities([given])[0]
+                                for flip, given in ((False, image), (False, image[:, ::-1]), (True, image)))
+    numpy.testing.assert_allclose(averaged, (plain + flipped[:, ::-1]) / 2, rtol=1e-5)
+
+
+def test_mask_is_cut_at_the_threshold_and_empty_below_the_minimal_area():
+    probability = numpy.zeros((10, 10))
+    probability[2:4, 5] = 0.6
+    assert Settings(threshold=0.5).mask(probability).sum() == 2
+    assert not Settings(threshold=0.6).mask(probability).any()
+    assert Settings(minimal_area=0.02).mask(probability).sum() == 2
+    assert not Settings(minimal_area=0.03).mask(probability).any()
+
+
+@pytest.mark.parametrize('wrong', [dict(threshold=1.0), dict(threshold=-0.1), dict(minimal_area=1), dict(threshold=float('nan'))])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match='expected a number from 0'):
+        Settings(**wrong)
+
+
+class Fixed(nervenet.Layer):
+    """A network whose logits are the image itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nervenet.Conv2D(1, 1)
+
+    def forward(self, x):
+        return x
+
+
+def test_settings_are_chosen_where_dice_per_image_is_best(rng):
+    """Foreground has probability 0.7, background 0.6, and an image without nerve a small false alarm of 0.9."""
+    masks = numpy.zeros((4, 20, 20, 1), 'float32')
+    masks[:3, 4:12, 6:14] = 1
+    p = numpy.where(masks > 0, 0.7, 0.6)
+    p[3, 0, 0] = 0.9
+    images = numpy.log(p / (1 - p)).astype('float32')
+    settings, score = choose_settings(Fixed(), lambda: [(images, masks)])
+    assert 0.6 <= settings.threshold < 0.7 and settings.minimal_area > 1 / 400 and not settings.flip_average
+    assert score == pytest.approx(1.0)
+
+
+def test_describe_gives_area_centroid_and_confidence():
+    mask, probability = numpy.zeros((6, 8), bool), numpy.full((6, 8), 0.25)
+    assert describe(mask, probability) == {'area': 0, 'share': 0.0, 'row': '', 'column': '', 'confidence': 0.75}
+    mask[2:4, 5] = True
+    probability[2:4, 5] = 0.8, 0.9
+    assert describe(mask, probability) == {'area': 2, 'share': round(2 / 48, 6), 'row': 2.5, 'column': 5.0, 'confidence': 0.85}
+
+
+@pytest.mark.parametrize('extra, message', [
+    (dict(), 'gives None as the size'), (dict(size=[48]), r'gives \[48\] as the size'), (dict(size='ab'), "gives 'ab'"),
+    (dict(size=[16, 24], settings={'treshold': 0.5}), 'its settings'), (dict(size=[16, 24], settings={'threshold': 'a'}), 'its settings'),
+    (dict(size=[16, 24], mean_training_mask='x'), 'mean training mask is not an array')])
+def test_a_file_that_lacks_what_a_segmenter_needs_gives_one_clear_error(model, tmp_path, extra, message):
+    nervenet.save(tmp_path / 'model.npz', model, **extra)
+    with pytest.raises(CheckpointError, match=message) as error:
+        Segmenter.from_file(tmp_path / 'model.npz')
+    assert 'model.npz' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_stored_settings_are_used_and_can_be_replaced(model, tmp_path):
+    nervenet.save(tmp_path / 'model.npz', model, size=(16, 24), settings={'threshold': 0.3, 'minimal_area': 0.01, 'flip_average': True})
+    segmenter, _ = Segmenter.from_file(tmp_path / 'model.npz', threshold=0.4)
+    assert segmenter.size == (16, 24) and segmenter.settings == Settings(0.4, 0.01, True)
