@@ -113,18 +113,22 @@ def main(arguments=None):
 
 
 def draw(run, model, validation, baselines):
-    """Draw the curves of the run, and its best, median and worst prediction on the validation part."""
+    """Draw the curves of the run, and the best, median and worst prediction of its last network on the validation part."""
     def save(name, picture):
         with atomic_write(run.path / name) as file:
             picture.save(file, 'PNG')
 
     save('curves.png', figures.curves(run.history, baselines=baselines))
-    segmenter, dice = Segmenter(model, run.config['size']), SegmentationScores()
+    segmenter, scores, with_nerve = Segmenter(model, run.config['size']), SegmentationScores(), []
     for images, masks in validation.epoch(0):
         probabilities = segmenter.probabilities(images[..., 0])
-        dice.update(numpy.stack(probabilities)[..., None], masks)
+        scores.update(numpy.stack(probabilities)[..., None], masks)
+        with_nerve.extend(masks.any(axis=(1, 2, 3)))
+    # An empty mask shows nothing, so cases are chosen among the images that hold a nerve, if there are any.
+    chosen = numpy.flatnonzero(with_nerve) if any(with_nerve) else numpy.arange(len(with_nerve))
     cases = []
-    for label, index in figures.best_median_worst(dice.dice_of_images()):
+    for label, place in figures.best_median_worst(scores.dice_of_images()[chosen]):
+        index = int(chosen[place])
         image, truth = (array[0, :, :, 0] for array in validation.batch([index], 0))
         prediction = segmenter.settings.mask(segmenter.probabilities([image])[0])
         cases.append(dict(label=label, name=validation.samples[index].name, image=image, truth=truth, prediction=prediction))
@@ -169,7 +173,7 @@ def parse(arguments):
     training.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine', help='course of the learning rate, after a warm-up')
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
-    training.add_argument('--epochs', type=whole, default=6, metavar='N', help='how often every training image is seen')
+    training.add_argument('--epochs', type=whole, default=8, metavar='N', help='how often every training image is seen')
     training.add_argument('--seed', type=seed, default=0, metavar='N', help='of the split, the weights and the order of the images')
     training.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
     training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder; default: runs/ and the date and time')

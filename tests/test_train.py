@@ -228,6 +228,25 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
     assert set(config['training_subjects']).isdisjoint(config['validation_subjects'])
     assert nervenet.load(tmp_path / 'run' / 'last.npz').config['input_std'] > 0
 
+    # What was trained predicts: a mask of the image's own size for each image, a bad file is skipped and told.
+    (tmp_path / 'data' / 'train' / '9_1.tif').write_bytes(b'II*')
+    predicted = run_example('--model', tmp_path / 'run' / 'best.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'masks',
+                            '--submission', tmp_path / 'submission.csv', name='predict.py')
+    assert predicted.returncode == 1 and 'Traceback' not in predicted.stderr
+    assert 'skipped: ' in predicted.stderr and '1 of 13 files could not be read: 9_1' in predicted.stderr
+    assert '12 images predicted' in predicted.stdout and 'mean training mask' in predicted.stdout
+    mask = numpy.array(Image.open(tmp_path / 'masks' / '1_1_mask.png'))
+    assert mask.shape == (24, 36) and set(numpy.unique(mask)) <= {0, 255} and (tmp_path / 'masks' / '1_1_overlay.png').exists()
+    results = list(csv.DictReader(io.StringIO((tmp_path / 'masks' / 'results.csv').read_text())))
+    assert int(results[0]['area']) == (mask > 0).sum() and len(results) == 12 and 0 <= float(results[0]['dice']) <= 1
+    assert len((tmp_path / 'submission.csv').read_text().splitlines()) == 13
+
+    looked = run_example('--model', tmp_path / 'run' / 'best.npz', '--image', tmp_path / 'data' / 'train' / '1_1.tif',
+                         '--output', tmp_path / 'look', '--pixel', '3,4', name='look_inside.py')
+    assert looked.returncode == 0, looked.stderr
+    assert 'pixel (3, 4)' in looked.stdout
+    assert {path.name for path in (tmp_path / 'look').iterdir()} == {'stages.png', 'joins.png', 'depends.png'}
+
 
 @pytest.mark.parametrize('arguments, message', [
     (['--data', 'MISSING'], 'no such folder'), (['--data', 'DATA', '--size', '96'], 'not of the form HxW'),
