@@ -7,7 +7,6 @@ all of them results.csv: area, centroid, confidence, and Dice where a mask is th
 """
 
 import argparse
-import contextlib
 import csv
 import io
 import sys

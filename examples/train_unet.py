@@ -148,11 +148,18 @@ def print_scores(epoch, part, row, prefix, note=''):
     print(f'{epoch:7} {part:19} {" ".join(cells)} {row[f"{prefix}_foreground_share"]:10.2%}  {note}'.rstrip(), flush=True)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=HelpFormatter)
     data = parser.add_argument_group('data')
     data.add_argument('--data', type=Path, metavar='DIR', help='folder of the image and mask pairs; default: synthetic ultrasound')
-    data.add_argument('--size', type=size, default=(96, 128), metavar='HxW',
+    data.add_argument('--size', type=size, default='96x128', metavar='HxW',
                       help='rows x columns the network works at, rounded up to a multiple of 2^depth')
     data.add_argument('--subject-pattern', metavar='REGEX',
                       help='regular expression on the file name whose first group is the subject, such as "(.+)_[0-9]+"; default: '
