@@ -30,7 +30,6 @@ import time
 import numpy
 
 import nervenet
-from nervenet.layers import Conv2D, ConvTranspose2D
 from nervenet.losses import DiceLoss
 from nervenet.optim import Adam
 from nervenet.parallel import describe_blas, number_of_threads, parallel_for, set_threads
@@ -142,14 +141,6 @@ def leaves(model):
             yield prefix[:-1], layer
 
 
-def layer_multiply_adds(layer, x, y):
-    """Return the multiply-adds of one layer: each weight meets each output pixel (transposed: each input pixel)."""
-    if not isinstance(layer, (Conv2D, ConvTranspose2D)):
-        return 0
-    pixels = x if isinstance(layer, ConvTranspose2D) else y
-    return layer.params['weight'].size * pixels.size // pixels.shape[3]
-
-
 def multiply_adds(model, x):
     """Return the multiply-adds of model.forward(x)."""
     return sum(row['multiply_adds'] for row in time_layers(model, lambda: model.forward(x)).values())
@@ -166,7 +157,7 @@ def time_layers(model, job):
                 result = getattr(type(layer), method)(layer, *inputs)
                 row[method] += time.perf_counter() - start
                 if method == 'forward':
-                    row['multiply_adds'] = layer_multiply_adds(layer, inputs[0], result)
+                    row['multiply_adds'] = layer.multiply_adds(inputs[0].shape)
                 return result
             setattr(layer, method, timed)           # an attribute of the object hides the method of its class
             hidden.append((layer, method))

@@ -44,8 +44,8 @@ def main(arguments=None):
     down = ['stem', *(f'downs.{i}' for i in range(model.depth))]
     up = [f'ups.{i}' for i in range(model.depth)]
     title = {'stem': 'stem, level 0', f'downs.{model.depth - 1}': f'downs.{model.depth - 1}, the bottom'}
-    figures.feature_maps([(title.get(name, name), stages[name][0]) for name in [*down, *up]],
-                         title='What every stage of the U-Net sees').save(args.output / 'stages.png')
+    figures.save(figures.feature_maps([(title.get(name, name), stages[name][0]) for name in [*down, *up]],
+                         title='What every stage of the U-Net sees'), args.output / 'stages.png')
 
     # An Up joins the skip of its level with the map from below, upsampled.
     model.eval()
@@ -53,15 +53,15 @@ def main(arguments=None):
     for name, stage, below, skip in zip(up, model.ups, [down[-1], *up], reversed(down[:-1])):
         upsampled = stage.upconv.forward(stages[below])
         joins.append([(f'{skip}: the skip knows where', stages[skip][0]), (f'{name}: upsampled knows what', upsampled[0])])
-    figures.feature_maps(joins, title='Each skip beside the upsampled map it joins').save(args.output / 'joins.png')
+    figures.save(figures.feature_maps(joins, title='Each skip beside the upsampled map it joins'), args.output / 'joins.png')
 
     rows, columns = model.receptive_field('head', int(row)), model.receptive_field('head', int(column))
     field = rows[0], columns[0], rows[1] - rows[0] + 1, columns[1] - columns[0] + 1
     pixel = row - 1, column - 1, 3, 3
     shown = [figures.overlay(image, probability > 0.5), figures.heat(image, abs(dimage))]
     shown = [figures.rectangle(figures.rectangle(picture, field, size), pixel, size, figures.VERMILLION) for picture in shown]
-    figures.grid([shown], column_titles=['prediction, and the receptive field of one pixel', 'gradient of its logit with respect to the image'],
-                 title=f'What output pixel ({row}, {column}) depends on').save(args.output / 'depends.png')
+    figures.save(figures.grid([shown], column_titles=['prediction, and the receptive field of one pixel', 'gradient of its logit with respect to the image'],
+                 title=f'What output pixel ({row}, {column}) depends on'), args.output / 'depends.png')
     print(f'pixel ({row}, {column}): probability {probability[row, column]:.3f}, receptive field {field[2]}x{field[3]} pixels')
     print(f'stages.png, joins.png and depends.png are in {args.output}')
 

@@ -64,9 +64,9 @@ def main(arguments=None):
                 judged.append(result)
             results.append(result)
             runs.append((sample.name, encode(mask)))
-            save_picture(args.output / f'{sample.name}_mask.png', Image.fromarray(255 * mask.astype('uint8')))
+            figures.save(Image.fromarray(255 * mask.astype('uint8')), args.output / f'{sample.name}_mask.png')
             if args.overlays:
-                save_picture(args.output / f'{sample.name}_overlay.png', figures.overlay(image, mask, truth, size=image.shape))
+                figures.save(figures.overlay(image, mask, truth, size=image.shape), args.output / f'{sample.name}_overlay.png')
 
     if judged:
         for result, dice in zip(judged, scores['network'].dice_of_images()):
@@ -132,11 +132,6 @@ def print_scores(scores):
         if counted.counts:
             row = counted.compute()
             print(f'{name:30} {row["dice_pooled"]:11.3f} {row["dice_per_image"]:10.3f} {row["iou_pooled"]:11.3f} {row["accuracy"]:9.4f}')
-
-
-def save_picture(path, picture):
-    with atomic_write(path) as file:
-        picture.save(file, 'PNG')
 
 
 def parse(arguments):

@@ -27,7 +27,6 @@ import numpy
 import nervenet
 from nervenet import figures
 from nervenet.backend import select_device
-from nervenet.checkpoint import atomic_write
 from nervenet.data import DataError, Loader, Reader, find_samples, intensity_statistics, is_split_by_image, split_by_subject
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.metrics import Baselines, SegmentationScores
@@ -114,11 +113,7 @@ def main(arguments=None):
 
 def draw(run, model, validation, baselines):
     """Draw the curves of the run, and the best, median and worst prediction of its last network on the validation part."""
-    def save(name, picture):
-        with atomic_write(run.path / name) as file:
-            picture.save(file, 'PNG')
-
-    save('curves.png', figures.curves(run.history, baselines=baselines))
+    figures.save(figures.curves(run.history, baselines=baselines), run.path / 'curves.png')
     segmenter, scores, with_nerve = Segmenter(model, run.config['size']), SegmentationScores(), []
     for images, masks in validation.epoch(0):
         probabilities = segmenter.probabilities(images[..., 0])
@@ -132,7 +127,7 @@ def draw(run, model, validation, baselines):
         image, truth = (array[0, :, :, 0] for array in validation.batch([index], 0))
         prediction = segmenter.settings.mask(segmenter.probabilities([image])[0])
         cases.append(dict(label=label, name=validation.samples[index].name, image=image, truth=truth, prediction=prediction))
-    save('predictions.png', figures.predictions(cases))
+    figures.save(figures.predictions(cases), run.path / 'predictions.png')
 
 
 def print_header():

@@ -1,6 +1,6 @@
 """Pictures of training and of segmentations, drawn with Pillow alone.
 
-Every function takes NumPy arrays, lists and dicts and returns a `PIL.Image`; saving it is the caller's.
+Every function takes NumPy arrays, lists and dicts and returns a `PIL.Image`, which `save` writes.
 
     curves, fold_curves         training and validation over the epochs: one run, or all folds with mean and band
     overlay, heat, rectangle    masks, a map of magnitudes, a box of pixels, drawn on an image
@@ -21,6 +21,7 @@ from functools import lru_cache
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
+from .checkpoint import atomic_write
 from .metrics import ratio
 
 BLUE, VERMILLION, SKY, ORANGE = (0, 114, 178), (213, 94, 0), (86, 180, 233), (230, 159, 0)
@@ -61,6 +62,12 @@ def _write(draw, position, text, size=TEXT, colour=INK, anchor='la', width=float
         text += '…'
     draw.text(position, text, colour, font, anchor)
     return font.getlength(text)
+
+
+def save(image, path):
+    """Write a picture as PNG to `path`, whole or not at all. Raises OSError."""
+    with atomic_write(path) as file:
+        image.save(file, 'PNG')
 
 
 # Curves

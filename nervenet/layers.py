@@ -63,6 +63,10 @@ class Layer:
         """Return the shape that forward gives for inputs of these shapes."""
         return shapes[0]
 
+    def multiply_adds(self, x):
+        """Return how many multiply-adds the products of one forward take for an input of shape x."""
+        return 0
+
     def layers(self, prefix=''):
         """Yield (dotted prefix, layer) for this layer and all inside it, in definition order."""
         yield prefix, self
@@ -269,6 +273,9 @@ class Conv2D(Layer):
         check_channels(x, C_in)
         return (x[0], *convolution.output_size(x[1:3], self.kernel_size, self.stride, self.padding), C_out)
 
+    def multiply_adds(self, x):
+        return self.params['weight'].size * math.prod(self.output_shape(x)[:3])                # each weight meets each output
+
 
 class ConvTranspose2D(Layer):
     """The convolution's way back: (N, H, W, C_in) gives (N, H·stride, W·stride, C_out), each pixel painting a patch.
@@ -316,6 +323,9 @@ class ConvTranspose2D(Layer):
         C_out, C_in = self.params['weight'].shape[2:]
         check_channels(x, C_in)
         return x[0], x[1] * self.stride[0], x[2] * self.stride[1], C_out
+
+    def multiply_adds(self, x):
+        return self.params['weight'].size * math.prod(x[:3])                                  # each weight meets each input
 
 
 class BatchNorm2D(Layer):

@@ -67,7 +67,7 @@ def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
     model.train()
     device = device_of(model.head.params['weight'])
     scores, losses, images = SegmentationScores(), [], []
-    for number, (x, target) in enumerate(batches, 1):
+    for x, target in batches:
         x, target = move(x, device), move(target, device)
 
         def count(stage, y):

@@ -213,10 +213,7 @@ class UNet(Layer):
             before = shape
             shape = layer.output_shape(*([skips.pop(), shape] if isinstance(layer, Concat) else [shape]))
             parameters = sum(array.size for array in layer.params.values())
-            multiply_adds = 0
-            if isinstance(layer, (Conv2D, ConvTranspose2D)):            # each weight meets each output, or each input
-                _, rows_met, columns_met, _ = before if isinstance(layer, ConvTranspose2D) else shape
-                multiply_adds = layer.params['weight'].size * rows_met * columns_met
+            multiply_adds = layer.multiply_adds(before)
             kept = layer.keeps_output * math.prod(shape) * self.dtype.itemsize / 2**20
             stage, _, step = prefix[:-1].rpartition('.')
             field = self.widest_field(stage or step) if step in ('relu2', 'head') else ''
