@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 
 from nervenet import figures
-from nervenet.data import DataError, read_image, resize
+from nervenet.data import DataError, read_image
 from nervenet.layers import sigmoid
 from nervenet.segment import Segmenter
 
@@ -23,7 +23,7 @@ def main(arguments=None):
     args = parse(arguments)
     segmenter, _ = Segmenter.from_file(args.model)
     model, size = segmenter.model, segmenter.size
-    image = resize(read_image(args.image), size)                             # (H, W), intensities in [0, 1]
+    image = segmenter.prepare(read_image(args.image))                        # (H, W), intensities in [0, 1]
     x = image[None, :, :, None].astype(model.dtype)
 
     # Inference, but keeping what backward needs: which pixels does a trained network's answer depend on?

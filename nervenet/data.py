@@ -342,6 +342,17 @@ class Reader:
         return pair
 
 
+class Filtered:
+    """A reader whose images have passed `function`, (H, W) uint16 to the same; masks are those of `reader`."""
+
+    def __init__(self, reader, function):
+        self.reader, self.function, self.size = reader, function, reader.size
+
+    def read(self, sample):
+        image, mask = self.reader.read(sample)
+        return self.function(image), mask
+
+
 def intensity_statistics(samples, reader):
     """Return (mean, std) of the intensities, in [0, 1], of all pixels of `samples`, accumulated in float64.
 
@@ -359,27 +370,49 @@ def intensity_statistics(samples, reader):
     return float(mean), float(variance**0.5)
 
 
+def holds_foreground(samples, reader):
+    """Return an array (N,) of bool: whether the mask of each sample holds any foreground at the reader's size."""
+    return numpy.array([reader.read(sample)[1].any() for sample in samples])
+
+
 class Loader:
     """Hands out batches of samples, reading ahead in the background.
 
     reader      a Reader: size, mask threshold, memory
     shuffle     a new order each epoch, drawn from `default_rng([seed, epoch])`; else the order of `samples`
-    transform   `transform(image, mask, rng) -> image, mask`, applied to each sample anew: image (H, W) float32 in
-                [0, 1], mask (H, W) float32 0/1, `rng = default_rng([seed, epoch, index])` with the sample's index in
-                `samples`
+    positive_share  the share of drawn samples whose mask holds foreground, whatever it is in `samples`; needs shuffle.
+                An epoch keeps its number of images: of the kind asked for more often than it is there, some come twice,
+                of the other some do not come, others each epoch
+    transform   `transform(images, masks, rngs) -> images, masks`, applied to each batch: images (N, H, W, 1) float32 in
+                [0, 1], masks (N, H, W, 1) float32 0/1, and for each sample a Generator of its own,
+                `default_rng([seed, epoch, index, draw])` with the sample's index in `samples`; `draw` is 1, and 2, 3, …
+                when the sample comes again in one epoch. It is never 0: a seed sequence ignores trailing zeros, and
+                the shuffle and sample 0 would draw alike
     read_ahead  how many batches to prepare while the caller works on one; it changes no result
 
-    After an epoch, `waited_seconds` is the time the caller spent waiting for batches in it.
+    After an epoch, `waited_seconds` is the time the caller spent waiting for batches in it. Raises DataError without
+    samples, or if positive_share asks for a kind that there is none of.
     """
 
-    def __init__(self, samples, reader, batch_size, *, seed=0, shuffle=False, transform=None, read_ahead=2):
+    def __init__(self, samples, reader, batch_size, *, seed=0, shuffle=False, positive_share=None, transform=None,
+                 read_ahead=2):
         if not samples:
             raise DataError('no samples to load')
         if batch_size < 1:
             raise ValueError(f'batch_size is {batch_size}; expected 1 or more')
         self.samples, self.reader, self.batch_size = list(samples), reader, batch_size
         self.seed, self.shuffle, self.transform, self.read_ahead = seed, shuffle, transform, read_ahead
-        self.waited_seconds = 0.0
+        self.waited_seconds, self.kinds = 0.0, None
+        if positive_share is not None:
+            if not shuffle or not 0 <= positive_share <= 1:
+                raise ValueError(f'positive_share is {positive_share} and shuffle {shuffle}; expected a share in [0, 1], '
+                                 'and a random order')
+            positive, wanted = holds_foreground(samples, reader), round(positive_share * len(samples))
+            self.kinds = [(numpy.flatnonzero(positive), wanted), (numpy.flatnonzero(~positive), len(samples) - wanted)]
+            for (indices, number), kind in zip(self.kinds, ('with', 'without')):
+                if number and not len(indices):
+                    raise DataError(f'{number} of {len(samples)} training images are to be {kind} foreground, and there '
+                                    'are none: leave out --nerve-share')
 
     def __len__(self):
         """The number of batches in an epoch; the last one may be short."""
@@ -387,33 +420,50 @@ class Loader:
 
     def order(self, epoch):
         """Return the indices of the samples in the order in which `epoch` meets them."""
-        order = numpy.arange(len(self.samples))
+        order, rng = numpy.arange(len(self.samples)), numpy.random.default_rng([self.seed, epoch])
+        if self.kinds:
+            order = numpy.concatenate([drawn(indices, number, rng) for indices, number in self.kinds])
         if self.shuffle:
-            numpy.random.default_rng([self.seed, epoch]).shuffle(order)
+            rng.shuffle(order)
         return order
 
-    def batch(self, indices, epoch):
-        """Return (images, masks) of these samples, (N, H, W, 1) float32 each."""
+    def batch(self, indices, epoch, draws=None):
+        """Return (images, masks) of these samples, (N, H, W, 1) float32 each; `draws` are 1 unless a sample comes again."""
         images, masks = numpy.empty((2, len(indices), *self.reader.size, 1), numpy.float32)
         for row, index in enumerate(indices):
             image, mask = self.reader.read(self.samples[index])
-            image, mask = image.astype(numpy.float32) / 65535, mask.astype(numpy.float32)
-            if self.transform is not None:
-                image, mask = self.transform(image, mask, numpy.random.default_rng([self.seed, epoch, int(index)]))
-            images[row, ..., 0], masks[row, ..., 0] = image, mask
+            images[row, ..., 0], masks[row, ..., 0] = image.astype(numpy.float32) / 65535, mask
+        if self.transform is not None:
+            rngs = [numpy.random.default_rng([self.seed, epoch, int(index), draw])
+                    for index, draw in zip(indices, draws or [1] * len(indices))]
+            images, masks = self.transform(images, masks, rngs)
         return images, masks
 
     def epoch(self, number):
         """Yield the batches (images, masks) of one epoch. An error in the background is raised here, as itself."""
         order, self.waited_seconds = self.order(number), 0.0
+        seen, draws = Counter(), []
+        for index in order:
+            seen[index] += 1
+            draws.append(seen[index])
         starts = range(0, len(order), self.batch_size)
-        with closing(read_ahead(lambda start: self.batch(order[start:start + self.batch_size], number), starts,
-                                self.read_ahead)) as batches:
+
+        def prepare(start):
+            part = slice(start, start + self.batch_size)
+            return self.batch(order[part], number, draws[part])
+
+        with closing(read_ahead(prepare, starts, self.read_ahead)) as batches:
             for _ in starts:
                 asked = time.perf_counter()
                 batch = next(batches)
                 self.waited_seconds += time.perf_counter() - asked
                 yield batch
+
+
+def drawn(indices, number, rng):
+    """Return `number` of `indices`: all of them as often as they fit in, and a random few once more."""
+    times, rest = divmod(number, len(indices)) if number else (0, 0)
+    return numpy.concatenate([numpy.tile(indices, times), rng.permutation(indices)[:rest]])
 
 
 def read_ahead(function, items, ahead=2):

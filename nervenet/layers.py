@@ -20,7 +20,8 @@ import numpy
 
 from . import convolution
 from .backend import device_of, generator_like, get_array_module, move
-from .pixelwise import channel_moments, channel_sums, in_blocks
+from .memory import empty
+from .pixelwise import channel_moments, channel_sums, for_rows, in_blocks
 
 
 class Layer:
@@ -52,12 +53,15 @@ class Layer:
         self.cache = values if self.keep_cache else None
 
     def take(self):
-        """Return what forward kept, and forget it, so that its memory is free as soon as backward is done with it."""
+        """Return what forward kept, and forget it, so that its memory is free as soon as backward is done with it.
+
+        A cache may also be a function that makes those values again.
+        """
         if self.cache is None:
             raise RuntimeError(f'{type(self).__name__}.backward has nothing to work on: call forward first, in training '
                                'mode or after eval(keep_cache=True); each forward serves one backward')
         values, self.cache = self.cache, None
-        return values
+        return values() if callable(values) else values
 
     def output_shape(self, *shapes):
         """Return the shape that forward gives for inputs of these shapes."""
@@ -164,17 +168,31 @@ def sigmoid(x):
 class Concat(Layer):
     """y = [a, b] side by side along the channels: (N, H, W, A) and (N, H, W, B) give (N, H, W, A + B).
 
-    Every output channel is a copy of one input channel, so each input receives its own part of dy back.
+    Every output channel is a copy of one input channel, so each input receives its own part of dy back: a copy too, since a view
+    would keep all of dy in memory for as long as one part of it is needed.
     """
 
     def forward(self, a, b):
-        self.output_shape(a.shape, b.shape)
-        self.keep(a.shape[3])
-        return get_array_module(a).concatenate([a, b], axis=3)                 # (N, H, W, A + B)
+        y = empty(self.output_shape(a.shape, b.shape), a)    # (N, H, W, A + B)
+        self.keep(A := a.shape[3])
+
+        def join(block):
+            y[block][..., :A] = a[block]
+            y[block][..., A:] = b[block]
+
+        for_rows(y, join)
+        return y
 
     def backward(self, dy):
         A, = self.take()
-        return dy[..., :A], dy[..., A:]                                        # (N, H, W, A), (N, H, W, B)
+        da, db = empty((*dy.shape[:3], A), dy), empty((*dy.shape[:3], dy.shape[3] - A), dy)
+
+        def part(block):
+            da[block] = dy[block][..., :A]
+            db[block] = dy[block][..., A:]
+
+        for_rows(dy, part)
+        return da, db                                                          # (N, H, W, A), (N, H, W, B)
 
     def output_shape(self, a, b):
         if a[:3] != b[:3]:
@@ -193,30 +211,46 @@ class MaxPool2D(Layer):
         super().__init__()
         self.kernel_size = positive(kernel_size, 'kernel_size')
 
-    def windows(self, x):
-        """Yield k² views of x, (N, H // k, W // k, C) each: the first pixel of every window, the second, …"""
-        k, (_, H_out, W_out, _) = self.kernel_size, self.output_shape(x.shape)
+    def windows(self, x, block):
+        """Yield k² views of x, (n, rows, W // k, C) each: the first pixel of every window, the second, …
+
+        `block` is a pair of slices: of images, and of rows of windows.
+        """
+        k, (_, H_out, W_out, _), (images, rows) = self.kernel_size, self.output_shape(x.shape), block
         for i in range(k):
             for j in range(k):
-                yield x[:, i:k * H_out:k, j:k * W_out:k]
+                yield x[images, i:k * H_out:k, j:k * W_out:k][:, rows]
 
     def forward(self, x):
-        pixels = self.windows(x)
-        y = next(pixels).copy()                                                # (N, H // k, W // k, C)
-        for pixel in pixels:
-            get_array_module(x).maximum(y, pixel, out=y)
+        xp = get_array_module(x)
+        y = empty(self.output_shape(x.shape), x)                      # (N, H // k, W // k, C)
+
+        def largest(block):
+            pixels = self.windows(x, block)
+            y[block] = next(pixels)
+            for pixel in pixels:
+                xp.maximum(y[block], pixel, out=y[block])
+
+        for_rows(y, largest)
         self.keep(x, y)
         return y
 
     def backward(self, dy):
         x, y = self.take()
         xp = get_array_module(x)
-        dx = xp.zeros(x.shape, dy.dtype)
-        unclaimed = xp.ones(y.shape, bool)                                     # windows whose maximum is still to be met
-        for pixel, dpixel in zip(self.windows(x), self.windows(dx)):
-            first = (pixel == y) & unclaimed
-            dpixel[...] = dy * first
-            unclaimed &= ~first
+        dx = empty(x.shape, dy)
+        H_used, W_used = self.kernel_size * y.shape[1], self.kernel_size * y.shape[2]
+        dx[:, H_used:] = 0                                                     # what no window covers moved nothing
+        dx[:, :, W_used:] = 0
+
+        def give_to_the_first(block):
+            unclaimed = xp.ones(y[block].shape, bool)                          # windows whose maximum is still to be met
+            for pixel, dpixel in zip(self.windows(x, block), self.windows(dx, block)):
+                first = (pixel == y[block]) & unclaimed
+                dpixel[...] = dy[block] * first
+                unclaimed &= ~first
+
+        for_rows(y, give_to_the_first)
         return dx
 
     def output_shape(self, x):
@@ -259,11 +293,14 @@ class Conv2D(Layer):
         self.keep(x)
         return convolution.forward(x, self.params['weight'], self.stride, self.padding, self.params.get('bias'))
 
-    def backward(self, dy):
+    def backward(self, dy, input_gradient=True):
+        """Return dx; without `input_gradient` None, because nobody learns from the gradient of the images."""
         x, = self.take()
         self.grads['weight'] = convolution.weight_gradient(x, dy, self.kernel_size, self.stride, self.padding)
         if 'bias' in self.params:
             self.grads['bias'] = bias_gradient(dy)
+        if not input_gradient:
+            return None
         input_size = x.shape[1:3]
         del x                                                   # its memory may be free before that of dx is needed
         return convolution.input_gradient(dy, self.params['weight'], input_size, self.stride, self.padding)
@@ -363,42 +400,39 @@ class BatchNorm2D(Layer):
             self.update_running(mean, variance, x.size // x.shape[3])
         else:
             mean, variance = self.buffers['running_mean'], self.buffers['running_var']
-        mean, scale = mean.astype(x.dtype), (1 / get_array_module(x).sqrt(variance + self.eps)).astype(x.dtype)
+        mean, scale = (value.astype(x.dtype) for value in (mean, 1 / get_array_module(x).sqrt(variance + self.eps)))
         self.keep(x, mean, scale)
+        slope = self.params['weight'] * scale
 
-        def normalize(y, x, mean, slope, bias):
-            get_array_module(x).subtract(x, mean, out=y)
-            y *= slope
-            y += bias
+        def normalize(y, x, slope, shift):
+            get_array_module(x).multiply(x, slope, out=y)
+            y += shift
 
-        return in_blocks(normalize, x, channels=(mean, self.params['weight'] * scale, self.params['bias']))
+        return in_blocks(normalize, x, channels=(slope, self.params['bias'] - mean * slope))
 
     def backward(self, dy):
         x, mean, scale = self.take()                                           # x̂ = (x − mean)·scale
         xp = get_array_module(dy)
-
-        def centred_dy(out, dy, x, mean):
-            xp.subtract(x, mean, out=out)
-            out *= dy
-
-        dbias, dweight = channel_sums([None, centred_dy], dy, x, channels=(mean,))
-        dweight = dweight * scale                                              # Σ dy·x̂
+        dbias, dweight = channel_sums(dy, x)                                   # Σdy, Σdy·x
+        dweight = (dweight - mean * dbias) * scale                             # Σdy·x̂
         self.grads['weight'], self.grads['bias'] = dweight.astype(dy.dtype), dbias.astype(dy.dtype)
 
         slope = self.params['weight'] * scale                                  # (C,): dy/dx at a fixed mean and variance
         if not self.training:
             return in_blocks(lambda dx, dy, slope: xp.multiply(dy, slope, out=dx), dy, channels=(slope,))
 
-        def through_normalization(dx, dy, x, mean, mean_dy, factor, slope):
-            xp.subtract(mean, x, out=dx)                                       # −x̂·mean(dy·x̂), with both scales in factor
-            dx *= factor
+        # The three terms in the bracket, sorted by what changes from pixel to pixel: dy + x·factor + rest.
+        M = dy.size // dy.shape[3]
+        factor = -scale * dweight / M
+        rest = -dbias / M - mean * factor
+
+        def through_normalization(dx, dy, x, factor, rest, slope):
+            xp.multiply(x, factor, out=dx)
             dx += dy
-            dx -= mean_dy
+            dx += rest
             dx *= slope
 
-        M = dy.size // dy.shape[3]
-        mean_dy, factor = (dbias / M).astype(dy.dtype), (scale * dweight / M).astype(dy.dtype)
-        return in_blocks(through_normalization, dy, x, channels=(mean, mean_dy, factor, slope))
+        return in_blocks(through_normalization, dy, x, channels=(factor.astype(dy.dtype), rest.astype(dy.dtype), slope))
 
     def update_running(self, mean, variance, M):
         """Move the running statistics towards those of this batch, in place: the optimizer and checkpoints hold these arrays."""
@@ -440,7 +474,7 @@ class Dropout(Layer):
 
 def bias_gradient(dy):
     """Return Σdy over all pixels, (C,): a bias entered every pixel of its channel, with factor 1."""
-    return channel_sums([None], dy)[0].astype(dy.dtype)
+    return channel_sums(dy)[0].astype(dy.dtype)
 
 
 def he_normal(shape, fan_in, rng, dtype):

@@ -20,6 +20,7 @@ import math
 
 from .backend import device_of, get_array_module, move
 from .layers import check_match
+from .memory import empty
 
 
 class Optimizer:
@@ -40,19 +41,14 @@ class Optimizer:
         self.steps = 0
         self.state = {average: {name: get_array_module(w).zeros_like(w) for name, w in parameters.items()}
                       for average in self.averages}
-        # An update is a chain of operations on one parameter. Two buffers, as large as the largest parameter, hold what
-        # lies between the first operation and the last, so that a step allocates nothing.
-        largest = max(parameters.values(), key=lambda w: w.size)
-        self.buffers = [get_array_module(largest).empty(largest.size, largest.dtype) for _ in range(2)]
 
     def step(self, gradients):
         """Update every parameter from the gradient of its name. Raises ValueError if names or shapes do not match."""
         check_match(self.parameters, gradients, 'gradient', 'the parameters')
         self.steps += 1
         for name, w in self.parameters.items():
-            scratch = [buffer[:w.size].reshape(w.shape) for buffer in self.buffers]
-            g = self.decayed(w, gradients[name], scratch[0])
-            self.update(w, g, *(self.state[average][name] for average in self.averages), scratch=scratch[1])
+            g = self.decayed(w, gradients[name], empty(w.shape, w))
+            self.update(w, g, *(self.state[average][name] for average in self.averages), scratch=empty(w.shape, w))
 
     def decayed(self, w, g, scratch):
         """Return g + λ·w, computed in `scratch`; without weight decay that is g itself."""

@@ -23,7 +23,6 @@ waits at most that long.
 import contextlib
 import contextvars
 import ctypes
-import math
 import os
 import queue
 import threading
@@ -34,7 +33,6 @@ import numpy
 LINGER = 0.25                                       # seconds: far longer than the gaps between two layers of a network
 
 _inside = contextvars.ContextVar('inside a block', default=False)
-_scratch = threading.local()
 
 
 def parallel_for(blocks, work):
@@ -58,19 +56,18 @@ def parallel_for(blocks, work):
     return outcomes
 
 
-def scratch(name, shape, dtype):
-    """Return an uninitialised array that belongs to this thread and is handed out again for the same `name`.
+def cut(length, size):
+    """Return slices that cover range(length) in nearly equal parts of at most `size`, at least one each."""
+    parts = -(-length // max(1, size))
+    edges = [length * part // parts for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in zip(edges, edges[1:])]
 
-    Memory fresh from the system costs a page fault per 4 KiB; a block that ran before has left its memory warm, often
-    in the cache. The contents last until this thread asks for the same name again. It is freed when the thread ends.
-    """
-    size = math.prod(shape) * numpy.dtype(dtype).itemsize
-    memory = getattr(_scratch, name, None)
-    if memory is None or memory.nbytes < size:
-        memory = numpy.empty(size + 64, numpy.uint8)
-        memory = memory[-memory.ctypes.data % 64:][:size]                   # aligned to a cache line
-        setattr(_scratch, name, memory)
-    return memory[:size].view(dtype).reshape(shape)
+
+def cut_images(images, rows, rows_per_block):
+    """Return pairs of slices (images, rows) of about `rows_per_block` rows, of several small images or of one."""
+    if rows_per_block < rows:
+        return [(image, strip) for image in cut(images, 1) for strip in cut(rows, rows_per_block)]
+    return [(several, slice(0, rows)) for several in cut(images, rows_per_block // rows)]
 
 
 # --- How many threads -------------------------------------------------------------------------------------------------

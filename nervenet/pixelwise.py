@@ -15,7 +15,11 @@ formula work in the block of the result:
 The operations are the same; only the walk over memory changes, and `parallel_for` shares the blocks among the cores.
 
 `channels` are vectors (C,), one constant per channel. NumPy adds a vector of 16 to rows of 16 in steps of 16, which takes longer to
-set up than to do. So a block has rows of several pixels, and vectors are repeated to the same length.
+set up than to do. So a block has rows of many pixels, and vectors are repeated to the same length.
+
+Two threads that run Python take turns, and each turn costs as much as a pass over a few thousand values. So a block is as large
+as the cache allows, and is treated in few, long operations: a sum over its rows is one product with a vector of ones, a sum of
+products is one einsum.
 
 Sums over pixels are made of block sums: inside a block in the dtype of the data, at most CHAIN values in a row, between blocks
 in float64. That is nearly as exact as float64 throughout, at the speed of the data's own dtype.
@@ -28,10 +32,11 @@ import math
 import numpy
 
 from .backend import get_array_module
-from .parallel import parallel_for, scratch
+from .memory import empty, scratch
+from .parallel import cut_images, parallel_for
 
-BLOCK_VALUES = 2**17            # 512 KiB of float32: fewer are more overhead, more no longer stay in the cache
-ROW_VALUES = 2**10              # values in a row, at most, where pixels are joined
+BLOCK_VALUES = 2**18            # 1 MiB of float32
+ROW_VALUES = 2**12              # values in a row, at most, where pixels are joined
 CHAIN = 128                     # values added in a row before their sum goes on in float64
 
 
@@ -40,7 +45,7 @@ def in_blocks(formula, *arrays, channels=()):
 
     The formula treats every value by itself. It is called with blocks of the arrays, and with `channels` repeated to fit.
     """
-    y = get_array_module(*arrays).empty(arrays[0].shape, arrays[0].dtype)
+    y = empty(arrays[0].shape, arrays[0])
     if not _are_real_numpy(arrays):
         formula(y, *arrays, *channels)
         return y
@@ -49,30 +54,28 @@ def in_blocks(formula, *arrays, channels=()):
     return y
 
 
-def channel_sums(formulas, *arrays, channels=()):
-    """Return the sums over all pixels of what each formula writes, as for `in_blocks`: a list of (C,) in float64.
+def add(a, b):
+    """Return a + b, both (N, H, W, C)."""
+    return in_blocks(lambda y, a, b: get_array_module(a).add(a, b, out=y), a, b)
 
-    A formula of None stands for the first array as it is.
-    """
-    if not _are_real_numpy(arrays):
-        xp, sums = get_array_module(*arrays), []
-        for formula in formulas:
-            values = xp.empty_like(arrays[0]) if formula else arrays[0]
-            if formula:
-                formula(values, *arrays, *channels)
-            sums.append(values.sum(axis=(0, 1, 2), dtype=xp.result_type(values.dtype, 'float64')))
-        return sums
-    C = arrays[0].shape[3]
-    flat, repeated, blocks = _cut(arrays, channels)
+
+def for_rows(x, work):
+    """Call `work((images, rows))` with slices that together cover the images and rows of x (N, H, W, C)."""
+    N, H, W, C = x.shape
+    on_host = get_array_module(x) is numpy
+    parallel_for(cut_images(N, H, BLOCK_VALUES // (W * C)) if on_host else [(slice(None), slice(None))], work)
+
+
+def channel_sums(a, *others):
+    """Return a list of sums over all pixels, (C,) each in float64: Σa, and Σa·b for each b of `others`; all (N, H, W, C)."""
+    if not _are_real_numpy([a, *others]):
+        return [values.sum(axis=(0, 1, 2), dtype=_accurate(values)) for values in (a, *(a * b for b in others))]
+    C = a.shape[3]
+    flat, _, blocks = _cut([a, *others])
 
     def work(block):
-        parts, sums = [array[block] for array in flat], []
-        for formula in formulas:
-            values = scratch('pixelwise', parts[0].shape, parts[0].dtype) if formula else parts[0]
-            if formula:
-                formula(values, *parts, *repeated)
-            sums.append(_sum(values, C))
-        return sums
+        values, *factors = (array[block] for array in flat)
+        return [_sum(values, C), *(_sum_of_products(values, factor, C) for factor in factors)]
 
     return [numpy.sum(parts, axis=0) for parts in zip(*parallel_for(blocks, work))]
 
@@ -86,10 +89,8 @@ def channel_moments(x):
     """
     C, M = x.shape[3], x.size // x.shape[3]
     if not _are_real_numpy([x]):
-        xp = get_array_module(x)
-        accurate = xp.result_type(x.dtype, 'float64')
-        mean = x.mean(axis=(0, 1, 2), dtype=accurate)
-        return mean, xp.square(x - mean.astype(x.dtype)).mean(axis=(0, 1, 2), dtype=accurate)
+        mean = x.mean(axis=(0, 1, 2), dtype=_accurate(x))
+        return mean, get_array_module(x).square(x - mean.astype(x.dtype)).mean(axis=(0, 1, 2), dtype=_accurate(x))
     (flat,), _, blocks = _cut([x])
 
     def work(block):
@@ -98,7 +99,7 @@ def channel_moments(x):
         m = (_sum(values, C) / pixels).astype(x.dtype)
         centred = numpy.subtract(values, numpy.tile(m, values.shape[1] // C), scratch('pixelwise', values.shape, x.dtype))
         rest = _sum(centred, C)
-        return pixels, m, rest, _sum(numpy.square(centred, centred), C)
+        return pixels, m, rest, _sum_of_products(centred, centred, C)
 
     n, m, rest, squares = (numpy.array(part, 'float64') for part in zip(*parallel_for(blocks, work)))
     n = n[:, None]                                                          # (blocks, 1); the others (blocks, C)
@@ -112,13 +113,17 @@ def _are_real_numpy(arrays):
     return all(type(array) is numpy.ndarray and array.ndim == 4 and array.size and array.dtype.kind == 'f' for array in arrays)
 
 
+def _accurate(values):
+    return get_array_module(values).result_type(values.dtype, 'float64')
+
+
 def _cut(arrays, channels=()):
     """Return the arrays as rows of some pixels each, the channels repeated to fit, and slices of rows."""
     C = arrays[0].shape[3]
     pixels = arrays[0].size // C
     joined = 1
     if all(array.flags.c_contiguous for array in arrays):
-        joined = math.gcd(pixels, 2**(max(1, ROW_VALUES // C).bit_length() - 1))        # a power of 2 that divides the pixels
+        joined = next(number for number in range(max(1, ROW_VALUES // C), 0, -1) if pixels % number == 0)
     flat = [array.reshape(pixels // joined, joined * C) for array in arrays]
     rows = max(1, BLOCK_VALUES // (joined * C))
     return (flat, [numpy.tile(vector, joined) for vector in channels],
@@ -127,5 +132,17 @@ def _cut(arrays, channels=()):
 
 def _sum(values, C):
     """Return the sum over the pixels of values (rows, pixels·C), (C,), in float64."""
-    sums = values.sum(axis=0, dtype=values.dtype if len(values) <= CHAIN else 'float64')
+    return _finish(numpy.ones(len(values), _dtype_of_chain(values)) @ values, C)
+
+
+def _sum_of_products(a, b, C):
+    """Return the sum over the pixels of a·b, both (rows, pixels·C), (C,), in float64."""
+    return _finish(numpy.einsum('rc,rc->c', a, b, dtype=_dtype_of_chain(a)), C)
+
+
+def _dtype_of_chain(values):
+    return values.dtype if len(values) <= CHAIN else 'float64'
+
+
+def _finish(sums, C):
     return sums.reshape(-1, C).sum(axis=0, dtype='float64')

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy
 
+from .augment import median_filter
 from .backend import device_of, move, to_cpu
 from .checkpoint import CheckpointError, load_checkpoint
 from .data import resize
-from .metrics import ratio
+from .metrics import SegmentationScores, ratio
 from .train import predict
 
 
@@ -49,10 +50,13 @@ def predict_flips(model, x, flip_average):
 
 
 class Segmenter:
-    """A trained model, the size (H, W) it was trained at, and the settings it is used with."""
+    """A trained model, how images were prepared for its training, and the settings it is used with.
 
-    def __init__(self, model, size, settings=Settings()):
-        self.model, self.size, self.settings = model.eval(), tuple(size), settings
+    Images are brought to `size` (H, W) and, if `median_filter` is a number and not None, filtered with a window of that size.
+    """
+
+    def __init__(self, model, size, settings=Settings(), median_filter=None):
+        self.model, self.size, self.settings, self.median_filter = model.eval(), tuple(size), settings, median_filter
 
     @classmethod
     def from_file(cls, path, **overrides):
@@ -61,10 +65,13 @@ class Segmenter:
         Raises CheckpointError if the file lacks what a segmenter needs, or holds it in another form.
         """
         model, extra = load_checkpoint(path)
-        size, stored = extra.get('size'), extra.get('settings', {})
+        size, stored, median_size = extra.get('size'), extra.get('settings', {}), extra.get('median_filter')
         if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
             raise CheckpointError(f'{path}: gives {size!r} as the size of its images, expected [height, width]; '
                                   'was it written by train_unet.py?')
+        if not (median_size is None or isinstance(median_size, int) and 3 <= median_size <= 99 and median_size % 2):
+            raise CheckpointError(f'{path}: gives {median_size!r} as the size of its median filter, expected an odd number '
+                                  'from 3 up')
         if (model.config['in_channels'], model.config['out_channels']) != (1, 1):
             raise CheckpointError(f'{path}: its network maps {model.config["in_channels"]} channels to '
                                   f'{model.config["out_channels"]}, expected grey images and one kind of mask')
@@ -75,11 +82,16 @@ class Segmenter:
         mean_mask = extra.get('mean_training_mask')
         if mean_mask is not None and getattr(mean_mask, 'ndim', 0) != 2:
             raise CheckpointError(f'{path}: its mean training mask is not an array (H, W)')
-        return cls(model, size, settings), extra
+        return cls(model, size, settings, median_size), extra
+
+    def prepare(self, image):
+        """Return image (H, W) float32 as the network is to see it, (h, w): at its size, filtered if it was trained so."""
+        image = resize(image, self.size)
+        return image if self.median_filter is None else median_filter(image, self.median_filter)
 
     def probabilities(self, images):
         """Return, for each of `images`, (H, W) float32 in [0, 1] of any sizes, its map of probabilities (H, W)."""
-        x = numpy.stack([resize(image, self.size) for image in images])[..., None].astype(self.model.dtype)     # (N, h, w, 1)
+        x = numpy.stack([self.prepare(image) for image in images])[..., None].astype(self.model.dtype)     # (N, h, w, 1)
         x = move(x, device_of(self.model.head.params['weight']))
         p = to_cpu(predict_flips(self.model, x, self.settings.flip_average))[..., 0]                            # (N, h, w)
         return [resize(small.astype('float32'), image.shape) for small, image in zip(p, images)]
@@ -108,6 +120,16 @@ def choose_settings(model, batches, thresholds=numpy.arange(0.1, 0.91, 0.05), ar
                 best = Settings(round(float(thresholds[scores.argmax()]), 4), area, flip_average)
                 best_score = scores.max()
     return best, float(best_score)
+
+
+def score(model, batches, settings):
+    """Return the scores, as of `SegmentationScores.compute`, of the masks that `settings` makes on (images, masks) of `batches`."""
+    scores, device = SegmentationScores(), device_of(model.head.params['weight'])
+    for images, masks in batches:
+        probabilities = to_cpu(predict_flips(model, move(images, device), settings.flip_average))
+        predicted = numpy.stack([settings.mask(probability) for probability in probabilities])
+        scores.update(predicted.astype(masks.dtype), masks)
+    return scores.compute()
 
 
 def describe(mask, probability):

@@ -1,24 +1,32 @@
 """Training: one step, one epoch, one fit.
 
 Everything this library computes comes together in the few lines of `train_step`; the rest of this file repeats them, keeps
-score, and writes down what happened.
+score, and writes down what happened, so that a run that was stopped, or killed, goes on as if nothing had happened.
 """
 
 import contextlib
 import csv
 import io
 import json
+import os
+import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy
 
 from .backend import device_of, move, to_cpu
-from .checkpoint import atomic_write, save
+from .checkpoint import atomic_write, load_checkpoint, save
 from .layers import sigmoid
 from .metrics import SegmentationScores
 from .optim import clip_gradients
+
+try:
+    import fcntl
+except ImportError:                     # Windows: there, nobody is kept from training in one folder twice at a time
+    fcntl = None
 
 SCORES = ('soft_dice_pooled', 'soft_dice_per_image', 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy',
           'foreground_share')
@@ -30,7 +38,7 @@ def train_step(model, loss, optimizer, x, target, max_norm=None, observe=None):
     `max_norm` bounds the norm of the whole gradient; `observe` is passed on to the model's forward.
     """
     value = loss.forward(model.forward(x, observe), target)
-    model.backward(loss.backward())
+    model.backward(loss.backward(), input_gradient=False)
     if max_norm is not None:
         clip_gradients(model.gradients(), max_norm)
     optimizer.step(model.gradients())
@@ -62,25 +70,70 @@ def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
     The scores are those of the changing network on the batches as it met them, in training mode: a running account at no
     extra cost, not the score of the network at the end.
 
-    Raises FloatingPointError, naming the batch, when the loss is no finite number.
+    Raises FloatingPointError, naming the batch, when logits or loss are no finite numbers. On the CPU that is before the step
+    that would have spoilt the parameters, and the first layer at fault is named too; on a GPU, where looking at each step
+    would make the host wait, at the end of the epoch.
     """
     model.train()
     device = device_of(model.head.params['weight'])
     scores, losses, images = SegmentationScores(), [], []
-    for x, target in batches:
+    for number, (x, target) in enumerate(batches, 1):
         x, target = move(x, device), move(target, device)
+        before = generator_states(model)
 
         def count(stage, y):
             if stage == 'head':
+                if device == 'cpu' and not numpy.isfinite(y).all():
+                    set_generator_states(model, before)
+                    raise FloatingPointError(f'the logits are not finite at batch {number}; the first values that are not are '
+                                             f'in {first_not_finite(model, x)}: lower --learning-rate, or look at that batch')
                 scores.update(sigmoid(y), target)
 
         if schedule is not None:
             optimizer.learning_rate = schedule(optimizer.steps)
         losses.append(train_step(model, loss, optimizer, x, target, max_norm, observe=count))
         images.append(len(x))
-        if device == 'cpu' and not numpy.isfinite(losses[-1]):      # on a GPU, looking at each step would make the host wait
+        if device == 'cpu' and not numpy.isfinite(losses[-1]):
             break
     return account(scores, losses, images)
+
+
+def first_not_finite(model, x):
+    """Return, in words, where the first NaN or infinite value appears on the way of x (N, H, W, C) through the model."""
+    if not numpy.isfinite(x).all():
+        return 'the images'
+    found = []
+
+    def watched(name, layer, forward):
+        def function(*inputs):
+            y = forward(*inputs)
+            if not found and not numpy.isfinite(y).all():
+                spoilt = [f'its {key} is not' for key, array in layer.params.items() if not numpy.isfinite(array).all()]
+                found.append(f'the output of {name} ({", ".join(spoilt) or "its parameters are finite"})')
+            return y
+        return function
+
+    innermost = [(prefix[:-1], layer) for prefix, layer in model.layers() if not layer.children]
+    try:
+        for name, layer in innermost:
+            layer.forward = watched(name, layer, layer.forward)         # hides the method of the class
+        model.forward(x)
+    finally:
+        for _, layer in innermost:
+            del layer.forward
+    return found[0] if found else 'no layer'
+
+
+def generator_states(model):
+    """Return {name of a layer: state of its random generator}, of the layers that draw."""
+    return {name: layer.rng.bit_generator.state for name, layer in model.layers() if hasattr(layer, 'rng')}
+
+
+def set_generator_states(model, states):
+    """Bring the random generators of the model's layers into the states that `generator_states` returned."""
+    for name, layer in model.layers():
+        if hasattr(layer, 'rng'):
+            layer.rng.bit_generator.state = states[name]
 
 
 def evaluate(model, loss, batches):
@@ -106,79 +159,240 @@ def account(scores, losses, images):
     return {'loss': float(numpy.average(losses, weights=images)), **scores.compute()}
 
 
-def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None, max_norm=None):
-    """Train for `epochs` epochs, scoring `validation` after each, and record everything in `run`, a RunFolder.
+class Interrupted(Exception):
+    """Training was asked to stop, and did, between two batches."""
+
+
+@contextlib.contextmanager
+def stopping_on_signals():
+    """Yield a function that says whether Ctrl-C or SIGTERM has asked to stop; the second time they stop the process at once."""
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        set_handlers(before)
+        os.write(2, b'\nstopping after this batch; once more to stop at once\n')     # print may not run twice at a time
+
+    def set_handlers(handlers):
+        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    before = set_handlers({signal.SIGINT: ask, signal.SIGTERM: ask})
+    try:
+        yield lambda: bool(asked)
+    finally:
+        set_handlers(before)
+
+
+def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None, max_norm=None, inner=None, patience=None,
+        stop=lambda: False):
+    """Train until `epochs` epochs are done, scoring `validation` after each, and record everything in `run`, a RunFolder.
 
     `training` and `validation` are Loaders; the number of an epoch decides their order and randomness. Yields a row after each
     epoch: a dict of 'epoch', 'learning_rate', 'seconds', 'images_per_second', 'train_…' and 'validation_…' for each of the scores.
+
+    inner     a Loader of subjects that neither other part holds: the best epoch is chosen on them instead of on `validation`,
+              whose scores then are honest; rows get 'inner_…' scores
+    patience  stop after so many epochs without a better one
+    stop      asked after each batch; once it returns True, Interrupted is raised
+
+    Epochs that `run` has already are not repeated: `RunFolder.restore` puts model and optimizer behind the last of them, and
+    since every draw follows from the seed, the epoch and the restored states, training goes on bit for bit as without a stop.
     """
-    for epoch in range(1, epochs + 1):
+    def watched(batches):
+        for batch in batches:
+            yield batch
+            if stop():
+                raise Interrupted
+
+    parts = {'validation': validation} | ({} if inner is None else {'inner': inner})
+    while len(run.history) < epochs and not (patience and run.epochs_since_best() >= patience):
+        epoch = len(run.history) + 1
         start, part = time.perf_counter(), 'training'
         try:
             with numpy.errstate(over='ignore', invalid='ignore'):       # a diverged network gets one clear error, below
-                batches = progress(training.epoch(epoch), len(training), f'epoch {epoch}/{epochs}')
-                trained = train_epoch(model, loss, optimizer, batches, schedule, max_norm)
-                speed, part = len(training.samples) / (time.perf_counter() - start), 'validation'
-                validated = evaluate(model, loss, validation.epoch(epoch))
+                batches = progress(watched(training.epoch(epoch)), len(training), f'epoch {epoch}/{epochs}')
+                scores = {'train': train_epoch(model, loss, optimizer, batches, schedule, max_norm)}
+                speed = len(training.samples) / (time.perf_counter() - start)
+                for part, loader in parts.items():
+                    scores[part] = evaluate(model, loss, watched(loader.epoch(epoch)))
         except FloatingPointError as error:
             kept = f'. The last good epoch is in {run.last}' if run.history else ''
             raise FloatingPointError(f'epoch {epoch}, {part}: {error}{kept}') from error
         row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
                'images_per_second': round(speed, 1),
-               **{f'train_{name}': trained[name] for name in ('loss', *SCORES)},
-               **{f'validation_{name}': validated[name] for name in ('loss', *SCORES)}}
-        run.record(row, model)
+               **{f'{part}_{name}': values[name] for part, values in scores.items() for name in ('loss', *SCORES)}}
+        run.record(row, model, optimizer)
         yield row
+
+
+def claim(folder, wait=False):
+    """Keep other processes from claiming the folder, until this one ends or calls the function that is returned.
+
+    If another process has claimed it, wait until it is free, or, by default, raise BlockingIOError. A killed process keeps no
+    claim. It takes a system and a disk that know `flock`; on others, as on Windows, nothing is claimed.
+    """
+    if fcntl is None:
+        return lambda: None
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(file)
+        raise BlockingIOError(f'{folder} is in use: another process is training there') from None
+    except OSError:                     # some network folders refuse: then as on Windows
+        os.close(file)
+        return lambda: None
+    return lambda: os.close(file)
 
 
 class RunFolder:
     """The folder of one training run: config.json, history.csv, best.npz, last.npz, summary.txt.
 
-    `best.npz` is the epoch with the highest pooled hard Dice on the validation part. It was chosen by looking at that part, so
-    its score there flatters it: it is for use, not for reporting. `last.npz` is what the fixed schedule ends with.
+    `best.npz` is the epoch with the highest pooled hard Dice on the inner subjects, if there are any, else on the validation
+    part. It was chosen by looking at that part, so its score there flatters it. `last.npz` is the network after the last epoch.
+
+    Until the run is complete, `last.npz` also holds the history, the optimizer and the states of the random generators, and is
+    the only truth: it is written first and whole, and what a kill kept from being written after it is made again from it.
     """
 
-    def __init__(self, path, config):
-        """Make the folder and write `config`, a dict that JSON can hold, into it.
+    def __init__(self, path, config, resume=False):
+        """Make the folder and write `config`, a dict that JSON can hold, into it; or, with `resume`, take up what is there.
 
-        Raises FileExistsError if the folder already holds a run: nothing is overwritten.
+        The folder belongs to this process until the RunFolder is gone. Raises BlockingIOError if another process has it,
+        FileExistsError if it holds a run that is not to be resumed, ValueError if that run's config differs from this one.
         """
         self.path = Path(path)
         self.best, self.last, self.history = self.path / 'best.npz', self.path / 'last.npz', []
-        self.config = config
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise FileExistsError(f'{self.path} already exists and is not an empty folder; choose another --out')
+        self.config = json.loads(json.dumps(config))
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f'{self.path} is not a folder; choose another --out')
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write('config.json', json.dumps(config, indent=2) + '\n')
+        self.release = weakref.finalize(self, claim(self.path))
+        if resume and (self.path / 'config.json').exists():
+            check_config(self.path / 'config.json', self.config)
+        elif {path.name for path in self.path.iterdir()} - {'config.json.partial'}:
+            raise FileExistsError(f'{self.path} already exists and is not an empty folder; choose another --out, or go on '
+                                  f'with the run in it: --resume {self.path}')
+        else:
+            self.write('config.json', json.dumps(config, indent=2) + '\n')
 
     def write(self, name, text):
         with atomic_write(self.path / name) as file:
             file.write(text.encode())
 
-    def record(self, row, model):
-        """Add an epoch's row to history.csv and save the model, as last.npz and, if it is the best so far, as best.npz."""
-        best = max((old['validation_dice_pooled'] for old in self.history), default=-1.0)
+    def restore(self, model, optimizer):
+        """Bring model and optimizer to where they were after the last recorded epoch, and the records with them.
+
+        Raises CheckpointError for a damaged file, ValueError for one of another network.
+        """
+        if not self.last.exists():
+            return
+        stored, extra = load_checkpoint(self.last)
+        if stored.config != model.config:
+            name = next(name for name in model.config if stored.config[name] != model.config[name])
+            raise ValueError(f'{self.last}: its network has {name} {stored.config[name]}, this run gives '
+                             f'{model.config[name]}; have the images changed?')
+        model.load_state_dict(stored.state_dict())
+        self.history = extra['history']
+        if 'state' in extra:                                    # absent once the run is complete
+            optimizer.load_state_dict(extra['state']['optimizer'])
+            set_generator_states(model, extra['state']['generators'])
+            self.write_records(model)
+
+    def epochs_since_best(self):
+        return self.history[-1]['epoch'] - best_row(self.history)['epoch'] if self.history else 0
+
+    def record(self, row, model, optimizer):
+        """Add an epoch's row, and save the model as last.npz and, if it is the best so far, as best.npz."""
         self.history.append(row)
+        save(self.last, model, **self.extra(), history=self.history,
+             state={'optimizer': optimizer.state_dict(), 'generators': generator_states(model)})
+        self.write_records(model)
+
+    def write_records(self, model):
+        """Write what follows from last.npz: history.csv, and best.npz if the last epoch is the best."""
+        if self.epochs_since_best() == 0:
+            save(self.best, model, **self.extra())
         text = io.StringIO()
-        writer = csv.DictWriter(text, row.keys(), lineterminator='\n')
+        writer = csv.DictWriter(text, self.history[-1].keys(), lineterminator='\n')
         writer.writeheader()
         writer.writerows(self.history)
         self.write('history.csv', text.getvalue())
-        extra = {'epoch': row['epoch'], 'size': self.config['size'],
-                 'scores': {name: value for name, value in row.items() if name.startswith('validation_')}}
-        save(self.last, model, **extra)
-        if row['validation_dice_pooled'] > best:
-            save(self.best, model, **extra)
 
-    def summarize(self, baselines):
-        """Write summary.txt from the last epoch and the baselines, and return its text."""
-        text = summary([self.history[-1]], baselines)
+    def extra(self):
+        """Return what a file says of its network: how images must be prepared for it, its epoch and its scores."""
+        row = self.history[-1]
+        return {'epoch': row['epoch'], 'size': self.config['size'], 'median_filter': self.config.get('median_filter'),
+                'scores': {name: value for name, value in row.items() if name.startswith(('validation_', 'inner_'))}}
+
+    def complete(self, path, **extra):
+        """Add `extra` to last.npz or best.npz, `path`, and take away what only resuming needs."""
+        model, before = load_checkpoint(path)
+        before.pop('state', None)
+        save(path, model, **{**before, **extra})
+
+    def summarize(self, baselines, chosen=None, note=''):
+        """Write summary.txt, the sign that the run is complete, and return its text. For the arguments see `summaries`."""
+        text = summaries([self.history], [baselines], [chosen] if chosen else [], note)
         self.write('summary.txt', text)
         return text
 
 
-def summary(rows, baselines):
-    """Return the text of summary.txt: a list for each score, one value per row (a run, or one per fold), and mean ± deviation.
+def read_config(folder):
+    """Return the config of the run in `folder`, a dict. Raises FileNotFoundError or ValueError, saying what was expected."""
+    path = Path(folder) / 'config.json'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file, so there is no run to resume; start one with --out {folder}')
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path}: cannot be read ({error})') from None
+    if not isinstance(config, dict):
+        raise ValueError(f'{path}: holds a {type(config).__name__}, expected the settings of a run')
+    return config
+
+
+def check_config(path, config):
+    """Raise ValueError, naming both values, if the config in the file `path` says another thing than `config`.
+
+    Where the folder lies and which versions are at work makes no difference.
+    """
+    stored = read_config(path.parent)
+    for name in sorted((stored.keys() | config.keys()) - {'out', 'nervenet', 'numpy'}):
+        if stored.get(name) != config.get(name):
+            old, new = (str(values.get(name)) for values in (stored, config))
+            old, new = (text if len(text) <= 60 else text[:60] + '…' for text in (old, new))
+            raise ValueError(f'{path}: {name} is {old} there and {new} now; start a new run with another --out, or change it '
+                             'back')
+
+
+def best_row(history):
+    """Return the first row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation."""
+    return max(history, key=lambda row: row.get('inner_dice_pooled', row['validation_dice_pooled']))
+
+
+def summaries(histories, baselines, chosen=(), note=''):
+    """Return the text of summary.txt for one run or several folds: the last epoch, and what inner subjects, if any, chose.
+
+    For each history `baselines` holds {name: scores}, and `chosen`, if there are inner subjects, the scores that the last
+    network has on the validation subjects with the settings chosen on the inner ones. `note` is what is to be said first.
+    """
+    text = note and note + '\n\n'
+    text += summary([history[-1] for history in histories], baselines)
+    if 'inner_dice_pooled' in histories[0][-1]:
+        rows = [best_row(history) for history in histories]
+        text += '\n' + summary(rows, [], 'Scores on validation subjects after the epoch that was best on the inner subjects: '
+                               + ', '.join(str(row['epoch']) for row in rows))
+    if chosen:
+        hard = 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'
+        text += '\n' + summary([{f'validation_{name}': scores[name] for name in hard} for scores in chosen], [],
+                               'Scores on validation subjects after the last epoch, with threshold, minimal area and flip '
+                               'average chosen on the inner subjects')
+    return text
+
+
+def summary(rows, baselines, title='Scores on validation subjects after the last epoch'):
+    """Return a list for each score, one value per row (a run, or one per fold), and mean ± deviation; the same of baselines.
 
     `dicecoefs` is the soft Dice coefficient; with a loss of DiceLoss alone it is about minus the loss.
     """
@@ -189,18 +403,26 @@ def summary(rows, baselines):
                ('soft dice per image', 'soft_dice_per_image', 'soft Dice, mean over images'),
                ('hard dice', 'dice_pooled', 'hard Dice, pooled'),
                ('hard dice per image', 'dice_per_image', 'hard Dice, mean over images')]
-    lines = ['Scores on validation subjects after the last epoch', '']
-    for title, name, meaning in columns:
-        values = [row[f'validation_{name}'] for row in rows]
-        lines += [f'{title}: [{", ".join(f"{value:.4f}" for value in values)}]    ({meaning})']
+    columns = [column for column in columns if f'validation_{column[1]}' in rows[0]]
+
+    def of_rows(column):
+        return [row[f'validation_{column}'] for row in rows]
+
+    def average(values):
+        return f'{numpy.mean(values):.4f} ± {numpy.std(values):.4f}'
+
+    lines = [title, '']
+    for name, column, meaning in columns:
+        lines.append(f'{name}: [{", ".join(f"{value:.4f}" for value in of_rows(column))}]    ({meaning})')
     lines.append('')
-    for title, name, _ in columns:
-        values = [row[f'validation_{name}'] for row in rows]
-        lines.append(f'average {title}: {numpy.mean(values):.4f} ± {numpy.std(values):.4f}')
-    lines += ['', 'The same subjects without looking at the image', '']
-    for name, scores in baselines.items():
-        lines.append(f'{name}: hard dice {scores["dice_pooled"]:.4f}, per image {scores["dice_per_image"]:.4f}, '
-                     f'iou {scores["iou_pooled"]:.4f}, accuracy {scores["accuracy"]:.4f}')
+    for name, column, _ in columns:
+        lines.append(f'average {name}: {average(of_rows(column))}')
+    if baselines:
+        lines += ['', 'The same subjects without looking at the image', '']
+        for name in baselines[0]:
+            shown = {'hard dice': 'dice_pooled', 'per image': 'dice_per_image', 'iou': 'iou_pooled', 'accuracy': 'accuracy'}
+            lines.append(f'{name}: ' + ', '.join(f'{title} {average([scores[name][column] for scores in baselines])}'
+                                                 for title, column in shown.items()))
     return '\n'.join(lines) + '\n'
 
 

@@ -19,6 +19,10 @@ import numpy
 
 from .backend import get_array_module
 from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, MaxPool2D, ReLU, check_channels, positive
+from .parallel import number_of_threads
+from .pixelwise import add
+
+SCRATCH_BYTES = 2**24             # about what the convolutions of one thread need to work in
 
 
 class DoubleConv(Layer):
@@ -44,10 +48,12 @@ class DoubleConv(Layer):
             x = step.forward(x)
         return x
 
-    def backward(self, dy):
-        for step in reversed(self.steps.values()):
+    def backward(self, dy, **options):
+        """Return dx; `options` are for the backward of the first convolution."""
+        first, *others = self.steps.values()
+        for step in reversed(others):
             dy = step.backward(dy)
-        return dy
+        return first.backward(dy, **options)
 
 
 class Down(DoubleConv):
@@ -78,7 +84,16 @@ class Up(DoubleConv):
         self.children = {'upconv': self.upconv, 'concat': self.concat, **self.steps}
 
     def forward(self, x, skip):
-        return super().forward(self.concat.forward(skip, self.upconv.forward(x)))
+        up = self.upconv.forward(x)
+        conv1, *others = self.steps.values()
+        y = conv1.forward(self.concat.forward(skip, up))
+        if self.keep_cache:
+            # The join is the largest array of all, and half of it is the skip, which is kept anyway. To make it again when
+            # backward gets there takes one copy.
+            conv1.cache = lambda: (self.concat.forward(skip, up),)
+        for step in others:
+            y = step.forward(y)
+        return y
 
     def backward(self, dy):
         dskip, dup = self.concat.backward(super().backward(dy))
@@ -152,10 +167,11 @@ class UNet(Layer):
         observe('head', logits)
         return logits
 
-    def backward(self, dlogits):
+    def backward(self, dlogits, input_gradient=True):
         """Return dx for the images: forward's walk reversed, each call answered by its backward.
 
-        A skip has two readers, the Down below it and the Up beside it, so its gradient is the sum of two.
+        A skip has two readers, the Down below it and the Up beside it, so its gradient is the sum of two. Training has no use
+        for dx, the last thing to be computed: without `input_gradient` it is not, and None is returned.
         """
         N, H, W, _ = dlogits.shape
         dx = self.head.backward(pad_to_multiple(dlogits, 2**self.depth))
@@ -165,9 +181,9 @@ class UNet(Layer):
             dskips.append(dskip)
         dx = self.dropout.backward(dx)
         for down in reversed(self.downs):
-            dx = down.backward(dx) + dskips.pop()
-        dx = self.stem.backward(dx)
-        return dx[:, :H, :W] / self.config['input_std']     # the gradient of the padding ends here
+            dx = add(down.backward(dx), dskips.pop())
+        dx = self.stem.backward(dx, input_gradient=input_gradient)
+        return None if dx is None else dx[:, :H, :W] / self.config['input_std']     # the gradient of the padding ends here
 
     def receptive_field(self, stage, position):
         """Return (first, last): the input pixels, along one axis, that the unit at `position` of a stage's output depends on.
@@ -196,15 +212,14 @@ class UNet(Layer):
         fields = (self.receptive_field(stage, position) for position in range(2**self.depth))
         return max(last - first + 1 for first, last in fields)
 
-    def summary(self, size):
-        """Return a table, as text, of what each layer does with one image of `size` (H, W).
+    def walk(self, shape):
+        """Yield (name, layer, input shape, output shape, number of kept values) for each layer, for images of this shape.
 
-        Columns: output as height×width×channels, padding included; parameters; multiply-adds of forward; memory that training
-        keeps of it until backward; receptive field of the stage's units, the widest side in pixels.
+        Kept is what training keeps of a layer's output until backward: the next layer's input counts once, where it is made.
         """
-        H, W = (-(-length // 2**self.depth) * 2**self.depth for length in size)
-        shape, skips, totals = (1, H, W, self.in_channels), [], [0, 0, 0.0]
-        rows = [('layer', 'output', 'parameters', 'multiply-adds', 'kept MiB', 'field')]
+        N, H, W, C = shape
+        shape, skips = pad_to_multiple(numpy.empty((0, H, W, C), self.dtype), 2**self.depth).shape, []
+        shape = N, *shape[1:]
         for prefix, layer in self.layers():
             if isinstance(layer, MaxPool2D):
                 skips.append(shape)
@@ -212,18 +227,43 @@ class UNet(Layer):
                 continue
             before = shape
             shape = layer.output_shape(*([skips.pop(), shape] if isinstance(layer, Concat) else [shape]))
-            parameters = sum(array.size for array in layer.params.values())
-            multiply_adds = layer.multiply_adds(before)
-            kept = layer.keeps_output * math.prod(shape) * self.dtype.itemsize / 2**20
-            stage, _, step = prefix[:-1].rpartition('.')
+            # A join is made again from the skip, which is kept anyway, and what lies beside it, the input of this row.
+            kept = math.prod(before) if isinstance(layer, Concat) else layer.keeps_output * math.prod(shape)
+            yield prefix[:-1], layer, before, shape, kept
+
+    def training_memory(self, shape):
+        """Return about how many bytes training on batches of this shape (N, H, W, in_channels) takes, beside the model itself.
+
+        That is what all layers keep until backward; two arrays as large as the widest output, since backward begins there with
+        the gradient of an output and that of an input; gradients and the two averages of Adam; and scratch memory.
+        """
+        rows = list(self.walk(shape))
+        kept = sum(row[4] for row in rows)
+        widest = max(row[4] for row in rows)
+        parameters = sum(array.size for array in self.parameters().values())
+        return (kept + 2 * widest + 3 * parameters) * self.dtype.itemsize + SCRATCH_BYTES * number_of_threads()
+
+    def summary(self, size, batch_size=8):
+        """Return a table, as text, of what each layer does with one image of `size` (H, W).
+
+        Columns: output as height×width×channels, padding included; parameters; multiply-adds of forward; memory that training
+        keeps of it until backward; receptive field of the stage's units, the widest side in pixels. The last line says what
+        training takes with batches of `batch_size` images.
+        """
+        table, totals = [('layer', 'output', 'parameters', 'multiply-adds', 'kept MiB', 'field')], [0, 0, 0.0]
+        for name, layer, before, shape, kept in self.walk((1, *size, self.in_channels)):
+            numbers = (sum(array.size for array in layer.params.values()), layer.multiply_adds(before),
+                       kept * self.dtype.itemsize / 2**20)
+            stage, _, step = name.rpartition('.')
             field = self.widest_field(stage or step) if step in ('relu2', 'head') else ''
-            rows.append((prefix[:-1], '×'.join(map(str, shape[1:])), f'{parameters:,}', f'{multiply_adds:,}', f'{kept:.2f}',
-                         str(field)))
-            totals = [total + value for total, value in zip(totals, (parameters, multiply_adds, kept))]
-        rows.append(('total', '', f'{totals[0]:,}', f'{totals[1]:,}', f'{totals[2]:.2f}', ''))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return '\n'.join('  '.join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
-                         for row in rows)
+            table.append((name, '×'.join(map(str, shape[1:])), f'{numbers[0]:,}', f'{numbers[1]:,}', f'{numbers[2]:.2f}', str(field)))
+            totals = [total + number for total, number in zip(totals, numbers)]
+        table.append(('total', '', f'{totals[0]:,}', f'{totals[1]:,}', f'{totals[2]:.2f}', ''))
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = ['  '.join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
+                 for row in table]
+        needed = self.training_memory((batch_size, *size, self.in_channels)) / 2**20
+        return '\n'.join([*lines, f'training on {batch_size} images at a time takes about {needed:.0f} MiB'])
 
 
 def pad_to_multiple(x, multiple):

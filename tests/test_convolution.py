@@ -6,7 +6,7 @@ import threading
 import numpy
 import pytest
 
-from nervenet import backend, convolution, parallel
+from nervenet import backend, convolution, memory, parallel
 from nervenet.convolution import im2col, patches, plain, winograd_1d, winograd_2d
 
 TOLERANCE = {'float64': 1e-10, 'float32': 1e-4}
@@ -249,7 +249,7 @@ def test_no_path_needs_scratch_as_large_as_the_batch(rng, path):
         def measure():
             with parallel.set_threads(1):
                 work()
-            held.append(sum(memory.nbytes for memory in vars(parallel._scratch).values()))
+            held.append(sum(memory.nbytes for memory in vars(memory._scratch).values()))
         thread = threading.Thread(target=measure)
         thread.start()
         thread.join()

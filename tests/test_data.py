@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from nervenet import data
-from nervenet.data import (DataError, Loader, Reader, Sample, find_samples, intensity_statistics, is_split_by_image,
-                           read_image, read_mask, read_pair, resize, resize_mask, split_by_subject)
+from nervenet.data import (DataError, Loader, Reader, Sample, find_samples, holds_foreground, intensity_statistics,
+                           is_split_by_image, read_image, read_mask, read_pair, resize, resize_mask, split_by_subject)
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data'
 GREY = numpy.arange(6 * 5, dtype=numpy.uint8).reshape(6, 5) * 8            # 0 to 232, no two equal
@@ -487,9 +487,10 @@ def test_shuffling_follows_from_seed_and_epoch_alone(samples):
     assert len({bytes(images) for images in (ordered, first, later, other)}) == 4
 
 
-def noisy(image, mask, rng):
-    assert image.shape == mask.shape == SIZE and image.dtype == mask.dtype == numpy.float32
-    return numpy.clip(image + rng.normal(0, 0.1, image.shape), 0, 1), mask[:, ::-1]
+def noisy(images, masks, rngs):
+    assert images.shape == masks.shape == (len(rngs), *SIZE, 1) and images.dtype == masks.dtype == numpy.float32
+    noise = numpy.stack([rng.normal(0, 0.1, images.shape[1:]) for rng in rngs])
+    return numpy.clip(images + noise, 0, 1), masks[:, :, ::-1]
 
 
 def test_reading_ahead_and_remembering_change_no_result(samples):
@@ -502,20 +503,64 @@ def test_reading_ahead_and_remembering_change_no_result(samples):
 
 
 def test_the_randomness_of_a_sample_follows_from_seed_epoch_and_index(samples):
-    def mark(image, mask, rng):
-        return numpy.full_like(image, rng.random()), mask
-
     loader = Loader(samples, Reader(SIZE), 5, seed=3, shuffle=True, transform=mark)
     for epoch in (0, 1):
         marks = everything(loader, epoch)[0][:, 0, 0, 0]
-        expected = [numpy.random.default_rng([3, epoch, index]).random() for index in loader.order(epoch)]
+        expected = [numpy.random.default_rng([3, epoch, index, 1]).random() for index in loader.order(epoch)]
         numpy.testing.assert_array_equal(marks, numpy.float32(expected))
+        assert numpy.float32(numpy.random.default_rng([3, epoch]).random()) not in marks    # the shuffle's own stream
+
+
+def mark(images, masks, rngs):
+    """Fill each image with one draw of its generator."""
+    return numpy.stack([numpy.full_like(image, rng.random()) for image, rng in zip(images, rngs)]), masks
+
+
+def with_foreground(samples, indices):
+    """Return samples of which only those at `indices` have a mask that holds foreground."""
+    for index, sample in enumerate(samples):
+        mask = numpy.zeros_like(read_mask(sample.mask_path))
+        mask[2:20, 2:20] = index in indices
+        write(sample.mask_path, 255 * mask)
+    return samples
+
+
+def test_positive_share_is_the_share_of_drawn_samples_with_foreground_and_keeps_the_length_of_an_epoch(samples):
+    reader = Reader(SIZE)
+    with_foreground(samples, {1, 4, 10})
+    numpy.testing.assert_array_equal(numpy.flatnonzero(holds_foreground(samples, reader)), [1, 4, 10])
+    for share, positives in (0.5, 6), (0.0, 0), (1.0, 12), (0.6, 7):
+        loader = Loader(samples, reader, 5, seed=1, shuffle=True, positive_share=share)
+        assert [len(masks) for _, masks in loader.epoch(3)] == [5, 5, 2]
+        assert everything(loader, 3)[1].any(axis=(1, 2, 3)).sum() == positives
+    orders = [loader.order(epoch).tolist() for epoch in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        counts = [order.count(index) for index in (1, 4, 10)]
+        assert sorted(counts) == [2, 2, 3] and len(set(order)) == 3 + 5
+    assert len({index for epoch in range(20) for index in loader.order(epoch)}) == 12, 'those left out are others each epoch'
+
+
+def test_a_sample_drawn_twice_in_an_epoch_is_augmented_in_two_ways(samples):
+    loader = Loader(with_foreground(samples, {1, 4}), Reader(SIZE), 5, shuffle=True, positive_share=1.0, transform=mark)
+    assert set(loader.order(0)) == {1, 4} and len(set(everything(loader)[0][:, 0, 0, 0])) == 12
+
+
+def test_positive_share_refuses_what_cannot_be(samples):
+    reader = Reader(SIZE)
+    with pytest.raises(ValueError, match='positive_share is 0.5 and shuffle False'):
+        Loader(samples, reader, 5, positive_share=0.5)
+    with pytest.raises(ValueError, match='positive_share is 1.5'):
+        Loader(samples, reader, 5, shuffle=True, positive_share=1.5)
+    with_foreground(samples, set())
+    with pytest.raises(DataError, match='6 of 12 training images are to be with foreground, and there are none'):
+        Loader(samples, Reader(SIZE), 5, shuffle=True, positive_share=0.5)
 
 
 def test_a_transform_cannot_spoil_what_the_reader_remembers(samples):
-    def wipe(image, mask, rng):
-        image[:], mask[:] = 0.5, 1
-        return image, mask
+    def wipe(images, masks, rngs):
+        images[:], masks[:] = 0.5, 1
+        return images, masks
 
     reader = Reader(SIZE)
     before = everything(Loader(samples, reader, 5))
@@ -576,7 +621,7 @@ def test_an_error_in_the_background_reaches_the_caller_as_itself_and_in_its_plac
     message(error, samples[8].image_path)
     assert received == [3, 3] and not loader_threads()
 
-    def fail(image, mask, rng):
+    def fail(images, masks, rngs):
         raise ZeroDivisionError('from the transform')
 
     with pytest.raises(ZeroDivisionError, match='from the transform'):
@@ -602,10 +647,10 @@ def test_an_abandoned_epoch_leaves_no_thread(samples):
 def test_reading_ahead_is_bounded_and_waiting_is_measured(samples):
     started = []
 
-    def slow(image, mask, rng):
+    def slow(images, masks, rngs):
         started.append(1)
         time.sleep(0.01)
-        return image, mask
+        return images, masks
 
     loader = Loader(samples, Reader(SIZE), 1, transform=slow, read_ahead=2)
     epoch = loader.epoch(0)

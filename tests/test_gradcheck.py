@@ -467,7 +467,7 @@ def forget_the_deviation(layer, dy, backward):
 ])
 def test_bug_planted_in_a_network_is_caught(kind, broken, wrong, right, norm, method, rng, monkeypatch):
     backward = kind.backward
-    monkeypatch.setattr(kind, 'backward', lambda layer, dy: broken(layer, dy, backward))
+    monkeypatch.setattr(kind, 'backward', lambda layer, dy, **options: broken(layer, dy, backward))
     model = network(rng, norm, dropout=0.3)
     results = check_network(model, rng.random((2, 5, 9, 2)), rng=rng, methods={method: NETWORK[method]})
     assert wrong <= wrong_quantities(results)

@@ -1,7 +1,7 @@
 import numpy
 import pytest
 
-from nervenet import (BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, MaxPool2D, ReLU, Sigmoid, backend, convolution)
+from nervenet import (BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, MaxPool2D, ReLU, Sigmoid, backend, convolution, pixelwise)
 
 LAYERS = {
     'relu': (lambda rng: ReLU(), [(2, 5, 6, 3)]),
@@ -229,3 +229,19 @@ def test_complex_numbers_pass_through_forward(rng):
         assert y.dtype == complex and abs(y.imag).max() > 0 and abs(y.imag).max() < 1e-15
     weight = rng.standard_normal((3, 3, 2, 2)).astype(complex)
     assert convolution.forward(rng.standard_normal((1, 4, 4, 2)), weight, (1, 1), (1, 1)).dtype == complex
+
+
+@pytest.mark.parametrize('make, inputs', [(MaxPool2D, [(2, 13, 18, 3)]), (lambda: MaxPool2D(3), [(3, 13, 17, 2)]),
+                                          (Concat, [(2, 13, 18, 3), (2, 13, 18, 5)])])
+def test_work_shared_by_rows_gives_what_one_piece_gives(make, inputs, rng, monkeypatch):
+    layer, inputs = make(), [rng.standard_normal(shape) for shape in inputs]
+    dy = rng.standard_normal(layer.output_shape(*(x.shape for x in inputs)))
+
+    def results():
+        y = layer.forward(*inputs)
+        dx = layer.backward(dy)
+        return [y, *(dx if isinstance(dx, tuple) else [dx])]
+
+    whole = results()
+    monkeypatch.setattr(pixelwise, 'BLOCK_VALUES', 60)
+    assert all(numpy.array_equal(one, other) for one, other in zip(whole, results(), strict=True))

@@ -11,7 +11,7 @@ import numpy
 import pytest
 
 from nervenet import parallel
-from nervenet.parallel import parallel_for, scratch, set_threads
+from nervenet.parallel import parallel_for, set_threads
 
 
 def wait_until(condition):
@@ -272,27 +272,6 @@ def test_without_a_settable_blas_everything_still_runs(monkeypatch):
     monkeypatch.setattr(parallel._blas, 'get', None)
     assert parallel_for(range(3), lambda block: block) == [0, 1, 2]
     assert 'cannot be set' in parallel.describe_blas()
-
-
-def test_scratch_is_reused_in_a_thread_and_never_shared_between_threads():
-    a = scratch('test', (3, 5), 'float32')
-    a[...] = 1
-    b = scratch('test', (4, 2), 'float64')
-    assert a.shape == (3, 5) and a.dtype == 'float32' and b.shape == (4, 2) and b.dtype == 'float64'
-    assert numpy.shares_memory(scratch('test', (2,), 'uint8'), b)
-    assert not numpy.shares_memory(scratch('other', (4, 2), 'float64'), b)
-    assert b.ctypes.data % 64 == 0
-    barrier = threading.Barrier(2)
-
-    def work(block):
-        mine = scratch('test', (1000,), 'int64')
-        barrier.wait(10)
-        mine[...] = block
-        barrier.wait(10)
-        return (mine == block).all()
-
-    with set_threads(2):
-        assert all(parallel_for(range(2), work))
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system cannot fork')

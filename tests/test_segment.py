@@ -3,7 +3,8 @@ import pytest
 
 import nervenet
 from nervenet import CheckpointError, UNet
-from nervenet.segment import Segmenter, Settings, choose_settings, describe
+from nervenet.augment import median_filter
+from nervenet.segment import Segmenter, Settings, choose_settings, describe, score
 from nervenet.train import predict
 
 
@@ -18,6 +19,16 @@ def test_probabilities_come_back_at_each_image_own_size(model, rng):
     probabilities = segmenter.probabilities(images)
     assert [p.shape for p in probabilities] == [image.shape for image in images]
     numpy.testing.assert_allclose(probabilities[0], predict(model, images[0][None, :, :, None])[0, :, :, 0], rtol=1e-4)
+
+
+def test_images_are_filtered_as_those_the_network_was_trained_on(model, rng):
+    image = rng.random((32, 48), dtype='float32')
+    plain, filtered = (Segmenter(model, (16, 24), median_filter=size) for size in (None, 3))
+    small = plain.prepare(image)
+    numpy.testing.assert_array_equal(filtered.prepare(image), median_filter(small, 3))
+    assert (filtered.prepare(image) != small).any()
+    numpy.testing.assert_allclose(filtered.probabilities([small])[0], predict(model, median_filter(small, 3)[None, :, :, None])[0, :, :, 0],
+                                  rtol=1e-4)
 
 
 def test_flip_average_is_the_mean_of_both_directions(model, rng):
@@ -65,6 +76,18 @@ def test_settings_are_chosen_where_dice_per_image_is_best(rng):
     assert score == pytest.approx(1.0)
 
 
+def test_score_is_that_of_the_masks_the_settings_make(rng):
+    masks = (rng.random((5, 12, 16, 1)) < 0.3).astype('float32')
+    images = rng.normal(3 * masks - 1.5, 1).astype('float32')
+    areas = sorted((images > -0.4).mean(axis=(1, 2, 3)))                # as σ(−0.4) is about 0.4
+    settings = Settings(threshold=0.4, minimal_area=float(areas[2]))
+    predicted = [settings.mask(1 / (1 + numpy.exp(-image))) for image in images]
+    assert 0 < sum(mask.any() for mask in predicted) < 5
+    dice = [2 * (mask & (truth > 0)).sum() / (mask.sum() + truth.sum()) for mask, truth in zip(predicted, masks)]
+    scores = score(Fixed(), [(images[:3], masks[:3]), (images[3:], masks[3:])], settings)
+    assert scores['dice_per_image'] == pytest.approx(numpy.mean(dice)) == scores['soft_dice_per_image']
+
+
 def test_describe_gives_area_centroid_and_confidence():
     mask, probability = numpy.zeros((6, 8), bool), numpy.full((6, 8), 0.25)
     assert describe(mask, probability) == {'area': 0, 'share': 0.0, 'row': '', 'column': '', 'confidence': 0.75}
@@ -76,6 +99,7 @@ def test_describe_gives_area_centroid_and_confidence():
 @pytest.mark.parametrize('extra, message', [
     (dict(), 'gives None as the size'), (dict(size=[48]), r'gives \[48\] as the size'), (dict(size='ab'), "gives 'ab'"),
     (dict(size=[16, 24], settings={'treshold': 0.5}), 'its settings'), (dict(size=[16, 24], settings={'threshold': 'a'}), 'its settings'),
+    (dict(size=[16, 24], median_filter=4), 'gives 4 as the size of its median filter'),
     (dict(size=[16, 24], mean_training_mask='x'), 'mean training mask is not an array')])
 def test_a_file_that_lacks_what_a_segmenter_needs_gives_one_clear_error(model, tmp_path, extra, message):
     nervenet.save(tmp_path / 'model.npz', model, **extra)

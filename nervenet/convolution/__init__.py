@@ -43,7 +43,7 @@ def _path(kernel_size, stride, padding, input_size, batch, C_in, C_out):
     """Return the module that serves this shape fastest, by measurement."""
     if patches.fits(kernel_size, stride, padding, input_size):
         return patches
-    if tuple(kernel_size) != (3, 3) or tuple(stride) != (1, 1) or max(padding) > 2:
+    if tuple(kernel_size) != (3, 3) or tuple(stride) != (1, 1) or max(padding) > 2 or C_in < im2col.FEW_CHANNELS:
         return im2col
     H_out, W_out = output_size(input_size, kernel_size, stride, padding)
     pixels, tiles = batch * H_out * W_out, batch * -(-H_out // 4) * -(-W_out // 4)

@@ -20,12 +20,14 @@ It serves every kernel, stride and padding, and rounds like the plain path.
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
-from ..parallel import parallel_for, scratch
+from ..memory import empty, scratch
+from ..parallel import cut, cut_images, parallel_for
 from . import plain
-from .strips import cut, cut_images, padded_strip, sum_in_parts
+from .strips import padded_strip, sum_in_parts
 
 COLUMN_BYTES = 512 * 1024               # of one strip; they must stay in a core's own cache (1 MiB) beside the weight
 LEAST_PIXELS = 64                       # of one strip, because it reads the whole weight
+FEW_CHANNELS = 5                        # of the input: fewer are copied tap by tap
 CHANNELS = 128                          # wide enough for a product to run at full speed
 
 
@@ -36,6 +38,12 @@ def columns_of(x, images, rows, kernel_size, stride, padding, W_out):
     strip = padded_strip(x, images, rows.start * SH - PH, -PW, (height - 1) * SH + KH, (width - 1) * SW + KW)
     n, _, _, C = strip.shape
     a, b, c, d = strip.strides
+    if C < FEW_CHANNELS:
+        # Few values lie side by side in a window, many in a row of the image: copy what one tap meets along each row.
+        taps = as_strided(strip, (KH, KW, C, n, height, width), (b, c, d, a, b * SH, c * SW))
+        columns = scratch('columns', taps.shape, x.dtype)
+        columns[...] = taps
+        return columns.reshape(KH * KW * C, n * height * width).T
     # The KW pixels of a window's row lie side by side in memory: they are copied as one run of KW·C values.
     windows = as_strided(strip, (n, height, width, KH, KW * C), (a, b * SH, c * SW, b, d))
     columns = scratch('columns', windows.shape, x.dtype)
@@ -55,7 +63,7 @@ def forward(x, weight, stride, padding, bias=None):
     """Return y (N, H_out, W_out, C_out); see `plain.forward`."""
     KH, KW, C_in, C_out = weight.shape
     H_out, W_out = plain.output_size(x.shape[1:3], (KH, KW), stride, padding)
-    y = numpy.empty((len(x), H_out, W_out, C_out), x.dtype)
+    y = empty((len(x), H_out, W_out, C_out), x)
     matrix = weight.reshape(-1, C_out)                                       # (KH·KW·C_in, C_out)
     strips = cut_images(len(x), H_out, rows_per_block(W_out, KH * KW * C_in, x.itemsize))
     # Where the image is small and the channels are many, blocks also share the output channels.
@@ -64,10 +72,12 @@ def forward(x, weight, stride, padding, bias=None):
     def work(block):
         (images, rows), out = block
         columns = columns_of(x, images, rows, (KH, KW), stride, padding, W_out)
-        product = columns @ matrix[:, out]                                   # (n·rows·W_out, channels)
+        within = y[images, rows, :, out].reshape(len(columns), -1)           # a view, unless blocks share the channels
+        product = numpy.matmul(columns, matrix[:, out], out=within)          # (n·rows·W_out, channels)
         if bias is not None:
             product += bias[out]
-        y[images, rows, :, out] = product.reshape(-1, rows.stop - rows.start, W_out, product.shape[1])
+        if len(channels) > 1:
+            y[images, rows, :, out] = product.reshape(-1, rows.stop - rows.start, W_out, product.shape[1])
 
     parallel_for([(strip, out) for strip in strips for out in channels], work)
     return y
@@ -81,7 +91,7 @@ def input_gradient(dy, weight, input_size, stride, padding, bias=None):
         turned = numpy.ascontiguousarray(weight[::-1, ::-1].swapaxes(2, 3))  # (KH, KW, C_out, C_in)
         return forward(dy, turned, stride, (KH - 1 - PH, KW - 1 - PW), bias)
     # Elsewhere turning the weight would cost more than it saves, or a stride leaves holes: the plain sum, in blocks.
-    dx = numpy.empty((len(dy), *input_size, C_in), dy.dtype)
+    dx = empty((len(dy), *input_size, C_in), dy)
 
     def work(block):
         images, channels = block
@@ -104,4 +114,4 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
         columns = columns_of(x[..., within], images, rows, kernel_size, stride, padding, W_out)
         return columns.T @ dy[images, rows].reshape(-1, C_out)               # (KH·KW·C, pixels) @ (pixels, C_out)
 
-    return sum_in_parts(strips, cut(C_in, CHANNELS), term, lambda total: total.reshape(KH, KW, -1, C_out))
+    return sum_in_parts((KH, KW, C_in, C_out), x, strips, cut(C_in, CHANNELS), term)

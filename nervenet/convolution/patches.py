@@ -14,8 +14,9 @@ import math
 
 import numpy
 
-from ..parallel import parallel_for, scratch
-from .strips import cut, sum_in_parts
+from ..memory import empty, scratch
+from ..parallel import cut, parallel_for
+from .strips import sum_in_parts
 
 BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still in the cache when it is rearranged
 LEAST_PIXELS = 128                      # a product reads the whole weight for them
@@ -52,7 +53,7 @@ def forward(x, weight, stride, padding, bias=None):
     """Return y (N, H/KH, W/KW, C_out); see `plain.forward`."""
     KH, KW, _, C_out = weight.shape
     windows = _rows_of_windows(x, (KH, KW))                                  # (rows, W/KW, KH, KW, C_in)
-    y = numpy.empty((len(x), x.shape[1] // KH, x.shape[2] // KW, C_out), x.dtype)
+    y = empty((len(x), x.shape[1] // KH, x.shape[2] // KW, C_out), x)
     rows, matrix = y.reshape(len(windows), -1), weight.reshape(-1, C_out)
 
     def work(block):
@@ -68,7 +69,7 @@ def forward(x, weight, stride, padding, bias=None):
 def input_gradient(dy, weight, input_size, stride, padding, bias=None):
     """Return dx (N, H, W, C_in); see `plain.input_gradient`."""
     KH, KW, C_in, C_out = weight.shape
-    dx = numpy.empty((len(dy), *input_size, C_in), dy.dtype)
+    dx = empty((len(dy), *input_size, C_in), dy)
     dwindows = _rows_of_windows(dx, (KH, KW))                                # (rows, W/KW, KH, KW, C_in), a view of dx
     matrix = weight.reshape(-1, C_out).T                                     # (C_out, KH·KW·C_in)
     rows = dy.reshape(len(dwindows), -1, C_out)
@@ -97,4 +98,4 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
     def term(block, within):
         return _matrix(windows[..., within], block).T @ rows[block].reshape(-1, C_out)
 
-    return sum_in_parts(strips, channels, term, lambda total: total.reshape(*kernel_size, -1, C_out))
+    return sum_in_parts((*kernel_size, C_in, C_out), x, strips, channels, term)

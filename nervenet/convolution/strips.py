@@ -1,24 +1,9 @@
-"""Cutting a convolution into blocks that fit the cache, for the fast paths beside this file."""
+"""Strips of padded images, and sums over them, for the fast paths beside this file."""
 
-import numpy
-
-from ..parallel import parallel_for, scratch
+from ..memory import empty, scratch
+from ..parallel import cut, parallel_for
 
 PARTIAL_SUMS = 8                        # at most; a fixed number, because a sum's last bits depend on its order
-
-
-def cut(length, size):
-    """Return slices that cover range(length) in nearly equal parts of at most `size`, at least one each."""
-    parts = -(-length // max(1, size))
-    edges = [length * part // parts for part in range(parts + 1)]
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:])]
-
-
-def cut_images(images, rows, rows_per_block):
-    """Return pairs of slices (images, rows) of about `rows_per_block` rows, of several small images or of one."""
-    if rows_per_block < rows:
-        return [(image, strip) for image in cut(images, 1) for strip in cut(rows, rows_per_block)]
-    return [(several, slice(0, rows)) for several in cut(images, rows_per_block // rows)]
 
 
 def padded_strip(x, images, top, left, height, width, name='strip'):
@@ -41,21 +26,28 @@ def padded_strip(x, images, top, left, height, width, name='strip'):
     return strip
 
 
-def sum_in_parts(strips, channels, term, finish=lambda total: total):
-    """Return the weight gradient: Σ finish(Σ term(strip, within)) for each slice `within` of `channels`, side by side.
+def sum_in_parts(shape, x, strips, channels, term, finish=lambda total: total):
+    """Return the weight gradient, of this shape (KH, KW, C_in, C_out) and the dtype of x.
 
-    The inner sum runs over neighbouring strips, in one block; the outer one over at most PARTIAL_SUMS such blocks.
-    `finish` is linear and returns a part (KH, KW, channels, C_out) of the gradient. A term must be a fresh array.
+    Its input channels `within`, for each slice of `channels`, are Σ finish(Σ term(strip, within)). The inner sum runs
+    over neighbouring strips, in one block; the outer one over at most PARTIAL_SUMS such blocks. `finish` is linear. A
+    term must be a fresh array.
     """
     groups = cut(len(strips), -(-len(strips) * len(channels) // PARTIAL_SUMS))
+    dweight = empty(shape, x)
 
     def work(block):
         within, group = block
         total = term(strips[group.start], within)
         for strip in strips[group][1:]:
             total += term(strip, within)
-        return finish(total)
+        part = finish(total).reshape(*shape[:2], -1, shape[3])
+        if group.start > 0:
+            return part
+        dweight[:, :, within] = part                    # the first part is where the others will be added
 
-    partial = parallel_for([(within, group) for within in channels for group in groups], work)
-    sums = [sum(partial[start:start + len(groups)]) for start in range(0, len(partial), len(groups))]
-    return sums[0] if len(sums) == 1 else numpy.concatenate(sums, axis=2)
+    blocks = [(within, group) for within in channels for group in groups]
+    for (within, group), part in zip(blocks, parallel_for(blocks, work)):
+        if group.start > 0:
+            dweight[:, :, within] += part
+    return dweight

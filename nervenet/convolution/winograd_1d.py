@@ -28,9 +28,10 @@ numbers in Bᵀ and Aᵀ nearly cancel: in float32 the relative error is about 1
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
-from ..parallel import parallel_for, scratch
+from ..memory import empty, scratch
+from ..parallel import cut_images, parallel_for
 from .plain import output_size
-from .strips import cut_images, sum_in_parts
+from .strips import sum_in_parts
 
 BT = numpy.array([[4, 0, -5, 0, 1, 0],
                   [0, -4, -4, 1, 1, 0],
@@ -119,7 +120,7 @@ def forward(x, weight, stride, padding, bias=None):
     H_out, W_out = output_size((H, W), (3, 3), (1, 1), padding)
     width = W_out + 2
     U = (G.astype(x.dtype) @ weight.reshape(3, -1)).reshape(6, 3 * C_in, C_out)
-    y = numpy.empty((N, H_out, W_out, C_out), x.dtype)
+    y = empty((N, H_out, W_out, C_out), x)
 
     def work(block):
         images, tiles = block
@@ -158,6 +159,6 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
                    for pixels, windows in shifts(V.shape[1]))                # (6, 3·C_in, C_out)
 
     def finish(dU):
-        return (G.T.astype(x.dtype) @ dU.reshape(6, -1)).reshape(3, 3, C_in, C_out)
+        return G.T.astype(x.dtype) @ dU.reshape(6, -1)
 
-    return sum_in_parts(blocks_of(N, H_out, width, max(C_in, C_out)), [slice(None)], term, finish)
+    return sum_in_parts((3, 3, C_in, C_out), x, blocks_of(N, H_out, width, max(C_in, C_out)), [slice(None)], term, finish)

@@ -28,9 +28,10 @@ the weight costs as much as it saves; and an image much smaller than a tile wast
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
-from ..parallel import parallel_for, scratch
+from ..memory import empty, scratch
+from ..parallel import cut, cut_images, parallel_for
 from .plain import output_size
-from .strips import cut, cut_images, sum_in_parts
+from .strips import sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
 TILE_VALUES = 8 * 1024                  # tiles times channels of one block, which has 36 times as many values in V
@@ -60,8 +61,11 @@ def transform_weight(matrix, weight):
     """Return matrix weight matrixᵀ (36, C_in, C_out) for `matrix` (6, 3)."""
     _, _, C_in, C_out = weight.shape
     matrix, taps = matrix.astype(weight.dtype), numpy.ascontiguousarray(weight).reshape(3, 3, -1)
-    rows = matrix @ taps.swapaxes(0, 1)                                      # (3, 6, …), the columns first
-    return (matrix @ rows.swapaxes(0, 1)).reshape(36, C_in, C_out)
+    rows = scratch('rows', (3, 6, C_in * C_out), weight.dtype)
+    numpy.matmul(matrix, taps.swapaxes(0, 1), out=rows)                      # the columns first
+    U = empty((36, C_in, C_out), weight)
+    numpy.matmul(matrix, rows.swapaxes(0, 1), out=U.reshape(6, 6, -1))
+    return U
 
 
 def convolve(x, weight, padding, turned=False, bias=None):
@@ -75,7 +79,7 @@ def convolve(x, weight, padding, turned=False, bias=None):
     few = N * R * columns <= FEW_TILES
     tiles_per_block = FEW_TILES if few else max(LEAST_TILES, TILE_VALUES // max(C_in, C_out))
     panels = cut(C_out, max(16, min(64, PIECE // (min(tiles_per_block, N * R * columns) * C_in) // 16 * 16)))
-    y = numpy.empty((N, H_out, W_out, C_out), x.dtype)
+    y = empty((N, H_out, W_out, C_out), x)
     at = AT.astype(x.dtype)
 
     def panel(out):
@@ -137,4 +141,4 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
             dweight[:, :, piece] = (gt @ rows.swapaxes(0, 1)).reshape(3, 3, -1, C_out)
         return dweight
 
-    return sum_in_parts(strips, channels, term)
+    return sum_in_parts((3, 3, C_in, C_out), x, strips, channels, term)

@@ -1,0 +1,212 @@
+"""Cross-validation: every subject is validated once, by a network that has never seen it.
+
+The subjects are dealt into k folds. Fold i is validated by a network trained on the other k − 1 folds, so k networks
+give k scores, whose mean says how good the method is and whose deviation says how much that depends on who was in which
+fold.
+
+    folds = folds_by_subject(samples, holds_foreground(samples, reader), 5, seed=0)     five lists of subjects
+    training, validation = sides(samples, folds, 2)                                     of fold 2, counted from 1
+
+The deal is written down (`write_split`, `read_split`), because all folds must agree on it, whenever and wherever they
+run. A `CrossValidation` is the folder of them all: each fold is a run folder inside, trained by any number of processes
+side by side, and the summary is made from whatever folds are complete.
+"""
+
+import contextlib
+import csv
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+
+from . import figures
+from .checkpoint import atomic_write
+from .data import DataError, natural_key
+from .train import check_config, claim, read_config, summaries
+
+BY_SUBJECT = 'subject'
+BY_IMAGE = 'image: leaks, frames of one subject are on both sides'
+LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of the split, and they are near copies. '
+         'These scores are too good to be true; never quote them.')
+
+
+# --- Who is in which fold ---------------------------------------------------------------------------------------------
+
+def folds_by_subject(samples, positive, folds, seed):
+    """Return `folds` lists of subjects, balanced in images and in the share of positive ones; `positive` is (N,) bool.
+
+    Let n and p be a subject's images and positive images as shares of all, and N and P those of a fold so far. A fold's
+    imbalance is N² + P²: over all folds the sum is least when all are equal. A subject adds
+
+        (N + n)² + (P + p)² − N² − P²  =  2·(N·n + P·p) + n² + p²
+
+    to it, so each goes to the fold with the least N·n + P·p, where it hurts the balance least. They are dealt one by
+    one, those with the largest n² + p² first, so that the small ones even out what the large ones left uneven; equals
+    come in random order, drawn from `default_rng(seed)`.
+
+    Raises DataError for fewer subjects than folds, ValueError for fewer than two folds.
+    """
+    if folds < 2:
+        raise ValueError(f'{folds} folds; expected 2 or more: one to validate on and the others to train on')
+    images = Counter(sample.subject for sample in samples)
+    positives = Counter(sample.subject for sample, is_positive in zip(samples, positive) if is_positive)
+    if len(images) < folds:
+        raise DataError(f'{len(images)} subjects cannot be dealt into {folds} folds; lower --folds, or give '
+                        '--subject-pattern if the names hold more subjects')
+    subjects = sorted(images, key=natural_key)
+    numpy.random.default_rng(seed).shuffle(subjects)
+    shares = {subject: numpy.array([images[subject] / len(samples), positives[subject] / max(positives.total(), 1)])
+              for subject in subjects}                                          # (n, p)
+    subjects.sort(key=lambda subject: -numpy.square(shares[subject]).sum())     # equals stay shuffled
+    dealt, totals = [[] for _ in range(folds)], numpy.zeros((folds, 2))         # (N, P) of each fold
+    for subject in subjects:
+        fold = numpy.lexsort((totals[:, 0], totals @ shares[subject]))[0]       # of equals, the one with fewest images
+        dealt[fold].append(subject)
+        totals[fold] += shares[subject]
+    return [sorted(fold, key=natural_key) for fold in dealt]
+
+
+def each_image_alone(samples):
+    """Return the samples, each a subject of its own: whatever then splits by subject splits by image, and leaks."""
+    return [replace(sample, subject=sample.name) for sample in samples]
+
+
+def sides(samples, folds, fold):
+    """Return (training, validation) of fold number `fold`, from 1 on: two lists of samples that share no subject."""
+    validated = set(folds[fold - 1])
+    return ([sample for sample in samples if sample.subject not in validated],
+            [sample for sample in samples if sample.subject in validated])
+
+
+# --- The split on disk ------------------------------------------------------------------------------------------------
+
+def write_split(path, samples, positive, folds, by=BY_SUBJECT):
+    """Write folds to a JSON file: what they are split by, and the subjects, images and positive images of each."""
+    where = {subject: number for number, fold in enumerate(folds) for subject in fold}
+    images = Counter(where[sample.subject] for sample in samples)
+    positives = Counter(where[sample.subject] for sample, is_positive in zip(samples, positive) if is_positive)
+    split = {'by': by, 'folds': [{'images': images[number], 'positive images': positives[number], 'subjects': fold}
+                                 for number, fold in enumerate(folds)]}
+    with atomic_write(path) as file:
+        file.write((json.dumps(split, indent=2, ensure_ascii=False) + '\n').encode())
+
+
+def read_split(path, samples, number, by=BY_SUBJECT):
+    """Return the `number` folds in a file of `write_split`, lists of subjects.
+
+    Raises DataError, one line that names both, for a subject that is in two folds, and for a file that does not fit the
+    data: another kind of split, another number of folds, other subjects, another number of images.
+    """
+    try:
+        split = json.loads(Path(path).read_bytes())
+        found, folds = split['by'], [list(map(str, fold['subjects'])) for fold in split['folds']]
+        counts = [fold['images'] for fold in split['folds']]
+    except FileNotFoundError:
+        raise DataError(f'{path}: no such file') from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{path}: is not a split as train_unet.py --folds writes it '
+                        f'({type(error).__name__}: {error})') from None
+    if found != by:
+        raise DataError(f'{path}: is a split by {found}; expected one by {by}')
+    if len(folds) != number:
+        raise DataError(f'{path}: holds {len(folds)} folds; expected {number}, as --folds says')
+    where = {}
+    for i, fold in enumerate(folds, 1):
+        for subject in fold:
+            if subject in where:
+                raise DataError(f'{path}: subject {subject} is in fold {where[subject]} and in fold {i}; it must be in one')
+            where[subject] = i
+    images = Counter(where.get(sample.subject) for sample in samples)
+    in_data = {sample.subject for sample in samples}
+    lost, unknown = (sorted(subjects, key=natural_key) for subjects in (in_data - where.keys(), where.keys() - in_data))
+    if lost:
+        raise DataError(f'{path}: no fold has subject {lost[0]} of the data ({len(lost)} such); make a new split')
+    if unknown:
+        raise DataError(f'{path}: fold {where[unknown[0]]} has subject {unknown[0]}, whom the data lack '
+                        f'({len(unknown)} such); make a new split')
+    for i, count in enumerate(counts, 1):
+        if images[i] != count:
+            raise DataError(f'{path}: fold {i} has {count} images, its subjects have {images[i]} in the data; make a new '
+                            'split')
+    return folds
+
+
+# --- All folds together -----------------------------------------------------------------------------------------------
+
+class CrossValidation:
+    """The folder of a cross-validation: config.json, split.json, fold_1 … fold_k, summary.txt, curves.png.
+
+    Any number of processes may work in it, each on folds of its own: the split is written once, whole, and a fold's
+    folder belongs to the process that trains it (see RunFolder).
+    """
+
+    def __init__(self, path, config, deal, join=False):
+        """Make the folder, or, with `join`, take up the one that is there if its config is the same.
+
+        `deal(path)` is called once, with the path of split.json, to write it. Raises FileExistsError for a folder that
+        is in use for something else, ValueError for another config.
+        """
+        self.path, self.split = Path(path), Path(path) / 'split.json'
+        begun = {'split.json', 'split.json.partial', 'config.json.partial'}         # killed before the config was there
+        self.path.mkdir(parents=True, exist_ok=True)
+        with claimed(self.path):
+            if join and (self.path / 'config.json').exists():
+                check_config(self.path / 'config.json', json.loads(json.dumps(config)))
+            elif {entry.name for entry in self.path.iterdir()} - begun:
+                raise FileExistsError(f'{self.path} already exists and is not an empty folder; choose another --out, '
+                                      f'or go on with the cross-validation in it: --resume {self.path}')
+            else:
+                deal(self.split)
+                with atomic_write(self.path / 'config.json') as file:
+                    file.write((json.dumps(config, indent=2) + '\n').encode())
+
+    def fold(self, number):
+        """Return the path of a fold's run folder."""
+        return self.path / f'fold_{number}'
+
+    def is_complete(self, number):
+        """Return whether a fold's summary, the last file of a run, is there."""
+        return (self.fold(number) / 'summary.txt').exists()
+
+    def summarize(self, folds, note=''):
+        """Write summary.txt and curves.png from the folds that are complete; return the text, None if there are none.
+
+        The text begins with `note`, if there is something to be said first, and with which folds are missing.
+        """
+        with claimed(self.path):
+            complete = [number for number in range(1, folds + 1) if self.is_complete(number)]
+            if not complete:
+                return None
+            missing = ', '.join(str(number) for number in range(1, folds + 1) if number not in complete)
+            count = f'{len(complete)} of {folds} folds' + (f'; not complete yet: {missing}' if missing else '')
+            histories = [read_history(self.fold(number) / 'history.csv') for number in complete]
+            baselines = [read_config(self.fold(number))['baselines'] for number in complete]
+            chosen = [json.loads((self.fold(number) / 'settings.json').read_text())['last.npz'] for number in complete]
+            text = summaries(histories, baselines, [scores['validation'] for scores in chosen if 'validation' in scores],
+                             f'{note}\n{count}' if note else count)
+            mean = {name: {score: float(numpy.mean([each[name][score] for each in baselines])) for score in scores}
+                    for name, scores in baselines[0].items()}
+            title = f'{note.partition(",")[0]} · {count}' if note else count
+            figures.save(figures.fold_curves(histories, baselines=mean, title=title), self.path / 'curves.png')
+            with atomic_write(self.path / 'summary.txt') as file:
+                file.write(text.encode())
+            return text
+
+
+@contextlib.contextmanager
+def claimed(folder):
+    """Within this context no other process claims the folder; wait until the one that has it is done."""
+    release = claim(folder, wait=True)
+    try:
+        yield
+    finally:
+        release()
+
+
+def read_history(path):
+    """Return the rows of a history.csv as dicts of name → number."""
+    with open(path, newline='') as file:
+        return [{name: (int if name == 'epoch' else float)(value) for name, value in row.items()}
+                for row in csv.DictReader(file)]

@@ -1,0 +1,106 @@
+"""Memory that is used again.
+
+A network asks for the same arrays in every step: large, short-lived, of a few sizes. Memory fresh from the system comes
+as pages that it clears one by one when they are first touched, which takes as long as a pass over the array; and a heap
+from which large arrays of many sizes come and go gets holes. So what an array leaves behind is kept for the next
+one of its size. (On a GPU, CuPy does the same by itself.)
+
+An array made by `empty` is an ordinary NumPy array on a piece of memory that knows when the last array on it, or view of
+one, is gone: it then lies ready. A piece of another size gets memory from the system, and if all pieces together would
+then be more than were ever in use at once, the ones that have been waiting longest are given back. So a process never
+holds more than its arrays needed at their peak, however many sizes it meets.
+"""
+
+import math
+import mmap
+import threading
+from collections import deque
+
+import numpy
+
+from .backend import get_array_module
+
+LEAST_BYTES = 2**18                             # smaller arrays come from the heap, which keeps such memory itself
+
+
+def empty(shape, like):
+    """Return an uninitialised array of this shape, with the dtype and on the device of the array `like`."""
+    xp, dtype = get_array_module(like), like.dtype
+    size = math.prod(shape) * dtype.itemsize
+    if xp is not numpy or size < LEAST_BYTES:
+        return xp.empty(shape, dtype)
+    return numpy.asarray(_Lease(_pool.take(size))).view(dtype).reshape(shape)
+
+
+def scratch(name, shape, dtype):
+    """Return an uninitialised array that belongs to this thread and is handed out again for the same `name`.
+
+    A block of work that ran before has left this memory warm, often in the cache. The contents last until this thread
+    asks for the same name again. It is freed when the thread ends.
+    """
+    size = math.prod(shape) * numpy.dtype(dtype).itemsize
+    memory = getattr(_scratch, name, None)
+    if memory is None or memory.nbytes < size:
+        memory = _aligned(size)
+        setattr(_scratch, name, memory)
+    return memory[:size].view(dtype).reshape(shape)
+
+
+_scratch = threading.local()
+
+
+def _aligned(size):
+    """Return `size` bytes fresh from the system, aligned to a cache line."""
+    memory = numpy.empty(size + 64, numpy.uint8)
+    return memory[-memory.ctypes.data % 64:][:size]
+
+
+def _pages(size):
+    """Return `size` bytes, or a little more, of pages of their own: freed, they go back to the system at once."""
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, 'MADV_HUGEPAGE'):
+        pages.madvise(mmap.MADV_HUGEPAGE)       # Linux: clear 2 MiB at a time, not 4 KiB
+    return numpy.frombuffer(pages, numpy.uint8)
+
+
+class _Lease:
+    """What the arrays on a piece of memory hold on to; when the last one lets go, the memory returns to the pool."""
+
+    def __init__(self, memory):
+        self.memory = memory
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self):
+        _pool.returned.append(self.memory)
+
+
+class _Pool:
+    """Pieces of memory that wait for their next array."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        # A lease can end at any moment, even while this thread holds the lock: so its memory only queues up here.
+        self.returned = deque()
+        self.waiting = []                       # pieces, the longest-waiting first
+        self.total = self.used = self.peak = 0  # bytes of all pieces; of those in use; the most ever in use
+
+    def take(self, size):
+        """Return a piece of `size` bytes, its contents arbitrary."""
+        with self.lock:
+            while self.returned:
+                memory = self.returned.popleft()
+                self.used -= memory.nbytes
+                self.waiting.append(memory)
+            self.used += size
+            self.peak = max(self.peak, self.used)
+            # The piece that was used last is the one most likely to be in the cache still.
+            for place in reversed(range(len(self.waiting))):
+                if self.waiting[place].nbytes == size:
+                    return self.waiting.pop(place)
+            self.total += size
+            while self.waiting and self.total > self.peak:
+                self.total -= self.waiting.pop(0).nbytes
+        return _pages(size)
+
+
+_pool = _Pool()
