@@ -188,7 +188,8 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
     """Train until `epochs` epochs are done, scoring `validation` after each, and record everything in `run`, a RunFolder.
 
     `training` and `validation` are Loaders; the number of an epoch decides their order and randomness. Yields a row after each
-    epoch: a dict of 'epoch', 'learning_rate', 'seconds', 'images_per_second', 'train_…' and 'validation_…' for each of the scores.
+    epoch: a dict of 'epoch', 'learning_rate', 'seconds', 'images_per_second', 'waited_seconds' (how long training waited for its
+    batches), 'train_…' and 'validation_…' for each of the scores.
 
     inner     a Loader of subjects that neither other part holds: the best epoch is chosen on them instead of on `validation`,
               whose scores then are honest; rows get 'inner_…' scores
@@ -212,14 +213,14 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
             with numpy.errstate(over='ignore', invalid='ignore'):       # a diverged network gets one clear error, below
                 batches = progress(watched(training.epoch(epoch)), len(training), f'epoch {epoch}/{epochs}')
                 scores = {'train': train_epoch(model, loss, optimizer, batches, schedule, max_norm)}
-                speed = len(training.samples) / (time.perf_counter() - start)
+                speed, waited = len(training.samples) / (time.perf_counter() - start), training.waited_seconds
                 for part, loader in parts.items():
                     scores[part] = evaluate(model, loss, watched(loader.epoch(epoch)))
         except FloatingPointError as error:
             kept = f'. The last good epoch is in {run.last}' if run.history else ''
             raise FloatingPointError(f'epoch {epoch}, {part}: {error}{kept}') from error
         row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
-               'images_per_second': round(speed, 1),
+               'images_per_second': round(speed, 1), 'waited_seconds': round(waited, 3),
                **{f'{part}_{name}': values[name] for part, values in scores.items() for name in ('loss', *SCORES)}}
         run.record(row, model, optimizer)
         yield row

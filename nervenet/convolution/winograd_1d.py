@@ -50,7 +50,7 @@ AT = numpy.array([[1, 1, 1, 1, 1, 0],
                   [0, 1, 1, 4, 4, 0],
                   [0, 1, -1, 8, -8, 1]])
 
-BLOCK_VALUES = 32 * 1024                # pixels times channels of one block, which has 1.5 times as many in V and in M
+BLOCK_VALUES = 64 * 1024                # pixels times channels of one block, which has 1.5 times as many in V and in M
 
 
 def transform_rows(matrix, x, images, tiles, padding, width, name):
