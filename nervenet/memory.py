@@ -3,12 +3,15 @@
 A network asks for the same arrays in every step: large, short-lived, of a few sizes. Memory fresh from the system comes
 as pages that it clears one by one when they are first touched, which takes as long as a pass over the array; and a heap
 from which large arrays of many sizes come and go gets holes. So what an array leaves behind is kept for the next
-one of its size. (On a GPU, CuPy does the same by itself.)
+one of about its size. (On a GPU, CuPy does the same by itself.)
 
 An array made by `empty` is an ordinary NumPy array on a piece of memory that knows when the last array on it, or view of
-one, is gone: it then lies ready. A piece of another size gets memory from the system, and if all pieces together would
-then be more than were ever in use at once, the ones that have been waiting longest are given back. So a process never
-holds more than its arrays needed at their peak, however many sizes it meets.
+one, is gone: it then lies ready. If none of a fitting size lies ready, memory comes from the system, and if all pieces
+together would then be much more than were ever in use at once, the ones that have been waiting longest are given back.
+So a process holds little more than its arrays needed at their peak, however many sizes it meets.
+
+Measured in training steps at base 16 with batch norm: a fifth to a third of the time, nearly all that the system spent
+on pages.
 """
 
 import math
@@ -20,6 +23,8 @@ import numpy
 
 from .backend import get_array_module
 
+WASTE = 1.5                                     # a piece serves an array if it is at most so many times as large
+SLACK = 1.125                                   # all pieces are at most so many times what was in use at once
 LEAST_BYTES = 2**18                             # smaller arrays come from the heap, which keeps such memory itself
 
 
@@ -29,7 +34,7 @@ def empty(shape, like):
     size = math.prod(shape) * dtype.itemsize
     if xp is not numpy or size < LEAST_BYTES:
         return xp.empty(shape, dtype)
-    return numpy.asarray(_Lease(_pool.take(size))).view(dtype).reshape(shape)
+    return numpy.asarray(_Lease(_pool.take(size)))[:size].view(dtype).reshape(shape)
 
 
 def scratch(name, shape, dtype):
@@ -91,16 +96,17 @@ class _Pool:
                 memory = self.returned.popleft()
                 self.used -= memory.nbytes
                 self.waiting.append(memory)
-            self.used += size
+            # The smallest that is large enough; of equals the one used last, which is the most likely to be in the cache still.
+            fitting = [place for place, piece in enumerate(self.waiting) if size <= piece.nbytes <= WASTE * size]
+            place = min(fitting, key=lambda place: (self.waiting[place].nbytes, -place), default=None)
+            memory = None if place is None else self.waiting.pop(place)
+            self.used += size if memory is None else memory.nbytes
             self.peak = max(self.peak, self.used)
-            # The piece that was used last is the one most likely to be in the cache still.
-            for place in reversed(range(len(self.waiting))):
-                if self.waiting[place].nbytes == size:
-                    return self.waiting.pop(place)
-            self.total += size
-            while self.waiting and self.total > self.peak:
-                self.total -= self.waiting.pop(0).nbytes
-        return _pages(size)
+            if memory is None:
+                self.total += size
+                while self.waiting and self.total > SLACK * self.peak:
+                    self.total -= self.waiting.pop(0).nbytes
+        return _pages(size) if memory is None else memory
 
 
 _pool = _Pool()

@@ -149,6 +149,8 @@ class UNet(Layer):
                              f'images.astype({str(self.dtype)!r})')
         observe = observe or (lambda name, y: None)
         N, H, W, C = x.shape
+        if self.training:
+            self.drop_gradients()                           # those of the last step: room for what backward will need
 
         x = (x - self.config['input_mean']) / self.config['input_std']
         x = pad_to_multiple(x, 2**self.depth)               # (N, H', W', C), H' and W' divisible by 2^depth

@@ -48,7 +48,7 @@ def test_memory_is_used_again_only_after_the_last_view_of_it_is_gone(pool):
     assert address(third) == first and address(other) != first
 
 
-def test_never_more_memory_is_held_than_was_in_use_at_once(pool):
+def test_little_more_memory_is_held_than_was_in_use_at_once(pool):
     like, rng, held = numpy.zeros(1, 'float32'), numpy.random.default_rng(0), []
     for _ in range(300):
         while held and rng.random() < 0.5:
@@ -56,7 +56,8 @@ def test_never_more_memory_is_held_than_was_in_use_at_once(pool):
         held.append(empty((int(rng.integers(memory.LEAST_BYTES // 4, memory.LEAST_BYTES)),), like))
         in_use = sum(array.nbytes for array in held)
         waiting = sum(piece.nbytes for piece in pool.waiting)
-        assert pool.used == in_use and pool.total == in_use + waiting <= pool.peak
+        assert in_use <= pool.used <= memory.WASTE * in_use
+        assert pool.total == pool.used + waiting <= memory.SLACK * pool.peak
     held.clear()
 
 
@@ -77,7 +78,7 @@ def test_arrays_in_use_never_overlap_though_threads_come_and_go(pool):
         thread.join()
     assert not overlaps
     empty(LARGE, like)
-    assert pool.used == numpy.prod(LARGE) * 4 and pool.total <= pool.peak
+    assert pool.used == numpy.prod(LARGE) * 4 and pool.total <= memory.SLACK * pool.peak
 
 
 def test_scratch_is_reused_in_a_thread_and_never_shared_between_threads():
