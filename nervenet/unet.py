@@ -19,6 +19,7 @@ import numpy
 
 from .backend import get_array_module
 from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, MaxPool2D, ReLU, check_channels, positive
+from .memory import SLACK
 from .parallel import number_of_threads
 from .pixelwise import add
 
@@ -236,14 +237,16 @@ class UNet(Layer):
     def training_memory(self, shape):
         """Return about how many bytes training on batches of this shape (N, H, W, in_channels) takes, beside the model itself.
 
-        That is what all layers keep until backward; two arrays as large as the widest output, since backward begins there with
-        the gradient of an output and that of an input; gradients and the two averages of Adam; and scratch memory.
+        That is what all layers keep until backward, and two arrays as large as the widest output, since there backward begins
+        with the gradient of an output and that of an input; later, in their place, the gradients of the parameters; what
+        `memory` holds beyond it; the two averages of Adam; and scratch memory.
         """
         rows = list(self.walk(shape))
         kept = sum(row[4] for row in rows)
         widest = max(row[4] for row in rows)
         parameters = sum(array.size for array in self.parameters().values())
-        return (kept + 2 * widest + 3 * parameters) * self.dtype.itemsize + SCRATCH_BYTES * number_of_threads()
+        arrays = SLACK * max(kept + 2 * widest, parameters) + 2 * parameters
+        return round(arrays) * self.dtype.itemsize + SCRATCH_BYTES * number_of_threads()
 
     def summary(self, size, batch_size=8):
         """Return a table, as text, of what each layer does with one image of `size` (H, W).
