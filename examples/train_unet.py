@@ -300,6 +300,8 @@ def parse(arguments):
     args.data = args.data and args.data.resolve()
     args.out = args.out or Path('runs', f'{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}')
     args.split = args.split and args.split.resolve()
+    args.epochs = args.epochs or (7 if args.data is None else 15)
+    args.augment = args.augment or ('none' if args.data is None else 'default')
     if args.depth > 12:
         parser.error(f'--depth is {args.depth}; expected at most 12: each level halves the image')
     if args.fold and not args.fold <= (args.folds or 0):
@@ -371,7 +373,8 @@ def build_parser():
     augmenting = parser.add_argument_group('augmentation', 'Random changes of the training images, named as in Keras; '
                                            'nervenet/augment.py says what each means. A single option replaces its value in '
                                            '--augment.')
-    augmenting.add_argument('--augment', choices=AUGMENTATIONS, default='none', help='what is on')
+    augmenting.add_argument('--augment', choices=AUGMENTATIONS,
+                            help='what is on; default: default on scans, none on synthetic ultrasound, of which there is plenty')
     for field in fields(Augmentation):
         usual = getattr(ULTRASOUND, field.name)
         kind = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
@@ -392,7 +395,8 @@ def build_parser():
     training.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine', help='course of the learning rate, after a warm-up')
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
-    training.add_argument('--epochs', type=whole, default=8, metavar='N', help='how often every training image is seen')
+    training.add_argument('--epochs', type=whole, metavar='N',
+                          help='how often every training image is seen; default: 15 on scans, 7 on synthetic ultrasound')
     training.add_argument('--patience', type=whole, metavar='N',
                           help='stop after so many epochs without a better one on the inner subjects')
     training.add_argument('--seed', type=seed, default=0, metavar='N',

@@ -27,6 +27,8 @@ from pathlib import Path
 import numpy
 from PIL import Image, ImageOps
 
+from .parallel import parallel_for
+
 SUFFIXES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'BMP'
 LAYOUTS = ('{subject}_{image}.tif beside {subject}_{image}_mask.tif, in this folder or in its train/; or two folders '
@@ -356,13 +358,16 @@ class Filtered:
 def intensity_statistics(samples, reader):
     """Return (mean, std) of the intensities, in [0, 1], of all pixels of `samples`, accumulated in float64.
 
+    Where this is the first reading of all samples, it is the slow one, so the cores share it.
+
     Give it the training part only: what is measured on validation images is knowledge of them. Raises DataError if
     there are no samples or all pixels are equal.
     """
-    count, total, squares = 0, 0.0, 0.0
-    for sample in samples:
+    def sums(sample):
         image = reader.read(sample)[0] / 65535                                       # float64
-        count, total, squares = count + image.size, total + image.sum(), squares + numpy.square(image).sum()
+        return image.size, image.sum(), numpy.square(image).sum()
+
+    count, total, squares = map(sum, zip(*parallel_for(samples, sums))) if samples else (0, 0.0, 0.0)
     mean = total / max(count, 1)
     variance = squares / max(count, 1) - mean**2
     if not variance > 1e-12:                                                         # below what 16 bits can hold

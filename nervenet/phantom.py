@@ -30,6 +30,7 @@ places in the tissue (depth and across) that these show, which motion and pressu
 import argparse
 import shutil
 import sys
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -427,6 +428,7 @@ class Phantom:
                 raise ValueError(f'{name} is {count!r}; expected a whole number of 1 or more')
         check_numbers(first, 1, seed, size)
         self.seed, self.size, self.free_bytes, self.cache = seed, tuple(size), cache_bytes, {}
+        self.lock = threading.Lock()
         self.samples = [Sample(f'{subject}_{index}', str(subject), None, None)
                         for subject in range(first, first + subjects) for index in range(1, frames + 1)]
 
@@ -437,9 +439,10 @@ class Phantom:
             image, mask = make_frame(*map(int, sample.name.split('_')), self.seed, self.size)
             pair = image.astype(np.uint16) * 257, mask.astype(np.uint8)
             needed = sum(array.nbytes for array in pair)
-            if needed <= self.free_bytes:
-                self.free_bytes -= needed
-                self.cache[sample.name] = pair
+            with self.lock:
+                if needed <= self.free_bytes and sample.name not in self.cache:
+                    self.free_bytes -= needed
+                    self.cache[sample.name] = pair
         return pair
 
 

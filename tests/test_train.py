@@ -660,7 +660,16 @@ def test_preview_draws_augmented_pairs_and_stops(tmp_path, rng, main, capsys):
     assert (numpy.diff(columns) > 5).sum() >= 4, 'five pictures side by side'
     assert not (tmp_path / 'run').exists()
     with pytest.raises(ValueError, match='no augmentation is on; give --augment default'):
-        main(*options)
+        main(*options, '--augment', 'none')
+
+
+def test_scans_are_augmented_and_endless_synthetic_images_are_not(main, tmp_path):
+    parse = main.module.parse
+    assert (parse([]).augment, parse([]).epochs) == ('none', 7)
+    scans = parse(['--data', str(tmp_path)])
+    assert (scans.augment, scans.epochs) == ('default', 15)
+    given = parse(['--data', str(tmp_path), '--augment', 'none', '--epochs', '3'])
+    assert (given.augment, given.epochs) == ('none', 3)
 
 
 def test_single_options_replace_those_of_the_recipe(main):
@@ -676,7 +685,7 @@ def test_options_of_the_data_reach_training(tmp_path, rng, main):
     for name in '1_1', '2_2', '3_1':
         Image.new('L', (36, 24)).save(tmp_path / 'data' / f'{name}_mask.tif')
     losses = []
-    for number, changed in enumerate(([], ['--augment', 'default'], ['--nerve-share', '0.99'], ['--median-filter', '3'],
+    for number, changed in enumerate(([], ['--augment', 'none'], ['--nerve-share', '0.99'], ['--median-filter', '3'],
                                       ['--inner-share', '0.4'])):
         main('--data', tmp_path / 'data', *TINY, '--epochs', 1, *changed, '--out', tmp_path / str(number))
         losses.append(next(csv.DictReader(io.StringIO((tmp_path / str(number) / 'history.csv').read_text())))['train_loss'])
