@@ -61,7 +61,7 @@ def main(arguments=None):
         print(LEAKS)
 
     if args.data is None:
-        reader = Phantom(subjects=100, frames=8, seed=args.seed, size=args.size)
+        reader = Phantom(subjects=160, frames=5, seed=args.seed, size=args.size)
         samples = reader.samples
         print('data:        synthetic ultrasound; give --data DIR for scans')
     else:

@@ -1,5 +1,6 @@
 """nervenet: a U-Net from scratch, on NumPy and CuPy, for finding nerves in ultrasound images."""
 
+from .augment import Augmentation
 from .checkpoint import CheckpointError, load, load_checkpoint, save
 from .convolution import use_plain as plain
 from .data import DataError

@@ -27,8 +27,6 @@ in float64. That is nearly as exact as float64 throughout, at the speed of the d
 What is no real NumPy array (a device array, or complex numbers) is computed in one piece by the same formulas.
 """
 
-import math
-
 import numpy
 
 from .backend import get_array_module

@@ -8,7 +8,7 @@ each by one trick, for NumPy arrays; this file picks by shape. `with use_plain()
 | `patches.py` | kernel = stride: 1×1 head, 2×2 transposed convolution | windows that do not overlap need no copies |
 | `winograd_1d.py` | 3×3, few channels | half the multiplications: filters as products of polynomials |
 | `winograd_2d.py` | 3×3, many channels | a quarter of them: down the columns and along the rows |
-| `im2col.py` | everything else | windows as rows of a matrix, in strips that fit the cache |
+| `im2col.py` | the first layer, and everything else | windows as rows of a matrix, in strips that fit the cache |
 """
 
 import contextlib
