@@ -393,7 +393,7 @@ def summaries(histories, baselines, chosen=(), note=''):
 
 
 def summary(rows, baselines, title='Scores on validation subjects after the last epoch'):
-    """Return a list for each score, one value per row (a run, or one per fold), and mean ± deviation; the same of baselines.
+    """Return a list for each score, one value per row (a run, or one per fold), and of folds mean ± deviation; the same of baselines.
 
     `dicecoefs` is the soft Dice coefficient; with a loss of DiceLoss alone it is about minus the loss.
     """
@@ -410,14 +410,15 @@ def summary(rows, baselines, title='Scores on validation subjects after the last
         return [row[f'validation_{column}'] for row in rows]
 
     def average(values):
-        return f'{numpy.mean(values):.4f} ± {numpy.std(values):.4f}'
+        return f'{numpy.mean(values):.4f}' + (f' ± {numpy.std(values):.4f}' if len(values) > 1 else '')
 
     lines = [title, '']
     for name, column, meaning in columns:
         lines.append(f'{name}: [{", ".join(f"{value:.4f}" for value in of_rows(column))}]    ({meaning})')
-    lines.append('')
-    for name, column, _ in columns:
-        lines.append(f'average {name}: {average(of_rows(column))}')
+    if len(rows) > 1:
+        lines.append('')
+        for name, column, _ in columns:
+            lines.append(f'average {name}: {average(of_rows(column))}')
     if baselines:
         lines += ['', 'The same subjects without looking at the image', '']
         for name in baselines[0]:

@@ -21,7 +21,7 @@ from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.optim import SGD, Adam, AdamW
 from nervenet.segment import Segmenter
 from nervenet.train import (Interrupted, RunFolder, claim, evaluate, fit, predict, progress, read_config,
-                            stopping_on_signals, train_epoch, train_step)
+                            stopping_on_signals, summaries, train_epoch, train_step)
 
 ROOT = Path(__file__).parents[1]
 
@@ -480,8 +480,13 @@ def test_summary_has_the_reference_form(loaders, tmp_path):
     text = run.summarize({'empty mask': scores})
     assert (run.path / 'summary.txt').read_text() == text
     for line in (f'accuracies: [{rows[0]["validation_accuracy"]:.4f}]', f'losses: [{rows[0]["validation_loss"]:.4f}]',
-                 f'dicecoefs: [{rows[0]["validation_soft_dice_pooled"]:.4f}]', 'average ious: ', '± 0.0000', 'empty mask: hard dice 0.4000'):
+                 f'dicecoefs: [{rows[0]["validation_soft_dice_pooled"]:.4f}]', 'empty mask: hard dice 0.4000, per'):
         assert line in text
+    assert 'average' not in text and '±' not in text                         # of one run
+    other = rows[0] | {'validation_accuracy': rows[0]['validation_accuracy'] - 0.2}
+    text = summaries([[rows[0]], [other]], [{'empty mask': scores}] * 2)
+    assert f'average accuracies: {rows[0]["validation_accuracy"] - 0.1:.4f} ± 0.1000' in text
+    assert 'empty mask: hard dice 0.4000 ± 0.0000' in text
 
 
 class Terminal(io.StringIO):
@@ -519,7 +524,7 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
     assert done.returncode == 0, done.stderr
     assert 'size: 15x24 becomes 16x24, a multiple of 2^depth = 4' in done.stdout
     for part in ('training:    8 images of 2 subjects', 'validation:  4 images of 1 subjects', 'empty mask', 'mean training mask',
-                 '2/2', 'average dicecoefs'):
+                 '2/2', 'dicecoefs: ['):
         assert part in done.stdout
     assert {path.name for path in (tmp_path / 'run').iterdir()} >= {
         'config.json', 'history.csv', 'best.npz', 'last.npz', 'summary.txt'}
