@@ -86,5 +86,7 @@ def pixel(text):
 if __name__ == '__main__':
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, RuntimeError, OSError, MemoryError, OverflowError) as error:
         sys.exit(f'look_inside.py: {error}')

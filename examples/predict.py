@@ -11,6 +11,7 @@ import csv
 import io
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -45,16 +46,21 @@ def main(arguments=None):
         raise DataError(f'{twice}: two images of this name would have one output; predict them into two folders')
     if args.submission and not args.submission.parent.is_dir():
         raise DataError(f'{args.submission}: no such folder as {args.submission.parent}')
+    if args.submission and args.submission.exists():
+        raise DataError(f'{args.submission}: exists already; choose another --submission')
     make_output_folder(args.output)
 
     results, judged, failed, runs = [], [], [], []
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
     batches = [samples[start:start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
-    for batch in progress(read_ahead(read_batch, batches), len(batches), 'predicting'):
-        for sample, error in ((sample, error) for sample, _, _, error in batch if error):
-            failed.append(sample.name)
-            print(f'{CLEAR_LINE if sys.stderr.isatty() else ""}skipped: {error}', file=sys.stderr)
-        good = [(sample, image, truth) for sample, image, truth, error in batch if not error]
+    for batch in progress(read_ahead(partial(read_batch, mask_threshold=args.mask_threshold), batches), len(batches),
+                          'predicting'):
+        for sample, image, _, error in batch:
+            if error:
+                failed.append(sample.name)
+                what = 'skipped' if image is None else 'predicted, but not scored'
+                print(f'{CLEAR_LINE if sys.stderr.isatty() else ""}{what}: {error}', file=sys.stderr)
+        good = [(sample, image, truth) for sample, image, truth, _ in batch if image is not None]
         probabilities = segmenter.probabilities([image for _, image, _ in good]) if good else []
         for (sample, image, truth), probability in zip(good, probabilities):
             mask = settings.mask(probability)
@@ -84,7 +90,7 @@ def main(arguments=None):
     print(f'{len(results)} images predicted, {found} with nerve; masks and results.csv are in {args.output}')
     print_scores(scores)
     if failed:
-        print(f'predict.py: {len(failed)} of {len(samples)} files could not be read: {", ".join(failed[:5])}'
+        print(f'predict.py: {len(failed)} of {len(samples)} images could not be read, or their masks: {", ".join(failed[:5])}'
               + (', …' if len(failed) > 5 else ''), file=sys.stderr)
         return 1
     return 0
@@ -97,16 +103,15 @@ def make_output_folder(folder):
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def read_batch(samples):
-    """Return [(sample, image (H, W), truth (H, W) or None, error or None)]: one bad file does not stop the others."""
+def read_batch(samples, mask_threshold):
+    """Return [(sample, image (H, W) or None, truth (H, W) or None, error or None)]: one bad file does not stop the others."""
     batch = []
     for sample in samples:
         image = truth = error = None
         try:
+            image = read_image(sample.image_path)
             if sample.mask_path:
-                image, truth = read_pair(sample)
-            else:
-                image = read_image(sample.image_path)
+                truth = read_pair(sample, mask_threshold)[1]
         except DataError as problem:
             error = problem
         batch.append((sample, image, truth, error))
@@ -142,6 +147,8 @@ def parse(arguments):
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER', help='new folder for masks, overlays and results.csv')
     parser.add_argument('--submission', type=Path, default=None, metavar='FILE.csv',
                         help="also write the masks' run-length encoding, as the Kaggle competition takes it")
+    parser.add_argument('--mask-threshold', type=float, default=None, metavar='N',
+                        help='where masks are there to compare with: count their values from N up as foreground')
     parser.add_argument('--no-overlays', dest='overlays', action='store_false', default=True, help='write masks only')
     parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='images predicted at once')
     parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
@@ -161,5 +168,8 @@ def parse(arguments):
 if __name__ == '__main__':
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        print('predict.py: stopped; masks and overlays so far are in --output, results.csv is not', file=sys.stderr)
+        sys.exit(130)
     except (ValueError, RuntimeError, OSError, MemoryError, OverflowError) as error:
         sys.exit(f'predict.py: {error}')

@@ -61,7 +61,7 @@ def main(arguments=None):
         print(LEAKS)
 
     if args.data is None:
-        reader = Phantom(subjects=160, frames=5, seed=args.seed, size=args.size)
+        reader = Phantom(subjects=200, frames=5, seed=args.seed, size=args.size)
         samples = reader.samples
         print('data:        synthetic ultrasound; give --data DIR for scans')
     else:
@@ -117,6 +117,7 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
         subjects = '' if args.leaky_split_by_image else f' of {len({sample.subject for sample in chosen})} subjects'
         print(f'{part + ":":12} {len(chosen)} images{subjects}')
 
+    print('reading:     all of them once', flush=True)
     # Intensities and baselines are measured on the training part only, as it is: in order, and not augmented.
     input_mean, input_std = intensity_statistics(parts['training'], reader)
     in_order = {part: Loader(chosen, reader, args.batch_size) for part, chosen in parts.items()}
@@ -155,9 +156,9 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
         print_scores('', name, {f'validation_{key}': value for key, value in scores.items()}, 'validation')
     try:
         with stopping_on_signals() as stop:
-            for row in fit(model, loss, optimizer, training, validation, args.epochs, run, schedule, args.clip_norm, inner,
-                           args.patience, stop):
-                print_epoch(row, args.epochs)
+            for _ in fit(model, loss, optimizer, training, validation, args.epochs, run, schedule, args.clip_norm, inner,
+                         args.patience, stop):
+                print_epoch(run.history, args.epochs)
     except Interrupted:
         done = len(run.history)
         fold = f' --fold {args.fold}' if args.fold else ''
@@ -220,6 +221,8 @@ def draw(run, model, validation, baselines):
 def preview(args, samples, reader):
     """Draw what augmentation makes of a few images that hold a nerve: the image, then four draws, the mask outlined."""
     transform, shown = augmentation(args), {}
+    if args.preview_augmentation.exists():
+        raise DataError(f'--preview-augmentation: {args.preview_augmentation} exists already; choose another name')
     if transform == Augmentation():
         raise DataError('--preview-augmentation: no augmentation is on; give --augment default, or single options')
     for index, sample in enumerate(samples):
@@ -264,15 +267,17 @@ def print_scores(epoch, part, row, prefix, note=''):
     print(f'{epoch:7} {part:19} {" ".join(cells)} {row[f"{prefix}_foreground_share"]:10.2%}  {note}'.rstrip(), flush=True)
 
 
-def print_epoch(row, epochs):
-    """Print the rows of the table for one epoch."""
+def print_epoch(history, epochs):
+    """Print the rows of the table for the last epoch of `history`."""
+    row = history[-1]
     print_scores(f'{row["epoch"]}/{epochs}', 'training', row, 'train')
     if 'inner_loss' in row:
         print_scores('', 'inner', row, 'inner')
     print_scores('', 'validation', row, 'validation', f'{row["seconds"]:.0f} s, {row["images_per_second"]:.0f} images/s')
-    if row['validation_foreground_share'] == 0:
-        print('             The network predicts no foreground at all on the validation subjects. If this lasts, it has '
-              'collapsed:\n             try a lower --learning-rate or --loss dice+bce.')
+    empty = len(history) >= 3 and all(row['validation_foreground_share'] == 0 for row in history[-3:])
+    if empty and row['train_loss'] >= history[0]['train_loss']:
+        print('             The network predicts no foreground, and the loss is no lower than at first: it has collapsed. Stop, and '
+              'try\n             another --learning-rate, or --loss dice+bce.')
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -300,7 +305,8 @@ def parse(arguments):
     args.data = args.data and args.data.resolve()
     args.out = args.out or Path('runs', f'{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}')
     args.split = args.split and args.split.resolve()
-    args.epochs = args.epochs or (7 if args.data is None else 15)
+    args.epochs = args.epochs or (5 if args.data is None else 15)
+    args.learning_rate = args.learning_rate or (2e-3 if args.data is None else 1e-3)
     args.augment = args.augment or ('none' if args.data is None else 'default')
     if args.depth > 12:
         parser.error(f'--depth is {args.depth}; expected at most 12: each level halves the image')
@@ -391,12 +397,13 @@ def build_parser():
     training = parser.add_argument_group('training')
     training.add_argument('--loss', choices=LOSSES, default='dice+bce', help='what is minimised')
     training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
-    training.add_argument('--learning-rate', type=positive, default=1e-3, metavar='RATE', help='highest learning rate')
+    training.add_argument('--learning-rate', type=positive, metavar='RATE',
+                          help='highest learning rate; default: 0.001 on scans, 0.002 on synthetic ultrasound')
     training.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine', help='course of the learning rate, after a warm-up')
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
     training.add_argument('--epochs', type=whole, metavar='N',
-                          help='how often every training image is seen; default: 15 on scans, 7 on synthetic ultrasound')
+                          help='how often every training image is seen; default: 15 on scans, 5 on synthetic ultrasound')
     training.add_argument('--patience', type=whole, metavar='N',
                           help='stop after so many epochs without a better one on the inner subjects')
     training.add_argument('--seed', type=seed, default=0, metavar='N',

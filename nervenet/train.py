@@ -368,8 +368,12 @@ def check_config(path, config):
 
 
 def best_row(history):
-    """Return the first row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation."""
-    return max(history, key=lambda row: row.get('inner_dice_pooled', row['validation_dice_pooled']))
+    """Return the first row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation.
+
+    Of equals, the one with the highest soft Dice: while no probability is above one half yet, all hard scores are 0.
+    """
+    part = 'inner' if 'inner_dice_pooled' in history[0] else 'validation'
+    return max(history, key=lambda row: (row[f'{part}_dice_pooled'], row[f'{part}_soft_dice_pooled']))
 
 
 def summaries(histories, baselines, chosen=(), note=''):

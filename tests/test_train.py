@@ -537,13 +537,24 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
     predicted = run_example('--model', tmp_path / 'run' / 'best.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'masks',
                             '--submission', tmp_path / 'submission.csv', name='predict.py')
     assert predicted.returncode == 1 and 'Traceback' not in predicted.stderr
-    assert 'skipped: ' in predicted.stderr and '1 of 13 files could not be read: 9_1' in predicted.stderr
+    assert 'skipped: ' in predicted.stderr and '1 of 13 images could not be read, or their masks: 9_1' in predicted.stderr
     assert '12 images predicted' in predicted.stdout and 'mean training mask' in predicted.stdout
     mask = numpy.array(Image.open(tmp_path / 'masks' / '1_1_mask.png'))
     assert mask.shape == (24, 36) and set(numpy.unique(mask)) <= {0, 255} and (tmp_path / 'masks' / '1_1_overlay.png').exists()
     results = list(csv.DictReader(io.StringIO((tmp_path / 'masks' / 'results.csv').read_text())))
     assert int(results[0]['area']) == (mask > 0).sum() and len(results) == 12 and 0 <= float(results[0]['dice']) <= 1
     assert len((tmp_path / 'submission.csv').read_text().splitlines()) == 13
+
+    # A mask that cannot be read keeps an image from being scored, not from being predicted; nothing is overwritten.
+    Image.fromarray(rng.integers(0, 255, (24, 36), dtype='uint8')).save(tmp_path / 'data' / 'train' / '1_1_mask.tif')
+    options = '--model', tmp_path / 'run' / 'best.npz', '--input', tmp_path / 'data'
+    smeared = run_example(*options, '--output', tmp_path / 'smeared', '--submission', tmp_path / 'submission.csv', name='predict.py')
+    assert smeared.returncode == 1 and 'submission.csv: exists already' in smeared.stderr and not (tmp_path / 'smeared').exists()
+    smeared = run_example(*options, '--output', tmp_path / 'smeared', name='predict.py')
+    assert smeared.returncode == 1 and 'predicted, but not scored: ' in smeared.stderr and '--mask-threshold' in smeared.stderr
+    assert '12 images predicted' in smeared.stdout and (tmp_path / 'smeared' / '1_1_mask.png').exists()
+    scored = run_example(*options, '--output', tmp_path / 'scored', '--mask-threshold', 128, name='predict.py')
+    assert 'not scored' not in scored.stderr and 'skipped' in scored.stderr
 
     looked = run_example('--model', tmp_path / 'run' / 'best.npz', '--image', tmp_path / 'data' / 'train' / '1_1.tif',
                          '--output', tmp_path / 'look', '--pixel', '3,4', name='look_inside.py')
@@ -670,7 +681,7 @@ def test_preview_draws_augmented_pairs_and_stops(tmp_path, rng, main, capsys):
 
 def test_scans_are_augmented_and_endless_synthetic_images_are_not(main, tmp_path):
     parse = main.module.parse
-    assert (parse([]).augment, parse([]).epochs) == ('none', 7)
+    assert (parse([]).augment, parse([]).epochs) == ('none', 5)
     scans = parse(['--data', str(tmp_path)])
     assert (scans.augment, scans.epochs) == ('default', 15)
     given = parse(['--data', str(tmp_path), '--augment', 'none', '--epochs', '3'])
