@@ -676,7 +676,9 @@ def test_preview_draws_augmented_pairs_and_stops(tmp_path, rng, main, capsys):
     assert (numpy.diff(columns) > 5).sum() >= 4, 'five pictures side by side'
     assert not (tmp_path / 'run').exists()
     with pytest.raises(ValueError, match='no augmentation is on; give --augment default'):
-        main(*options, '--augment', 'none')
+        main(*options[:-4], '--preview-augmentation', tmp_path / 'other.png', '--augment', 'none')
+    with pytest.raises(ValueError, match='pairs.png exists already'):
+        main(*options)
 
 
 def test_scans_are_augmented_and_endless_synthetic_images_are_not(main, tmp_path):
