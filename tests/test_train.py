@@ -332,7 +332,15 @@ def test_a_foreign_folder_is_refused_and_nothing_in_it_is_touched(tmp_path):
     assert os.listdir(tmp_path) == ['download.partial']
 
 
-def test_the_first_signal_asks_to_stop_and_the_second_stops(capfd):
+@pytest.fixture
+def usual_interrupt():
+    """Ctrl-C raises KeyboardInterrupt, also where this process was started in the background and told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_asks_to_stop_and_the_second_stops(capfd, usual_interrupt):
     with pytest.raises(KeyboardInterrupt):
         with stopping_on_signals() as stop:
             assert not stop()
