@@ -45,6 +45,7 @@ from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
 from nervenet.phantom import Phantom
 from nervenet.segment import Segmenter, choose_settings, score
 from nervenet.train import Interrupted, RunFolder, fit, read_config, stopping_on_signals
+from nervenet.unet import padded_size
 
 LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
           'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}
@@ -110,7 +111,7 @@ def cross_validate(args, samples, reader):
 
 def train(args, path, reader, training_samples, validation_samples, fold=None):
     """Train one network in the run folder `path`, or go on with it, and write down what came out."""
-    parts, inner = {'training': training_samples, 'validation': validation_samples}, None
+    parts = {'training': training_samples, 'validation': validation_samples}
     if args.inner_share:
         parts['training'], parts['inner'] = split_by_subject(training_samples, args.inner_share, args.seed)
     for part, chosen in parts.items():
@@ -179,11 +180,14 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
 def choose(run, device, validation, inner, mean_training_mask):
     """Choose, for the last network and the best one, how probabilities become a mask; add it to their files, and return it."""
     part, where = (validation, 'validation') if inner is None else (inner, 'inner')
-    chosen = {}
+    found, chosen = {}, {}
     print()
     for path in run.last, run.best:
         network, extra = nervenet.load_checkpoint(path)
-        settings, there = choose_settings(network.to(device), lambda: part.epoch(0))
+        epoch, network = extra['epoch'], network.to(device)
+        if epoch not in found:                              # the last epoch may be the best
+            found[epoch] = choose_settings(network, lambda: part.epoch(0))
+        settings, there = found[epoch]
         run.complete(path, settings=asdict(settings), mean_training_mask=mean_training_mask)
         chosen[path.name] = {'epoch': extra['epoch'], 'settings': asdict(settings), 'chosen on': f'{where} subjects',
                              'dice per image there': there}
@@ -322,7 +326,7 @@ def parse(arguments):
         parser.error('--patience needs --inner-share: to stop where validation is best would flatter its scores')
     augmentation(args)                                      # raises ValueError for what cannot be
     multiple = 2**args.depth
-    rounded = tuple(math.ceil(length / multiple) * multiple for length in args.size)
+    rounded = padded_size(args.size, multiple)
     if rounded != args.size:
         print(f'size: {args.size[0]}x{args.size[1]} becomes {rounded[0]}x{rounded[1]}, a multiple of 2^depth = {multiple}')
         args.size = rounded

@@ -377,7 +377,7 @@ def intensity_statistics(samples, reader):
 
 def holds_foreground(samples, reader):
     """Return an array (N,) of bool: whether the mask of each sample holds any foreground at the reader's size."""
-    return numpy.array([reader.read(sample)[1].any() for sample in samples])
+    return numpy.array(parallel_for(samples, lambda sample: reader.read(sample)[1].any()))
 
 
 class Loader:

@@ -85,6 +85,11 @@ class Layer:
         """Return the gradients that the last backward assigned, under the names of `parameters()`."""
         return {prefix + name: array for prefix, layer in self.layers() for name, array in layer.grads.items()}
 
+    @property
+    def device(self):
+        """'cpu' or 'gpu': where the parameters live."""
+        return device_of(next(iter(self.parameters().values())))
+
     def drop_gradients(self):
         """Forget the gradients: they are as large as the parameters, and of no use once the next ones are to be computed."""
         for _, layer in self.layers():

@@ -46,7 +46,8 @@ def scratch(name, shape, dtype):
     size = math.prod(shape) * numpy.dtype(dtype).itemsize
     memory = getattr(_scratch, name, None)
     if memory is None or memory.nbytes < size:
-        memory = _aligned(size)
+        memory = numpy.empty(size + 64, numpy.uint8)
+        memory = memory[-memory.ctypes.data % 64:][:size]               # aligned to a cache line
         setattr(_scratch, name, memory)
     return memory[:size].view(dtype).reshape(shape)
 
@@ -54,15 +55,12 @@ def scratch(name, shape, dtype):
 _scratch = threading.local()
 
 
-def _aligned(size):
-    """Return `size` bytes fresh from the system, aligned to a cache line."""
-    memory = numpy.empty(size + 64, numpy.uint8)
-    return memory[-memory.ctypes.data % 64:][:size]
-
-
 def _pages(size):
-    """Return `size` bytes, or a little more, of pages of their own: freed, they go back to the system at once."""
-    pages = mmap.mmap(-1, size)
+    """Return `size` bytes in pages of their own: freed, they go back to the system at once. Raises MemoryError."""
+    try:
+        pages = mmap.mmap(-1, size)
+    except (OSError, OverflowError) as error:           # what NumPy would raise is what callers know how to explain
+        raise MemoryError(f'Unable to allocate {size / 2**20:.0f} MiB') from error
     if hasattr(mmap, 'MADV_HUGEPAGE'):
         pages.madvise(mmap.MADV_HUGEPAGE)       # Linux: clear 2 MiB at a time, not 4 KiB
     return numpy.frombuffer(pages, numpy.uint8)
@@ -98,15 +96,16 @@ class _Pool:
                 self.waiting.append(memory)
             # The smallest that is large enough; of equals the one used last, which is the most likely to be in the cache still.
             fitting = [place for place, piece in enumerate(self.waiting) if size <= piece.nbytes <= WASTE * size]
-            place = min(fitting, key=lambda place: (self.waiting[place].nbytes, -place), default=None)
-            memory = None if place is None else self.waiting.pop(place)
-            self.used += size if memory is None else memory.nbytes
-            self.peak = max(self.peak, self.used)
-            if memory is None:
+            if fitting:
+                memory = self.waiting.pop(min(fitting, key=lambda place: (self.waiting[place].nbytes, -place)))
+            else:
+                memory = _pages(size)                   # a promise: the system gives memory where it is first touched
                 self.total += size
-                while self.waiting and self.total > SLACK * self.peak:
-                    self.total -= self.waiting.pop(0).nbytes
-        return _pages(size) if memory is None else memory
+            self.used += memory.nbytes
+            self.peak = max(self.peak, self.used)
+            while self.waiting and self.total > SLACK * self.peak:
+                self.total -= self.waiting.pop(0).nbytes
+        return memory
 
 
 _pool = _Pool()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy
 
 from .augment import median_filter
-from .backend import device_of, move, to_cpu
+from .backend import move, to_cpu
 from .checkpoint import CheckpointError, load_checkpoint
 from .data import resize
 from .metrics import SegmentationScores, ratio
@@ -92,7 +92,7 @@ class Segmenter:
     def probabilities(self, images):
         """Return, for each of `images`, (H, W) float32 in [0, 1] of any sizes, its map of probabilities (H, W)."""
         x = numpy.stack([self.prepare(image) for image in images])[..., None].astype(self.model.dtype)     # (N, h, w, 1)
-        x = move(x, device_of(self.model.head.params['weight']))
+        x = move(x, self.model.device)
         p = to_cpu(predict_flips(self.model, x, self.settings.flip_average))[..., 0]                            # (N, h, w)
         return [resize(small.astype('float32'), image.shape) for small, image in zip(p, images)]
 
@@ -104,7 +104,7 @@ def choose_settings(model, batches, thresholds=numpy.arange(0.1, 0.91, 0.05), ar
     over only if it is better by 0.002 than the one before, so that noise does not decide.
     """
     best, best_score = Settings(), None
-    device = device_of(model.head.params['weight'])
+    device = model.device
     for flip_average in (False, True):
         counts = []                                             # of each batch, (thresholds, 3, N)
         for images, masks in batches():
@@ -124,7 +124,7 @@ def choose_settings(model, batches, thresholds=numpy.arange(0.1, 0.91, 0.05), ar
 
 def score(model, batches, settings):
     """Return the scores, as of `SegmentationScores.compute`, of the masks that `settings` makes on (images, masks) of `batches`."""
-    scores, device = SegmentationScores(), device_of(model.head.params['weight'])
+    scores, device = SegmentationScores(), model.device
     for images, masks in batches:
         probabilities = to_cpu(predict_flips(model, move(images, device), settings.flip_average))
         predicted = numpy.stack([settings.mask(probability) for probability in probabilities])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy
 
-from .backend import device_of, move, to_cpu
+from .backend import move, to_cpu
 from .checkpoint import atomic_write, load_checkpoint, save
 from .layers import sigmoid
 from .metrics import SegmentationScores
@@ -75,7 +75,7 @@ def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
     would make the host wait, at the end of the epoch.
     """
     model.train()
-    device = device_of(model.head.params['weight'])
+    device = model.device
     scores, losses, images = SegmentationScores(), [], []
     for number, (x, target) in enumerate(batches, 1):
         x, target = move(x, device), move(target, device)
@@ -138,7 +138,7 @@ def set_generator_states(model, states):
 
 def evaluate(model, loss, batches):
     """Return the scores of the model on every batch, in inference mode: a dict of name → float, 'loss' among them."""
-    device = device_of(model.head.params['weight'])
+    device = model.device
     scores, losses, images = SegmentationScores(), [], []
     with inference(model, loss):
         for x, target in batches:

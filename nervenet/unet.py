@@ -221,8 +221,7 @@ class UNet(Layer):
         Kept is what training keeps of a layer's output until backward: the next layer's input counts once, where it is made.
         """
         N, H, W, C = shape
-        shape, skips = pad_to_multiple(numpy.empty((0, H, W, C), self.dtype), 2**self.depth).shape, []
-        shape = N, *shape[1:]
+        shape, skips = (N, *padded_size((H, W), 2**self.depth), C), []
         for prefix, layer in self.layers():
             if isinstance(layer, MaxPool2D):
                 skips.append(shape)
@@ -271,10 +270,15 @@ class UNet(Layer):
         return '\n'.join([*lines, f'training on {batch_size} images at a time takes about {needed:.0f} MiB'])
 
 
+def padded_size(size, multiple):
+    """Return `size` (H, W) rounded up to the next multiple."""
+    return tuple(-(-length // multiple) * multiple for length in size)
+
+
 def pad_to_multiple(x, multiple):
     """Return x (N, H, W, C) with zeros at the bottom and right up to the next multiple; x itself if there is nothing to add."""
     N, H, W, C = x.shape
-    H_padded, W_padded = (-(-length // multiple) * multiple for length in (H, W))
+    H_padded, W_padded = padded_size((H, W), multiple)
     if (H_padded, W_padded) == (H, W):
         return x
     padded = get_array_module(x).zeros((N, H_padded, W_padded, C), x.dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from nervenet import ReLU, UNet, checkpoint
+from nervenet import ReLU, UNet
 from nervenet.backend import to_cpu
 from nervenet.checkpoint import CheckpointError, atomic_write, load, load_checkpoint, save
 from nervenet.optim import Adam

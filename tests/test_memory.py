@@ -61,6 +61,15 @@ def test_little_more_memory_is_held_than_was_in_use_at_once(pool):
     held.clear()
 
 
+def test_too_much_is_a_memory_error_and_changes_no_account(pool):
+    kept = empty(LARGE, numpy.zeros(1, 'float32'))
+    before = pool.used, pool.total
+    for size in 2**55, 2**62:
+        with pytest.raises(MemoryError, match='Unable to allocate'):
+            pool.take(size)
+    assert (pool.used, pool.total) == before == (kept.nbytes, kept.nbytes)
+
+
 def test_arrays_in_use_never_overlap_though_threads_come_and_go(pool):
     like, overlaps = numpy.zeros(1, 'float32'), []
 

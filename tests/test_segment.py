@@ -58,7 +58,7 @@ class Fixed(nervenet.Layer):
 
     def __init__(self):
         super().__init__()
-        self.head = nervenet.Conv2D(1, 1)
+        self.children = {'head': nervenet.Conv2D(1, 1)}
 
     def forward(self, x):
         return x
