@@ -43,7 +43,7 @@ from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.metrics import Baselines, SegmentationScores
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
 from nervenet.phantom import Phantom
-from nervenet.segment import Segmenter, choose_settings, score
+from nervenet.segment import Segmenter, Settings, choose_settings, score
 from nervenet.train import Interrupted, RunFolder, fit, read_config, stopping_on_signals
 from nervenet.unet import padded_size
 
@@ -174,7 +174,7 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
 
     draw(run, model, validation, baselines)
     chosen = choose(run, args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
-    print('\n' + run.summarize(baselines, chosen['last.npz'].get('validation'), LEAKS if args.leaky_split_by_image else ''))
+    print('\n' + run.summarize(baselines, chosen['last.npz'], LEAKS if args.leaky_split_by_image else ''))
 
 
 def choose(run, device, validation, inner, mean_training_mask):
@@ -198,6 +198,9 @@ def choose(run, device, validation, inner, mean_training_mask):
             honest = chosen[path.name]['validation'] = score(network, validation.epoch(0), settings)
             print(f'    on the validation subjects: hard Dice {honest["dice_pooled"]:.4f} pooled, '
                   f'{honest["dice_per_image"]:.4f} per image')
+    # Averaging over flips at the usual threshold is no choice, so its score is honest whatever was chosen above.
+    last = nervenet.load_checkpoint(run.last)[0].to(device)
+    chosen[run.last.name]['flip average'] = score(last, validation.epoch(0), Settings(flip_average=True))
     run.write('settings.json', json.dumps(chosen, indent=2) + '\n')
     return chosen
 

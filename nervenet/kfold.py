@@ -184,8 +184,7 @@ class CrossValidation:
             histories = [read_history(self.fold(number) / 'history.csv') for number in complete]
             baselines = [read_config(self.fold(number))['baselines'] for number in complete]
             chosen = [json.loads((self.fold(number) / 'settings.json').read_text())['last.npz'] for number in complete]
-            text = summaries(histories, baselines, [scores['validation'] for scores in chosen if 'validation' in scores],
-                             f'{note}\n{count}' if note else count)
+            text = summaries(histories, baselines, chosen, f'{note}\n{count}' if note else count)
             mean = {name: {score: float(numpy.mean([each[name][score] for each in baselines])) for score in scores}
                     for name, scores in baselines[0].items()}
             title = f'{note.partition(",")[0]} · {count}' if note else count

@@ -334,7 +334,7 @@ class RunFolder:
 
     def summarize(self, baselines, chosen=None, note=''):
         """Write summary.txt, the sign that the run is complete, and return its text. For the arguments see `summaries`."""
-        text = summaries([self.history], [baselines], [chosen] if chosen else [], note)
+        text = summaries([self.history], [baselines], [chosen or {}], note)
         self.write('summary.txt', text)
         return text
 
@@ -376,11 +376,12 @@ def best_row(history):
     return max(history, key=lambda row: (row[f'{part}_dice_pooled'], row[f'{part}_soft_dice_pooled']))
 
 
-def summaries(histories, baselines, chosen=(), note=''):
+def summaries(histories, baselines, chosen, note=''):
     """Return the text of summary.txt for one run or several folds: the last epoch, and what inner subjects, if any, chose.
 
-    For each history `baselines` holds {name: scores}, and `chosen`, if there are inner subjects, the scores that the last
-    network has on the validation subjects with the settings chosen on the inner ones. `note` is what is to be said first.
+    For each history `baselines` holds {name: scores}, and `chosen` what settings.json says of last.npz: the scores of the last
+    network on the validation subjects, 'flip average' with each prediction averaged with that of the mirrored image, 'validation'
+    with the settings that the inner subjects, if there are any, chose. `note` is what is to be said first.
     """
     text = note and note + '\n\n'
     text += summary([history[-1] for history in histories], baselines)
@@ -388,11 +389,13 @@ def summaries(histories, baselines, chosen=(), note=''):
         rows = [best_row(history) for history in histories]
         text += '\n' + summary(rows, [], 'Scores on validation subjects after the epoch that was best on the inner subjects: '
                                + ', '.join(str(row['epoch']) for row in rows))
-    if chosen:
-        hard = 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'
-        text += '\n' + summary([{f'validation_{name}': scores[name] for name in hard} for scores in chosen], [],
-                               'Scores on validation subjects after the last epoch, with threshold, minimal area and flip '
-                               'average chosen on the inner subjects')
+    for key, how in (('flip average', 'each prediction averaged with that of the mirrored image'),
+                     ('validation', 'with threshold, minimal area and flip average chosen on the inner subjects')):
+        scores = [each[key] for each in chosen if key in each]
+        if scores:
+            hard = 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'
+            text += '\n' + summary([{f'validation_{name}': each[name] for name in hard} for each in scores], [],
+                                   f'Scores on validation subjects after the last epoch, {how}')
     return text
 
 

@@ -156,7 +156,7 @@ def complete(whole, number, loss):
     (folder / 'history.csv').write_text('\n'.join(','.join(map(str, row)) for row in [columns, *rows]) + '\n')
     scores = dict.fromkeys(names[1:], loss / 2)
     (folder / 'config.json').write_text(json.dumps({'baselines': {'empty mask': scores}}))
-    (folder / 'settings.json').write_text(json.dumps({'last.npz': {}}))
+    (folder / 'settings.json').write_text(json.dumps({'last.npz': {'flip average': dict.fromkeys(names[1:], loss / 2)}}))
     (folder / 'summary.txt').write_text('done')
 
 
@@ -170,7 +170,7 @@ def test_summary_is_made_of_the_folds_that_are_complete_and_says_which_are_missi
     complete(whole, 1, 0.75)
     text = whole.summarize(3)
     assert text.startswith('2 of 3 folds; not complete yet: 2\n') and (whole.path / 'summary.txt').read_text() == text
-    for line in ('hard dice: [0.7500, 0.2500]', 'average hard dice: 0.5000 ± 0.2500', 'empty mask: hard dice 0.2500 ± 0.1250'):
+    for line in ('hard dice: [0.7500, 0.2500]', 'average hard dice: 0.5000 ± 0.2500', 'average hard dice: 0.2500 ± 0.1250', 'empty mask: hard dice 0.2500 ± 0.1250'):
         assert line in text
     assert sorted(os.listdir(whole.path)) == ['config.json', 'curves.png', 'fold_1', 'fold_2', 'fold_3', 'split.json', 'summary.txt']
 

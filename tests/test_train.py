@@ -19,7 +19,7 @@ from nervenet.augment import ULTRASOUND
 from nervenet.data import Loader, Reader, find_samples
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.optim import SGD, Adam, AdamW
-from nervenet.segment import Segmenter
+from nervenet.segment import Segmenter, Settings, score
 from nervenet.train import (Interrupted, RunFolder, claim, evaluate, fit, predict, progress, read_config,
                             stopping_on_signals, summaries, train_epoch, train_step)
 
@@ -292,9 +292,11 @@ def test_inner_subjects_choose_the_best_epoch_and_when_to_stop(loaders, tmp_path
     run.release()
     assert train(loaders, tmp_path / 'run', epochs=9, inner=inner, patience=3, resume=True)[2] == [], 'a stopped run stays stopped'
     text = run.summarize({'empty mask': {name: 0.5 for name in ('dice_pooled', 'dice_per_image', 'iou_pooled', 'accuracy')}},
-                         {name: 0.25 for name in ('dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy')})
+                         {key: dict.fromkeys(('dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'), score)
+                          for key, score in (('validation', 0.25), ('flip average', 0.75))})
     assert f'after the epoch that was best on the inner subjects: {best}' in text and f'[{rows[best - 1]["validation_loss"]:.4f}]' in text
     assert 'chosen on the inner subjects\n\naccuracies: [0.2500]' in text
+    assert 'averaged with that of the mirrored image\n\naccuracies: [0.7500]' in text
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):
@@ -492,7 +494,7 @@ def test_summary_has_the_reference_form(loaders, tmp_path):
         assert line in text
     assert 'average' not in text and '±' not in text                         # of one run
     other = rows[0] | {'validation_accuracy': rows[0]['validation_accuracy'] - 0.2}
-    text = summaries([[rows[0]], [other]], [{'empty mask': scores}] * 2)
+    text = summaries([[rows[0]], [other]], [{'empty mask': scores}] * 2, [{}] * 2)
     assert f'average accuracies: {rows[0]["validation_accuracy"] - 0.1:.4f} ± 0.1000' in text
     assert 'empty mask: hard dice 0.4000 ± 0.0000' in text
 
@@ -539,6 +541,11 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())
     assert set(config['training_subjects']).isdisjoint(config['validation_subjects'])
     assert nervenet.load(tmp_path / 'run' / 'last.npz').config['input_std'] > 0
+    averaged = json.loads((tmp_path / 'run' / 'settings.json').read_text())['last.npz']['flip average']
+    last, samples = nervenet.load(tmp_path / 'run' / 'last.npz'), find_samples(tmp_path / 'data')
+    validation = Loader([sample for sample in samples if sample.subject in config['validation_subjects']], Reader((16, 24)), 8)
+    assert averaged == score(last, validation.epoch(0), Settings(flip_average=True))
+    assert f'mirrored image\n\naccuracies: [{averaged["accuracy"]:.4f}]' in (tmp_path / 'run' / 'summary.txt').read_text()
 
     # What was trained predicts: a mask of the image's own size for each image, a bad file is skipped and told.
     (tmp_path / 'data' / 'train' / '9_1.tif').write_bytes(b'II*')
