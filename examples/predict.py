@@ -32,7 +32,7 @@ COLUMNS = 'image', 'area', 'share', 'row', 'column', 'confidence', 'dice'
 
 def main(arguments=None):
     args = parse(arguments)
-    device, reason = select_device(args.device)
+    device, reason = select_device(args.device, args.precision)
     segmenter, extra = Segmenter.from_file(args.model, **args.settings)
     segmenter.model.to(device)
     settings = segmenter.settings
@@ -152,6 +152,8 @@ def parse(arguments):
     parser.add_argument('--no-overlays', dest='overlays', action='store_false', default=True, help='write masks only')
     parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='images predicted at once')
     parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
+    parser.add_argument('--precision', choices=['fp32', 'tf32'], default=None,
+                        help='of matrix products on a GPU; by default tf32 where the GPU has it')
     stored = parser.add_argument_group('from probabilities to a mask', 'Each default was chosen on the validation subjects of the '
                                        'training run and is stored in the model file.')
     stored.add_argument('--threshold', type=float, metavar='P', help='a pixel is nerve where its probability is above P')

@@ -52,11 +52,12 @@ LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 
 OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
+WHERE = 'device', 'precision'                                         # stored, but a run may go on elsewhere
 
 
 def main(arguments=None):
     args = parse(arguments)
-    args.device, reason = select_device(args.device)
+    args.device, reason = select_device(args.device, args.precision)
     print(f'nervenet {nervenet.__version__}, {reason}')
     if args.leaky_split_by_image:
         print(LEAKS)
@@ -124,7 +125,9 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
     in_order = {part: Loader(chosen, reader, args.batch_size) for part, chosen in parts.items()}
     validation, inner = in_order['validation'], in_order.get('inner')
     training = Loader(parts['training'], reader, args.batch_size, seed=args.seed, shuffle=True,
-                      positive_share=args.nerve_share, transform=augmentation(args))
+                      positive_share=args.nerve_share, transform=augmentation(args), device=args.device)
+    # What the network is scored on after each epoch goes where it computes; baselines, choices and pictures are made here.
+    scored = {part: Loader(chosen, reader, args.batch_size, device=args.device) for part, chosen in parts.items()}
     counted = Baselines()
     for _, masks in in_order['training'].epoch(0):
         counted.update(masks)
@@ -157,8 +160,8 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
         print_scores('', name, {f'validation_{key}': value for key, value in scores.items()}, 'validation')
     try:
         with stopping_on_signals() as stop:
-            for _ in fit(model, loss, optimizer, training, validation, args.epochs, run, schedule, args.clip_norm, inner,
-                         args.patience, stop):
+            for _ in fit(model, loss, optimizer, training, scored['validation'], args.epochs, run, schedule, args.clip_norm,
+                         scored.get('inner'), args.patience, stop):
                 print_epoch(run.history, args.epochs)
     except Interrupted:
         done = len(run.history)
@@ -306,6 +309,9 @@ def parse(arguments):
         stored = resumable(given['resume'])
         if given.get('device') == 'auto':
             del given['device']                             # the one that was found at the start
+        elif given.get('device', stored['device']) != stored['device']:
+            print(f'The run was begun on the {stored["device"]}. It goes on on the {given["device"]}, which rounds in another order: '
+                  'not bit for bit.')
     args = argparse.Namespace(**{**defaults, **stored, **given})
 
     args.norm = None if args.norm == 'none' else args.norm
@@ -333,7 +339,7 @@ def parse(arguments):
     if rounded != args.size:
         print(f'size: {args.size[0]}x{args.size[1]} becomes {rounded[0]}x{rounded[1]}, a multiple of 2^depth = {multiple}')
         args.size = rounded
-    for name in given.keys() & stored.keys():
+    for name in given.keys() & stored.keys() - set(WHERE):
         if getattr(args, name) != stored[name]:
             parser.error(f'--{name.replace("_", "-")} is {getattr(args, name)}, but {args.resume / "config.json"} has '
                          f'{stored[name]}; leave it out to go on, or start a new run without --resume')
@@ -415,7 +421,10 @@ def build_parser():
                           help='stop after so many epochs without a better one on the inner subjects')
     training.add_argument('--seed', type=seed, default=0, metavar='N',
                           help='of the split, the weights, the order of the images and their augmentation')
-    training.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
+    training.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto',
+                          help='where to compute; a run may go on elsewhere than it began')
+    training.add_argument('--precision', choices=['fp32', 'tf32'], help='of matrix products on a GPU: tf32 reads its factors rounded to 10 '
+                          'bits, several times faster; default: tf32 where the GPU has it')
     training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder; default: runs/ and the date and time')
     training.add_argument('--resume', type=Path, metavar='RUN',
                           help='go on with the run or the cross-validation in this folder, bit for bit')

@@ -52,14 +52,73 @@ def move(array, device):
     return cupy.asarray(array)
 
 
+def copied_ahead(batches, device):
+    """Yield the batches on `device`, each copied there while the caller works on the one before.
+
+    A batch is a tuple; its NumPy arrays arrive as arrays of `device`, anything else as it is. On the CPU nothing is copied.
+
+    A GPU works through a list of orders, a *stream*, while the host goes on writing orders. Copies get a stream of their own, so
+    that they run beside the computation, and three rules keep the two apart. Each is an event, a mark in a stream that something
+    else can wait for:
+
+    - A copy that runs beside the host must read memory that the system cannot move, *pinned* memory. There are two sets of it, in
+      turn; before the host writes into one again, it waits for the copy of two batches ago, which has long been done.
+    - The computation waits for the copy of its batch before it touches it.
+    - The copy waits for the computation ordered so far, because the memory it fills may have been handed out before, and an
+      order that is still to come may read from it what was there.
+    """
+    if device == 'cpu':
+        yield from batches
+        return
+    copies, waiting = cupy.cuda.Stream(non_blocking=True), None
+    slots = [{'memory': {}, 'copied': None}, {'memory': {}, 'copied': None}]
+
+    def start(batch, slot):
+        """Order the copies of a batch; return it as it will be."""
+        if slot['copied'] is not None:
+            slot['copied'].synchronize()
+        arrays = [cupy.empty(value.shape, value.dtype) if isinstance(value, numpy.ndarray) else None for value in batch]
+        copies.wait_event(cupy.cuda.get_current_stream().record())
+        for place, (value, array) in enumerate(zip(batch, arrays)):
+            if array is not None:
+                pinned = pinned_array(slot['memory'], place, value)
+                pinned[...] = value
+                array.set(pinned, stream=copies)
+        slot['copied'] = copies.record()
+        return tuple(value if array is None else array for value, array in zip(batch, arrays)), slot['copied']
+
+    def arrived(batch, copied):
+        cupy.cuda.get_current_stream().wait_event(copied)
+        return batch
+
+    try:
+        for number, batch in enumerate(batches):
+            ordered = start(batch, slots[number % 2])
+            if waiting is not None:
+                yield arrived(*waiting)
+            waiting = ordered
+        if waiting is not None:
+            yield arrived(*waiting)
+    finally:
+        copies.synchronize()                                # pinned memory is given back with this generator
+
+
+def pinned_array(memory, place, like):
+    """Return an array of the shape and dtype of `like` on pinned memory, from the dict `memory` if it holds enough at `place`."""
+    if place not in memory or memory[place].nbytes < like.nbytes:
+        memory[place] = numpy.frombuffer(cupy.cuda.alloc_pinned_memory(like.nbytes), numpy.uint8, like.nbytes)
+    return memory[place][:like.nbytes].view(like.dtype).reshape(like.shape)
+
+
 def generator_like(array, rng):
     """Return a random generator that draws where `array` lives.
 
     On the CPU that is `rng` itself, a `numpy.random.Generator`. On the GPU it is a device generator seeded from one draw
-    of `rng`, so that the noise of a step is made on the device and still follows from the one seed of the run.
+    of `rng`, so that the noise of a step is made on the device and still follows from the one seed of the run. It counts
+    (Philox, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so it costs little to seed.
     """
     xp = get_array_module(array)
-    return rng if xp is numpy else xp.random.default_rng(int(rng.integers(2**63)))
+    return rng if xp is numpy else xp.random.Generator(xp.random.Philox4x3210(int(rng.integers(2**63))))
 
 
 def probe_gpu():
@@ -83,20 +142,44 @@ def probe_gpu():
     return None
 
 
-def select_device(request='auto'):
+def select_device(request='auto', precision=None):
     """Turn 'auto', 'gpu' or 'cpu' into `(device, reason)`.
 
-    `device` is 'cpu' or 'gpu'; `reason` is one line for the terminal. 'auto' falls back to the CPU and says why.
-    Raises RuntimeError if 'gpu' is asked for and does not work, saying why and what to install.
+    `device` is 'cpu' or 'gpu'; `reason` is one line for the terminal. 'auto' falls back to the CPU and says why. `precision` is
+    for `set_precision`. Raises RuntimeError if 'gpu' is asked for and does not work, saying why and what to install, and for a
+    precision that the device does not have.
     """
-    if request == 'cpu':
-        return 'cpu', 'device: cpu'
-    if request not in ('auto', 'gpu'):
+    if request not in ('auto', 'gpu', 'cpu'):
         raise ValueError(f"device is {request!r}; expected 'auto', 'gpu' or 'cpu'")
-    problem = probe_gpu()
-    if problem is None:
-        return 'gpu', 'device: gpu'
-    if request == 'gpu':
+    problem = None if request == 'cpu' else probe_gpu()
+    if problem and request == 'gpu':
         raise RuntimeError(f"--device gpu: {problem}. Install the extra that fits your driver, "
                            "pip install 'nervenet[cuda12]' or 'nervenet[cuda13]', or use --device cpu")
-    return 'cpu', f'device: cpu, because {problem}'
+    device = 'cpu' if problem or request == 'cpu' else 'gpu'
+    precision = set_precision(device, precision)
+    if device == 'cpu':
+        return 'cpu', 'device: cpu' + (f', because {problem}' if problem else '')
+    name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)['name'].decode()
+    return 'gpu', f'device: gpu ({name}, {precision})'
+
+
+def set_precision(device, precision=None):
+    """Choose how products of float32 matrices are computed, and return it: 'fp32' or 'tf32'.
+
+    The tensor cores of a GPU read float32 numbers as TF32: with 10 of the 23 bits behind the point, so that a factor is off by up
+    to 2⁻¹¹, 5·10⁻⁴ of itself. They add up in float32. Training is used to worse noise than that, and it is several times faster;
+    so None takes it where the chip has it (compute capability 8.0 and up), on the GPU. On the CPU there is 'fp32' alone. float64
+    is not affected. Raises RuntimeError for 'tf32' where there is none.
+    """
+    if precision not in (None, 'fp32', 'tf32'):
+        raise ValueError(f"precision is {precision!r}; expected 'fp32' or 'tf32'")
+    capability = cupy.cuda.Device().compute_capability if device == 'gpu' else None
+    has_tf32 = capability is not None and int(capability) >= 80
+    if precision == 'tf32' and not has_tf32:
+        where = 'the CPU has no tensor cores' if capability is None else f'this GPU has compute capability {capability}'
+        raise RuntimeError(f'--precision tf32: {where}; expected a GPU of 8.0 or higher. Leave it out, or use --precision fp32')
+    precision = precision or ('tf32' if has_tf32 else 'fp32')
+    if device == 'gpu':
+        kinds = cupy._core._routines_linalg                 # CuPy has no public way but an environment variable, read too early
+        cupy._core.set_compute_type(numpy.float32, kinds.COMPUTE_TYPE_TF32 if precision == 'tf32' else kinds.COMPUTE_TYPE_DEFAULT)
+    return precision

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy
 from PIL import Image, ImageOps
 
+from .backend import copied_ahead
 from .parallel import parallel_for
 
 SUFFIXES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
@@ -394,19 +395,22 @@ class Loader:
                 when the sample comes again in one epoch. It is never 0: a seed sequence ignores trailing zeros, and
                 the shuffle and sample 0 would draw alike
     read_ahead  how many batches to prepare while the caller works on one; it changes no result
+    device      'cpu' or 'gpu': where batches are handed out. On a GPU they are copied there ahead of their use, and transformed
+                there
 
     After an epoch, `waited_seconds` is the time the caller spent waiting for batches in it. Raises DataError without
     samples, or if positive_share asks for a kind that there is none of.
     """
 
     def __init__(self, samples, reader, batch_size, *, seed=0, shuffle=False, positive_share=None, transform=None,
-                 read_ahead=2):
+                 read_ahead=2, device='cpu'):
         if not samples:
             raise DataError('no samples to load')
         if batch_size < 1:
             raise ValueError(f'batch_size is {batch_size}; expected 1 or more')
         self.samples, self.reader, self.batch_size = list(samples), reader, batch_size
         self.seed, self.shuffle, self.transform, self.read_ahead = seed, shuffle, transform, read_ahead
+        self.device = device
         self.waited_seconds, self.kinds = 0.0, None
         if positive_share is not None:
             if not shuffle or not 0 <= positive_share <= 1:
@@ -434,15 +438,20 @@ class Loader:
 
     def batch(self, indices, epoch, draws=None):
         """Return (images, masks) of these samples, (N, H, W, 1) float32 each; `draws` are 1 unless a sample comes again."""
+        return self.transformed(*self.read(indices, epoch, draws))
+
+    def read(self, indices, epoch, draws=None):
+        """Return (images, masks, rngs): a batch before it is transformed, and for each of its samples a Generator."""
         images, masks = numpy.empty((2, len(indices), *self.reader.size, 1), numpy.float32)
         for row, index in enumerate(indices):
             image, mask = self.reader.read(self.samples[index])
             images[row, ..., 0], masks[row, ..., 0] = image.astype(numpy.float32) / 65535, mask
-        if self.transform is not None:
-            rngs = [numpy.random.default_rng([self.seed, epoch, int(index), draw])
-                    for index, draw in zip(indices, draws or [1] * len(indices))]
-            images, masks = self.transform(images, masks, rngs)
-        return images, masks
+        rngs = [numpy.random.default_rng([self.seed, epoch, int(index), draw])
+                for index, draw in zip(indices, draws or [1] * len(indices))] if self.transform else None
+        return images, masks, rngs
+
+    def transformed(self, images, masks, rngs):
+        return (images, masks) if self.transform is None else self.transform(images, masks, rngs)
 
     def epoch(self, number):
         """Yield the batches (images, masks) of one epoch. An error in the background is raised here, as itself."""
@@ -455,14 +464,19 @@ class Loader:
 
         def prepare(start):
             part = slice(start, start + self.batch_size)
-            return self.batch(order[part], number, draws[part])
+            return (self.batch if self.device == 'cpu' else self.read)(order[part], number, draws[part])
 
-        with closing(read_ahead(prepare, starts, self.read_ahead)) as batches:
+        def waited(batches):
             for _ in starts:
                 asked = time.perf_counter()
                 batch = next(batches)
                 self.waited_seconds += time.perf_counter() - asked
                 yield batch
+
+        with (closing(read_ahead(prepare, starts, self.read_ahead)) as batches,
+              closing(copied_ahead(waited(batches), self.device)) as copied):
+            for batch in copied:
+                yield batch if self.device == 'cpu' else self.transformed(*batch)
 
 
 def drawn(indices, number, rng):

@@ -18,6 +18,8 @@ In the equations, η is the learning rate, λ the weight decay, ← an update in
 
 import math
 
+import numpy
+
 from .backend import device_of, get_array_module, move
 from .layers import check_match
 from .memory import empty
@@ -39,16 +41,48 @@ class Optimizer:
         check_range('learning_rate', learning_rate, math.inf)
         check_range('weight_decay', weight_decay, math.inf)
         self.steps = 0
-        self.state = {average: {name: get_array_module(w).zeros_like(w) for name, w in parameters.items()}
-                      for average in self.averages}
+        self.xp = get_array_module(*parameters.values())
+        self.joined, self.state = {}, {}
+        for average in self.averages:
+            if self.xp is numpy:
+                self.state[average] = {name: numpy.zeros_like(w) for name, w in parameters.items()}
+            else:
+                self.joined[average] = self.join(map(self.xp.zeros_like, parameters.values()))
+                self.state[average] = self.parted(self.joined[average])
 
     def step(self, gradients):
-        """Update every parameter from the gradient of its name. Raises ValueError if names or shapes do not match."""
+        """Update every parameter from the gradient of its name. Raises ValueError if names or shapes do not match.
+
+        To start an operation on a GPU takes longer than the operation itself takes on most parameters, and the rules are element by
+        element. So there all parameters are one vector for the time of the step, and its running averages always are one.
+        """
         check_match(self.parameters, gradients, 'gradient', 'the parameters')
         self.steps += 1
+        if self.xp is numpy:
+            for name, w in self.parameters.items():
+                self.advance(w, gradients[name], *(self.state[average][name] for average in self.averages))
+            return
+        joined = self.join(self.parameters.values())
+        self.advance(joined, self.join(gradients[name] for name in self.parameters), *self.joined.values())
+        for name, w in self.parted(joined).items():
+            self.parameters[name][...] = w
+
+    def advance(self, w, g, *averages):
+        """Move `w` in place, given its gradient and its running averages, all of one shape."""
+        g = self.decayed(w, g, empty(w.shape, w))
+        self.update(w, g, *averages, scratch=empty(w.shape, w))
+
+    def join(self, arrays):
+        """Return one vector of all values of `arrays`, which are in the order of the parameters."""
+        return self.xp.concatenate([array.ravel() for array in arrays])
+
+    def parted(self, vector):
+        """Return {name: its part of the vector, a view in the shape of the parameter}."""
+        parts, start = {}, 0
         for name, w in self.parameters.items():
-            g = self.decayed(w, gradients[name], empty(w.shape, w))
-            self.update(w, g, *(self.state[average][name] for average in self.averages), scratch=empty(w.shape, w))
+            parts[name] = vector[start:start + w.size].reshape(w.shape)
+            start += w.size
+        return parts
 
     def decayed(self, w, g, scratch):
         """Return g + λ·w, computed in `scratch`; without weight decay that is g itself."""

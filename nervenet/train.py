@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy
 
-from .backend import move, to_cpu
+from .backend import get_array_module, move, to_cpu
 from .checkpoint import atomic_write, load_checkpoint, save
 from .layers import sigmoid
 from .metrics import SegmentationScores
@@ -152,7 +152,7 @@ def evaluate(model, loss, batches):
 
 def account(scores, losses, images):
     """Return all scores and the mean loss, each batch weighted by its number of images. Raises FloatingPointError."""
-    losses = [float(to_cpu(value)) for value in losses]
+    losses = to_cpu(get_array_module(*losses).stack(losses)).tolist()               # fetched once, not one by one
     for number, value in enumerate(losses, 1):
         if not numpy.isfinite(value):
             raise FloatingPointError(f'the loss is {value} at batch {number}: lower --learning-rate, or look at that batch')
@@ -356,10 +356,10 @@ def read_config(folder):
 def check_config(path, config):
     """Raise ValueError, naming both values, if the config in the file `path` says another thing than `config`.
 
-    Where the folder lies and which versions are at work makes no difference.
+    Where the folder lies, which versions are at work and what device they use makes no difference.
     """
     stored = read_config(path.parent)
-    for name in sorted((stored.keys() | config.keys()) - {'out', 'nervenet', 'numpy'}):
+    for name in sorted((stored.keys() | config.keys()) - {'out', 'nervenet', 'numpy', 'device', 'precision'}):
         if stored.get(name) != config.get(name):
             old, new = (str(values.get(name)) for values in (stored, config))
             old, new = (text if len(text) <= 60 else text[:60] + '…' for text in (old, new))

@@ -1,9 +1,13 @@
 """One suite for every backend: a test that takes `xp` runs on NumPy, on a strict stand-in for CuPy, and on CuPy where a GPU works.
 
-The stand-in computes on the host, and refuses what CuPy refuses: an operation between a host array and a device array. It also
-refuses what CuPy does silently and slowly: turning a device array into a Python number or truth value, a hidden round trip.
+The stand-in computes on the host, and refuses what CuPy refuses: an operation between a host array and a device array, and, where
+CuPy is installed (it need not work), a function, method or keyword that CuPy does not have. It also refuses what CuPy does silently
+and slowly: turning a device array into a Python number or truth value, a hidden round trip. It fills fresh memory with NaN, so that
+a value nobody wrote shows; a copy on a stream of its own happens as late as the events allow; products may run in emulated TF32;
+and a ledger counts what was copied in, copied out and multiplied.
 """
 
+import inspect
 import operator
 import types
 
@@ -11,6 +15,15 @@ import numpy
 import pytest
 
 from nervenet import backend
+
+real_cupy = backend.cupy
+
+
+class Ledger:
+    """What the stand-in was asked for: shapes of arrays copied in and out, and of the factors of each product their layout."""
+
+    def __init__(self):
+        self.copies_in, self.copies_out, self.products = [], [], []
 
 
 class DeviceArray:
@@ -38,6 +51,8 @@ class DeviceArray:
     def __getattr__(self, name):
         if name.startswith('__'):                   # __array_interface__ and its kin are back doors to the host
             raise AttributeError(name)
+        if real_cupy is not None and not hasattr(real_cupy.ndarray, name):
+            raise AttributeError(f'arrays of CuPy have no {name}')
         return on_device(getattr(self.host, name))
 
     def __getitem__(self, index):
@@ -45,6 +60,25 @@ class DeviceArray:
 
     def __setitem__(self, index, value):
         self.host[on_host(index)] = on_host(value)
+
+    def set(self, host, stream=None):
+        """Copy the host array in: at once, or on a stream, as late as possible."""
+        assert host.shape == self.shape and host.dtype == self.dtype
+        stand_in.ledger.copies_in.append(host.shape)
+        (stream or Stream()).enqueue(lambda: numpy.copyto(self.host, host), late=stream is not None)
+
+
+def product(a, b, **options):
+    """Return a @ b of host arrays, in emulated TF32 if that is on, where CuPy would: for two float32 matrices."""
+    stand_in.ledger.products.append([(array.ndim, array.flags.c_contiguous or array.T.flags.c_contiguous) for array in (a, b)])
+    if stand_in.compute_type == stand_in.TF32 and a.ndim == b.ndim == 2 and a.dtype == b.dtype == numpy.float32:
+        a, b = in_tf32(a), in_tf32(b)
+    return numpy.matmul(a, b, **options)
+
+
+def in_tf32(x):
+    """Return x float32 rounded to the 10 bits behind the point that a tensor core reads: half of the last one is added, then cut."""
+    return ((x.view(numpy.uint32) + numpy.uint32(0x1000)) & numpy.uint32(0xffffe000)).view(numpy.float32)
 
 
 def _add_operators():
@@ -58,7 +92,7 @@ def _add_operators():
         return apply
 
     for name in ('add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'pow', 'matmul', 'and', 'or', 'xor'):
-        function = getattr(operator, name + '_' if name in ('and', 'or') else name)
+        function = product if name == 'matmul' else getattr(operator, name + '_' if name in ('and', 'or') else name)
         setattr(DeviceArray, f'__{name}__', method(function))
         setattr(DeviceArray, f'__r{name}__', method(function, reflected=True))
         setattr(DeviceArray, f'__i{name}__', method(getattr(operator, 'i' + name), in_place=True))
@@ -93,48 +127,162 @@ def on_device(value):
     return value
 
 
+class Philox4x3210:
+    def __init__(self, seed):
+        assert type(seed) is int
+        self.seed = seed
+
+
 class DeviceGenerator:
     """The methods of `numpy.random.Generator`, drawing device arrays."""
 
-    def __init__(self, seed):
-        self.generator = numpy.random.default_rng(seed)
+    def __init__(self, bit_generator):
+        self.generator = numpy.random.Generator(numpy.random.Philox(bit_generator.seed))
 
     def __getattr__(self, name):
+        if real_cupy is not None and not hasattr(real_cupy.random.Generator, name):
+            raise AttributeError(f'generators of CuPy have no {name}')
         return on_device(getattr(self.generator, name))
+
+
+class Event:
+    """A point in the work of a stream; waiting for it is what gets late work done."""
+
+    def __init__(self, work=(), **options):
+        self.work = list(work)
+
+    def record(self, stream=None):
+        self.work = list(stream.work if stream else [])
+
+    def synchronize(self):
+        for job in self.work:
+            job()
+        self.work = []
+
+
+class Stream:
+    """Work in order. What is enqueued as late waits until somebody waits for an event after it."""
+
+    def __init__(self, null=False, non_blocking=False):
+        self.work, self.waited_for = [], []
+
+    def enqueue(self, job, late):
+        done = []
+
+        def once():
+            if not done:
+                done.append(True)
+                job()
+        if not late:
+            once()
+        self.work.append(once)
+
+    def record(self, event=None):
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        self.waited_for.append(event)
+        event.synchronize()
+
+    def synchronize(self):
+        self.record().synchronize()
 
 
 class StandIn(types.ModuleType):
     """The part of the `cupy` module that explicit code may use: NumPy's functions, on device arrays only."""
 
     ndarray = DeviceArray
-    random = types.SimpleNamespace(default_rng=DeviceGenerator)
-    cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=lambda: 1))
+    random = types.SimpleNamespace(Generator=DeviceGenerator, Philox4x3210=Philox4x3210)
+    TF32 = 7
 
-    @staticmethod
-    def asnumpy(array):
+    def __init__(self, name, capability='90'):
+        super().__init__(name)
+        self.ledger, self.compute_type, self.stream, self.capability = Ledger(), 1, Stream(), capability
+        self._core = types.SimpleNamespace(
+            set_compute_type=self.set_compute_type, get_compute_type=lambda dtype: self.compute_type,
+            _routines_linalg=types.SimpleNamespace(COMPUTE_TYPE_TF32=self.TF32, COMPUTE_TYPE_DEFAULT=1))
+        self.cuda = types.SimpleNamespace(
+            runtime=types.SimpleNamespace(getDeviceCount=lambda: 1, getDeviceProperties=lambda device: {'name': b'stand-in'}),
+            Device=lambda: types.SimpleNamespace(compute_capability=self.capability, id=0), Stream=Stream, Event=Event,
+            get_current_stream=lambda: self.stream, get_elapsed_time=lambda start, end: 1.5,
+            alloc_pinned_memory=lambda size: memoryview(bytearray(size)))
+
+    def set_compute_type(self, dtype, compute_type):
+        assert numpy.dtype(dtype) == numpy.float32
+        self.compute_type = compute_type
+
+    def asnumpy(self, array):
+        self.ledger.copies_out.append(array.shape)
         return array.host.copy()
 
-    @staticmethod
-    def asarray(array, dtype=None):
+    def asarray(self, array, dtype=None):
+        if not isinstance(array, DeviceArray):
+            self.ledger.copies_in.append(numpy.shape(array))
         return DeviceArray(numpy.array(array.host if isinstance(array, DeviceArray) else array, dtype))
 
     array = asarray
 
+    @staticmethod
+    def empty(shape, dtype='float64'):
+        """Return fresh memory, which holds anything."""
+        array = numpy.empty(shape, dtype)
+        array.fill(numpy.nan if array.dtype.kind in 'fc' else 1)
+        return DeviceArray(array)
+
+    @staticmethod
+    def empty_like(array):
+        return StandIn.empty(array.shape, array.dtype)
+
+    matmul = staticmethod(on_device(product))
+
     def __getattr__(self, name):
-        return on_device(getattr(numpy, name))
+        if name.startswith('__'):
+            raise AttributeError(name)
+        function = on_device(getattr(numpy, name))
+        return function if real_cupy is None else as_cupy_takes_it(name, function)
+
+
+def as_cupy_takes_it(name, function):
+    """Return the function, made to refuse arguments that CuPy's function of this name would."""
+    real = getattr(real_cupy, name)                 # AttributeError if CuPy has none
+    if not callable(function) or isinstance(real, type):
+        return function
+    if isinstance(real, real_cupy.ufunc):
+        def check(*args, **kwargs):
+            assert kwargs.keys() <= {'out', 'dtype', 'casting'}, f'CuPy: {name} does not take {kwargs.keys()}'
+    else:
+        try:
+            check = inspect.signature(real).bind
+        except ValueError:                          # a compiled function that does not tell
+            return function
+
+    def checked(*args, **kwargs):
+        check(*args, **kwargs)
+        return function(*args, **kwargs)
+    return checked
 
 
 stand_in = StandIn('stand_in')
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """The stand-in, as if it were the CuPy of a machine with a GPU, with a fresh ledger."""
+    monkeypatch.setattr(backend, 'cupy', stand_in)
+    monkeypatch.setattr(stand_in, 'ledger', Ledger())
+    monkeypatch.setattr(stand_in, 'compute_type', 1)
+    return stand_in
+
+
 @pytest.fixture(params=['numpy', 'stand-in', 'cupy'])
-def xp(request, monkeypatch):
-    """The array module under test; `backend` takes the stand-in for CuPy while it is the one."""
+def xp(request):
+    """The array module under test."""
     if request.param == 'numpy':
         return numpy
     if request.param == 'stand-in':
-        monkeypatch.setattr(backend, 'cupy', stand_in)
-        return stand_in
+        return request.getfixturevalue('gpu')
     problem = backend.probe_gpu()
     if problem:
         pytest.skip(problem)

@@ -55,10 +55,95 @@ def test_select_device_refuses_an_unknown_request():
         backend.select_device('cuda')
 
 
-def test_a_working_gpu_is_taken(monkeypatch):
-    monkeypatch.setattr(backend, 'cupy', stand_in)
-    assert backend.select_device('auto') == ('gpu', 'device: gpu')
-    assert backend.select_device('gpu') == ('gpu', 'device: gpu')
+def test_a_working_gpu_is_taken_and_computes_in_tf32_where_it_can(gpu, monkeypatch):
+    assert backend.select_device('auto') == ('gpu', 'device: gpu (stand-in, tf32)') and gpu.compute_type == gpu.TF32
+    assert backend.select_device('gpu', 'fp32') == ('gpu', 'device: gpu (stand-in, fp32)') and gpu.compute_type != gpu.TF32
+    monkeypatch.setattr(gpu, 'capability', '75')
+    assert backend.select_device('gpu') == ('gpu', 'device: gpu (stand-in, fp32)') and gpu.compute_type != gpu.TF32
+    with pytest.raises(RuntimeError, match='--precision tf32: this GPU has compute capability 75; expected a GPU of 8.0'):
+        backend.select_device('gpu', 'tf32')
+
+
+def test_precision_on_the_cpu_is_fp32():
+    assert backend.select_device('cpu', 'fp32') == ('cpu', 'device: cpu')
+    with pytest.raises(RuntimeError, match='--precision tf32: the CPU has no tensor cores; .* use --precision fp32'):
+        backend.select_device('cpu', 'tf32')
+    with pytest.raises(ValueError, match="precision is 'fp16'; expected 'fp32' or 'tf32'"):
+        backend.select_device('cpu', 'fp16')
+
+
+def batches_of(rng, sizes):
+    return [(rng.random((n, 4, 5, 1), dtype='float32'), rng.integers(0, 9, (n, 3), dtype='uint8'), n) for n in sizes]
+
+
+def test_batches_copied_ahead_arrive_as_they_were_and_in_order(xp, rng):
+    expected = batches_of(rng, [3, 3, 4, 2, 1])
+    memory = [numpy.empty((4, 4, 5, 1), 'float32'), numpy.empty((4, 3), 'uint8')]
+
+    def written_over():
+        """As a reader might: each batch in the memory of the one before."""
+        for images, numbers, n in expected:
+            memory[0][:n], memory[1][:n] = images, numbers
+            yield memory[0][:n], memory[1][:n], n
+
+    device = 'cpu' if xp is numpy else 'gpu'
+    for (images, numbers, n), (arrived, too, m) in zip(expected, backend.copied_ahead(written_over(), device), strict=True):
+        assert n == m and backend.device_of(arrived) == backend.device_of(too) == device
+        for sent, got in (images, arrived), (numbers, too):
+            got = backend.to_cpu(got)
+            assert got.dtype == sent.dtype and numpy.array_equal(got, sent)
+
+
+def test_a_batch_is_copied_while_the_caller_works_on_the_one_before_and_only_copied_once(gpu, rng):
+    asked = []
+
+    def reader():
+        for number, batch in enumerate(batches_of(rng, [2, 2, 2, 2])):
+            asked.append(number)
+            yield batch
+
+    batches = backend.copied_ahead(reader(), 'gpu')
+    next(batches)
+    assert asked == [0, 1] and len(gpu.ledger.copies_in) == 4           # two arrays of two batches
+    next(batches)
+    assert asked == [0, 1, 2]
+    assert len(list(batches)) == 2 and len(gpu.ledger.copies_in) == 8 and gpu.ledger.copies_out == []
+
+
+def test_a_copy_waits_for_the_computation_that_may_still_read_its_memory(gpu, rng, monkeypatch):
+    made = []
+
+    class Watched(gpu.cuda.Stream):
+        def __init__(self, **options):
+            super().__init__(**options)
+            made.append((self, options, []))
+
+        def wait_event(self, event):
+            made[-1][2].append('wait')
+            super().wait_event(event)
+
+        def enqueue(self, job, late):
+            made[-1][2].append('copy')
+            super().enqueue(job, late)
+
+    monkeypatch.setattr(gpu.cuda, 'Stream', Watched)
+    list(backend.copied_ahead(batches_of(rng, [1, 1]), 'gpu'))
+    (_, options, orders), = made
+    assert options == {'non_blocking': True} and orders == ['wait', 'copy', 'copy'] * 2
+
+
+def test_an_error_of_the_reader_comes_through_and_a_caller_may_leave(gpu, rng):
+    def reader():
+        yield from batches_of(rng, [1, 1])
+        raise OSError('a damaged file')
+
+    batches = backend.copied_ahead(reader(), 'gpu')
+    next(batches)
+    with pytest.raises(OSError, match='a damaged file'):
+        next(batches)
+    batches = backend.copied_ahead(batches_of(rng, [1, 1, 1]), 'gpu')
+    next(batches)
+    batches.close()
 
 
 def broken(fault):

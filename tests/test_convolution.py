@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from nervenet import backend, convolution, memory, parallel
-from nervenet.convolution import im2col, patches, plain, winograd_1d, winograd_2d
+from nervenet.convolution import device, im2col, patches, plain, winograd_1d, winograd_2d
 
 TOLERANCE = {'float64': 1e-10, 'float32': 1e-4}
 
@@ -128,7 +128,7 @@ def path(request):
 
 def test_the_face_picks_each_path(path):
     shape = {'kernel_size': (3, 3), 'stride': (1, 1), 'padding': (1, 1)} | PATHS[path]
-    assert convolution._path(shape['kernel_size'], shape['stride'], shape['padding'], (shape['H'], shape['W']),
+    assert convolution._path(numpy.zeros(1), shape["kernel_size"], shape["stride"], shape["padding"], (shape['H'], shape['W']),
                              shape['N'], shape['C_in'], shape['C_out']) is path
 
 
@@ -225,11 +225,80 @@ def test_complex_mixed_and_empty_arrays_take_the_plain_path(rng):
     assert not convolution.weight_gradient(x[:0], dy[:0], (3, 3), *geometry).any()
 
 
-def test_device_arrays_take_the_plain_path(rng, xp):
-    x, weight, dy, geometry = problem(rng, N=2, H=12, W=16, C_in=8, C_out=8)
-    expected = three(plain, x, weight, dy, geometry)
-    results = three(convolution, xp.asarray(x), xp.asarray(weight), xp.asarray(dy), geometry)
-    assert_close({name: backend.to_cpu(result) for name, result in results.items()}, expected, 'float64', xp)
+def on_device(xp, x, weight, dy, geometry):
+    return xp.asarray(x), xp.asarray(weight), xp.asarray(dy), geometry
+
+
+def to_cpu(results):
+    return {name: backend.to_cpu(result) for name, result in results.items()}
+
+
+@pytest.mark.parametrize('run_bytes', [2**26, 1])                             # all images at once, or one by one
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('shape', SHAPES, ids=name_of)
+def test_the_path_of_devices_serves_every_shape(rng, xp, shape, dtype, run_bytes, monkeypatch):
+    monkeypatch.setattr(device, 'RUN_BYTES', run_bytes)
+    arguments = problem(rng, **shape, dtype=dtype)
+    in_float64 = *(array.astype('float64') for array in arguments[:3]), arguments[3]
+    assert_close(to_cpu(three(device, *on_device(xp, *arguments))), three(plain, *in_float64), dtype, shape)
+
+
+@pytest.mark.parametrize('shape', [PATHS[patches], PATHS[im2col], PATHS[winograd_1d], dict(N=2, H=9, W=11, C_in=3, C_out=4, stride=(2, 2))],
+                         ids=name_of)
+def test_the_path_of_devices_adds_the_bias_to_every_pixel(rng, xp, shape):
+    x, weight, dy, geometry = problem(rng, **shape, dtype='float32')
+    bias, dbias = rng.standard_normal(weight.shape[3]).astype('float32'), rng.standard_normal(weight.shape[2]).astype('float32')
+    dx, dw, ddy, _ = on_device(xp, x, weight, dy, geometry)
+    results = {'forward': device.forward(dx, dw, *geometry, bias=xp.asarray(bias)),
+               'input_gradient': device.input_gradient(ddy, dw, x.shape[1:3], *geometry, bias=xp.asarray(dbias))}
+    expected = {'forward': plain.forward(x, weight, *geometry) + bias,
+                'input_gradient': plain.input_gradient(dy, weight, x.shape[1:3], *geometry) + dbias}
+    assert_close(to_cpu(results), expected, 'float32', shape)
+
+
+def test_the_path_of_devices_multiplies_two_contiguous_matrices_only(rng, gpu):
+    """Others CuPy copies first, and batches of matrices it multiplies without TF32."""
+    for shape in (PATHS[winograd_1d], PATHS[im2col], PATHS[patches], dict(N=2, H=9, W=12, C_in=5, C_out=7, kernel_size=(1, 1), padding=(0, 0))):
+        three(device, *on_device(gpu, *problem(rng, **shape, dtype='float32')))
+    products = gpu.ledger.products
+    assert len(products) == 3 * (3 + 5 + 1 + 1) and all(product == [(2, True), (2, True)] for product in products)
+
+
+def test_tf32_rounds_the_factors_of_a_convolution_and_nothing_else(rng, xp):
+    if xp is numpy:
+        pytest.skip('TF32 is for devices')
+    errors = {}
+    for precision in ('fp32', 'tf32'):
+        backend.set_precision('gpu', precision)
+        for channels in (16, 256):
+            arguments = problem(rng, N=2, H=13, W=17, C_in=channels, C_out=channels, dtype='float32')
+            expected = three(plain, *(array.astype('float64') for array in arguments[:3]), arguments[3])
+            results = to_cpu(three(convolution, *on_device(xp, *arguments)))
+            errors[precision, channels] = max(numpy.linalg.norm(results[name] - expected[name]) / numpy.linalg.norm(expected[name])
+                                              for name in results)
+    print(errors)
+    assert all(error < 1e-6 for (precision, _), error in errors.items() if precision == 'fp32')
+    assert all(1e-5 < error < 1e-3 for (precision, _), error in errors.items() if precision == 'tf32')
+    x, weight, dy, geometry = problem(rng, N=2, H=5, W=6, C_in=3, C_out=4)    # float64, still in TF32 mode
+    assert_close(to_cpu(three(convolution, *on_device(xp, x, weight, dy, geometry))), three(plain, x, weight, dy, geometry), 'float64', '')
+
+
+def test_device_arrays_take_their_own_path_in_float32_and_the_plain_one_in_float64(rng, xp, monkeypatch):
+    if xp is numpy:
+        pytest.skip('these are no device arrays')
+    ran = []
+    for module in (device, plain):
+        for name in ('forward', 'input_gradient', 'weight_gradient'):
+            monkeypatch.setattr(module, name, lambda *arguments, module=module, name=name: ran.append((module, name)))
+    for dtype, module in (('float32', device), ('float64', plain)):
+        arguments = problem(rng, N=2, H=12, W=16, C_in=8, C_out=8, dtype=dtype)
+        three(convolution, *on_device(xp, *arguments))
+        assert ran == [(module, name) for name in ('forward', 'input_gradient', 'weight_gradient')]
+        ran.clear()
+        with convolution.use_plain():
+            three(convolution, *on_device(xp, *arguments))
+        assert {module for module, _ in ran} == {plain}
+        ran.clear()
 
 
 def test_an_image_smaller_than_the_kernel_is_refused(rng):

@@ -1,7 +1,8 @@
 """Convolution: forward, gradient to the input and gradient to the weight, as stateless functions.
 
 Read `plain.py` first: it is the mathematics, complete. The files beside it compute the same three functions faster,
-each by one trick, for NumPy arrays; this file picks by shape. `with use_plain():` picks the plain mathematics alone.
+each by one trick; this file picks by shape and by where the arrays live. `with use_plain():` picks the plain mathematics
+alone.
 
 | file | serves | trick |
 |---|---|---|
@@ -9,6 +10,7 @@ each by one trick, for NumPy arrays; this file picks by shape. `with use_plain()
 | `winograd_1d.py` | 3×3, few channels | half the multiplications: filters as products of polynomials |
 | `winograd_2d.py` | 3×3, many channels | a quarter of them: down the columns and along the rows |
 | `im2col.py` | the first layer, and everything else | windows as rows of a matrix, in strips that fit the cache |
+| `device.py` | float32 arrays on a GPU | few products of tall matrices, windows copied three times instead of nine |
 """
 
 import contextlib
@@ -16,7 +18,8 @@ import contextvars
 
 import numpy
 
-from . import im2col, patches, winograd_1d, winograd_2d
+from ..backend import get_array_module
+from . import device, im2col, patches, winograd_1d, winograd_2d
 from . import plain as mathematics
 from .plain import output_size
 
@@ -34,13 +37,20 @@ def use_plain():
 
 
 def _plain_serves(*arrays):
-    """Say whether these arrays are for the plain path: on another device, of mixed types, complex, or empty."""
-    return _plain_only.get() or not all(type(array) is numpy.ndarray and array.size and array.dtype == arrays[0].dtype
-                                        and array.dtype in (numpy.float32, numpy.float64) for array in arrays)
+    """Say whether these arrays are for the plain path: of mixed types, complex, empty, or float64 on a device.
+
+    On a device float64 serves checks, so it takes the mathematics that everything else is held to.
+    """
+    on_host = get_array_module(*arrays) is numpy
+    return _plain_only.get() or not all(array.size and array.dtype == arrays[0].dtype
+                                        and array.dtype in (['float32', 'float64'] if on_host else ['float32'])
+                                        and (type(array) is numpy.ndarray or not on_host) for array in arrays)
 
 
-def _path(kernel_size, stride, padding, input_size, batch, C_in, C_out):
-    """Return the module that serves this shape fastest, by measurement."""
+def _path(like, kernel_size, stride, padding, input_size, batch, C_in, C_out):
+    """Return the module that serves this shape fastest where the array `like` lives; on the host, by measurement."""
+    if get_array_module(like) is not numpy:
+        return device
     if patches.fits(kernel_size, stride, padding, input_size):
         return patches
     if tuple(kernel_size) != (3, 3) or tuple(stride) != (1, 1) or max(padding) > 2 or C_in < im2col.FEW_CHANNELS:
@@ -59,7 +69,7 @@ def forward(x, weight, stride, padding, bias=None):
     if _plain_serves(x, weight):
         y = mathematics.forward(x, weight, stride, padding)
         return y if bias is None else y + bias
-    path = _path(weight.shape[:2], stride, padding, x.shape[1:3], len(x), *weight.shape[2:])
+    path = _path(x, weight.shape[:2], stride, padding, x.shape[1:3], len(x), *weight.shape[2:])
     return path.forward(x, weight, stride, padding, bias)
 
 
@@ -71,7 +81,7 @@ def input_gradient(dy, weight, input_size, stride, padding, bias=None):
     if _plain_serves(dy, weight):
         dx = mathematics.input_gradient(dy, weight, input_size, stride, padding)
         return dx if bias is None else dx + bias
-    path = _path(weight.shape[:2], stride, padding, input_size, len(dy), *weight.shape[2:])
+    path = _path(dy, weight.shape[:2], stride, padding, input_size, len(dy), *weight.shape[2:])
     return path.input_gradient(dy, weight, input_size, stride, padding, bias)
 
 
@@ -79,5 +89,5 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
     """Return dweight (KH, KW, C_in, C_out) from x (N, H, W, C_in) and dy (N, H_out, W_out, C_out)."""
     if _plain_serves(x, dy):
         return mathematics.weight_gradient(x, dy, kernel_size, stride, padding)
-    path = _path(kernel_size, stride, padding, x.shape[1:3], len(x), x.shape[3], dy.shape[3])
+    path = _path(x, kernel_size, stride, padding, x.shape[1:3], len(x), x.shape[3], dy.shape[3])
     return path.weight_gradient(x, dy, kernel_size, stride, padding)
