@@ -154,17 +154,20 @@ class Event:
     def record(self, stream=None):
         self.work = list(stream.work if stream else [])
 
-    def synchronize(self):
+    def finish(self):
         for job in self.work:
             job()
         self.work = []
+
+    def synchronize(self):                          # the host waits
+        self.finish()
 
 
 class Stream:
     """Work in order. What is enqueued as late waits until somebody waits for an event after it."""
 
     def __init__(self, null=False, non_blocking=False):
-        self.work, self.waited_for = [], []
+        self.work = []
 
     def enqueue(self, job, late):
         done = []
@@ -183,11 +186,10 @@ class Stream:
         return event
 
     def wait_event(self, event):
-        self.waited_for.append(event)
-        event.synchronize()
+        event.finish()
 
     def synchronize(self):
-        self.record().synchronize()
+        self.record().finish()
 
 
 class StandIn(types.ModuleType):

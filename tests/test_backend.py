@@ -110,26 +110,27 @@ def test_a_batch_is_copied_while_the_caller_works_on_the_one_before_and_only_cop
     assert len(list(batches)) == 2 and len(gpu.ledger.copies_in) == 8 and gpu.ledger.copies_out == []
 
 
-def test_a_copy_waits_for_the_computation_that_may_still_read_its_memory(gpu, rng, monkeypatch):
-    made = []
+def test_a_copy_waits_for_the_computation_that_may_read_its_memory_and_the_host_for_the_copy_that_does(gpu, rng, monkeypatch):
+    orders, options_of_streams = [], []
 
     class Watched(gpu.cuda.Stream):
         def __init__(self, **options):
             super().__init__(**options)
-            made.append((self, options, []))
+            options_of_streams.append(options)
 
         def wait_event(self, event):
-            made[-1][2].append('wait')
+            orders.append('wait')
             super().wait_event(event)
 
         def enqueue(self, job, late):
-            made[-1][2].append('copy')
+            orders.append('copy')
             super().enqueue(job, late)
 
     monkeypatch.setattr(gpu.cuda, 'Stream', Watched)
-    list(backend.copied_ahead(batches_of(rng, [1, 1]), 'gpu'))
-    (_, options, orders), = made
-    assert options == {'non_blocking': True} and orders == ['wait', 'copy', 'copy'] * 2
+    monkeypatch.setattr(gpu.cuda.Event, 'synchronize', lambda event: orders.append('host waits'))
+    list(backend.copied_ahead(batches_of(rng, [1, 1, 1, 1]), 'gpu'))
+    first, again = ['wait', 'copy', 'copy'], ['host waits', 'wait', 'copy', 'copy']      # the pinned memory is used again
+    assert options_of_streams == [{'non_blocking': True}] and orders == 2 * first + 2 * again
 
 
 def test_an_error_of_the_reader_comes_through_and_a_caller_may_leave(gpu, rng):

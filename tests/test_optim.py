@@ -149,15 +149,19 @@ def test_a_loaded_state_continues_bit_for_bit(name, rng):
     assert all(numpy.array_equal(parameters[key], copies[key]) for key in parameters)
 
 
-def test_a_state_moves_to_the_device_of_the_parameters(xp, rng):
-    host, (gradients,) = parameters_and_gradients(rng)
+def test_a_state_moves_to_the_device_of_the_parameters_and_goes_on_there(xp, rng):
+    host, (first, second) = parameters_and_gradients(rng, steps=2)
     optimizer = Adam(host)
-    optimizer.step(gradients)
+    optimizer.step(first)
     loaded = Adam({key: xp.asarray(value) for key, value in host.items()})
     loaded.load_state_dict(optimizer.state_dict())
     for key, value in optimizer.state_dict().items():
         if key != 'steps':
             assert numpy.array_equal(backend.to_cpu(loaded.state_dict()[key]), value)
+    optimizer.step(second)
+    loaded.step({key: xp.asarray(value) for key, value in second.items()})
+    for key, value in host.items():
+        numpy.testing.assert_allclose(backend.to_cpu(loaded.parameters[key]), value, rtol=1e-5)
 
 
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(rng):

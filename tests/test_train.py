@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -82,6 +83,57 @@ def test_whole_training_step_mixes_no_host_and_device_arrays(xp, rng, loss, norm
         parameters.append({name: backend.to_cpu(array) for name, array in model.parameters().items()})
     for name in parameters[0]:
         numpy.testing.assert_allclose(parameters[-1][name], parameters[0][name], rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('float64', 1e-9), ('float32', 1e-3)])
+def test_twenty_steps_on_a_device_equal_those_of_the_host(xp, dtype, tolerance):
+    if xp is numpy:
+        pytest.skip('this compares NumPy with a device')
+    losses = {}
+    for device in 'cpu', 'gpu':
+        model = UNet(base_channels=8, depth=3, rng=numpy.random.default_rng(1), dtype=dtype).to(device)
+        rng = numpy.random.default_rng(2)
+        x = rng.random((3, 24, 40, 1)).astype(dtype)
+        x, target = backend.move(x, device), backend.move((x > 0.6).astype(dtype), device)
+        loss = WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])
+        optimizer = AdamW(model.parameters(), 2e-4)
+        losses[device] = [float(backend.to_cpu(train_step(model, loss, optimizer, x, target, max_norm=1.0))) for _ in range(20)]
+    assert losses['gpu'][-1] < losses['gpu'][0] - 0.01
+    numpy.testing.assert_allclose(losses['gpu'], losses['cpu'], rtol=0, atol=tolerance)
+
+
+def test_an_epoch_on_a_device_copies_every_batch_in_once_and_the_scores_out_once(gpu, tmp_path, rng):
+    write_pairs(tmp_path, rng, subjects=2, images=4)
+    samples, reader = find_samples(tmp_path), Reader((16, 24))
+    model = UNet(base_channels=2, depth=2, dropout=0.3, rng=rng).to('gpu')
+    loss, optimizer = WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())]), AdamW(model.parameters())
+    for transform in None, ULTRASOUND:
+        batches = Loader(samples, reader, 3, shuffle=True, transform=transform, device='gpu')
+        for work, run in (('training', lambda: train_epoch(model, loss, optimizer, batches.epoch(1), max_norm=1.0)),
+                          ('validation', lambda: evaluate(model, loss, batches.epoch(1)))):
+            gpu.ledger.__init__()
+            run()
+            whole = [shape for shape in gpu.ledger.copies_in if len(shape) == 4 and shape[1:3] == (16, 24)]
+            assert whole == [(n, 16, 24, 1) for n in (3, 3, 3, 3, 2, 2)], work          # image and mask of three batches
+            few = [shape for shape in gpu.ledger.copies_in if shape not in whole]
+            if transform is None:
+                assert few == []
+            else:                                                                       # what was drawn: matrices, control points, factors
+                assert len(few) == 7 * len(batches) and all(numpy.prod(shape) <= 3 * 2 * 7 * 10 for shape in few)
+            assert [len(shape) for shape in gpu.ledger.copies_out] == [1, 3], work      # all losses; all counts
+
+
+def test_augmentation_on_a_device_gives_the_batches_of_the_host(xp, tmp_path, rng):
+    write_pairs(tmp_path, rng, subjects=2, images=3)
+    device = 'cpu' if xp is numpy else 'gpu'
+    transform = dataclasses.replace(ULTRASOUND, speckle_range=0.0)                      # each device draws its own noise
+    loaders = [Loader(find_samples(tmp_path), Reader((16, 24)), 4, seed=3, shuffle=True, transform=transform, device=where)
+               for where in ('cpu', device)]
+    for epoch in 1, 2:
+        for host, there in zip(*(loader.epoch(epoch) for loader in loaders), strict=True):
+            assert all(backend.device_of(array) == device for array in there)
+            numpy.testing.assert_allclose(backend.to_cpu(there[0]), host[0], atol=1e-5)
+            assert (backend.to_cpu(there[1]) != host[1]).mean() < 0.01                  # a pixel on the edge may round the other way
 
 
 def test_training_step_updates_every_parameter_and_lowers_the_loss(rng):
@@ -630,6 +682,49 @@ def test_resume_refuses_other_options_and_changed_images_in_one_line(tmp_path, r
         main('--resume', tmp_path / 'run')
     with pytest.raises(FileNotFoundError, match='no run to resume'):
         main('--resume', tmp_path / 'missing')
+
+
+def test_the_main_job_runs_on_a_device_and_goes_on_elsewhere(gpu, tmp_path, rng, main, capsys, monkeypatch):
+    write_pairs(tmp_path / 'data', rng)
+    # Gradient descent: Adam makes steps of full size of gradients that are nothing but rounding.
+    options = ['--data', tmp_path / 'data', *TINY[:-2], '--epochs', 3, '--inner-share', 0.4, '--augment', 'default', '--speckle-range', 0,
+               '--optimizer', 'sgd', '--learning-rate', 0.05]
+    main(*options, '--device', 'cpu', '--out', tmp_path / 'host')
+    options += ['--precision', 'fp32']
+    main(*options, '--device', 'gpu', '--out', tmp_path / 'device')
+    assert 'device: gpu (stand-in, fp32)' in capsys.readouterr().out
+
+    print_epoch = main.module.print_epoch
+
+    def stopped(history, epochs):
+        if len(history) == 2:
+            raise KeyboardInterrupt
+        print_epoch(history, epochs)
+
+    for first, then in ('gpu', 'cpu'), ('cpu', 'gpu'):
+        run = tmp_path / first
+        monkeypatch.setattr(main.module, 'print_epoch', stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main(*options, '--device', first, '--out', run)
+        monkeypatch.setattr(main.module, 'print_epoch', print_epoch)
+        main('--resume', run, '--device', then)
+        assert f'The run was begun on the {first}. It goes on on the {then}, which rounds in another order' in capsys.readouterr().out
+    ends = [nervenet.load(tmp_path / name / 'last.npz').parameters() for name in ('host', 'device', 'gpu', 'cpu')]
+    for other in ends[1:]:
+        for name in other:
+            numpy.testing.assert_allclose(other[name], ends[0][name], rtol=0, atol=1e-3, err_msg=name)
+    start = UNet(base_channels=2, depth=2, rng=numpy.random.default_rng(0)).parameters()
+    assert max(abs(start[name] - ends[0][name]).max() for name in start) > 0.03
+
+    specification = importlib.util.spec_from_file_location('predict', ROOT / 'examples' / 'predict.py')
+    predict_job = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(predict_job)
+    for device in 'cpu', 'gpu':
+        predict_job.main(list(map(str, ['--model', tmp_path / 'device' / 'last.npz', '--input', tmp_path / 'data', '--device', device,
+                                        '--output', tmp_path / f'masks on {device}'])))
+    masks = [numpy.stack([numpy.asarray(Image.open(path)) for path in sorted((tmp_path / f'masks on {device}').glob('*_mask.png'))])
+             for device in ('cpu', 'gpu')]
+    assert masks[0].any() and (masks[0] != masks[1]).mean() < 0.01
 
 
 def test_folds_trained_side_by_side_in_several_processes_equal_those_trained_by_one(tmp_path, rng, main, capsys):
