@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 
 from nervenet import figures
-from nervenet.data import DataError, read_image
+from nervenet.data import DataError, make_folder, read_image, refuse_content
 from nervenet.layers import sigmoid
 from nervenet.segment import Segmenter
 
@@ -38,9 +38,8 @@ def main(arguments=None):
     dlogits[0, row, column, 0] = 1                                           # L = the logit of this one pixel
     dimage = model.backward(dlogits)[0, :, :, 0]                             # ∂L/∂(every input pixel)
 
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise DataError(f'{args.output}: exists and is not an empty folder; choose another --output')
-    args.output.mkdir(parents=True, exist_ok=True)
+    refuse_content(args.output, '--output')
+    make_folder(args.output, '--output')
     down = ['stem', *(f'downs.{i}' for i in range(model.depth))]
     up = [f'ups.{i}' for i in range(model.depth)]
     title = {'stem': 'stem, level 0', f'downs.{model.depth - 1}': f'downs.{model.depth - 1}, the bottom'}
@@ -67,7 +66,7 @@ def main(arguments=None):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split('\n')[0])
     parser.add_argument('--model', type=Path, required=True, metavar='FILE', help='model file, such as RUN/best.npz')
     parser.add_argument('--image', type=Path, required=True, metavar='FILE', help='image to look at')
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER', help='folder for the three pictures')

@@ -2,8 +2,9 @@
 
     python examples/predict.py --model RUN/best.npz --input FOLDER-or-FILES --output FOLDER
 
-Writes into the output folder, for each image, {name}_mask.png (0 and 255, at the image's own size) and {name}_overlay.png, and for
-all of them results.csv: area, centroid, confidence, and Dice where a mask is there to compare with.
+Writes into the output folder, for each image, {name}_mask.png (0 and 255, at the image's own size) and {name}_overlay.png (the
+prediction in orange; in blue the mask, where one is there to compare with), and for all of them results.csv: area, centroid,
+confidence, and Dice where there is a mask.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from PIL import Image
 from nervenet import figures
 from nervenet.backend import select_device
 from nervenet.checkpoint import atomic_write
-from nervenet.data import DataError, find_samples, read_ahead, read_image, read_pair, resize_mask
+from nervenet.data import DataError, find_samples, make_folder, read_ahead, read_image, read_pair, refuse_content, resize_mask
 from nervenet.metrics import SegmentationScores
 from nervenet.segment import Segmenter, describe
 from nervenet.submission import TEST_HEADER, encode, write_submission
@@ -48,7 +49,8 @@ def main(arguments=None):
         raise DataError(f'{args.submission}: no such folder as {args.submission.parent}')
     if args.submission and args.submission.exists():
         raise DataError(f'{args.submission}: exists already; choose another --submission')
-    make_output_folder(args.output)
+    refuse_content(args.output, '--output')               # its masks would mix with those of another model
+    make_folder(args.output, '--output')
 
     results, judged, failed, runs = [], [], [], []
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
@@ -96,13 +98,6 @@ def main(arguments=None):
     return 0
 
 
-def make_output_folder(folder):
-    """Make the folder. Raises DataError if something is in it already: its masks would mix with those of another model."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f'{folder}: exists and is not an empty folder; choose another --output')
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def read_batch(samples, mask_threshold):
     """Return [(sample, image (H, W) or None, truth (H, W) or None, error or None)]: one bad file does not stop the others."""
     batch = []
@@ -140,7 +135,7 @@ def print_scores(scores):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument('--model', type=Path, required=True, metavar='FILE', help='model file, such as RUN/best.npz')
     parser.add_argument('--input', type=Path, nargs='+', required=True, metavar='PATH', help='folders of images, or image files')

@@ -52,7 +52,7 @@ LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 
 OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
-WHERE = 'device', 'precision'                                         # stored, but a run may go on elsewhere
+WHERE = 'data', 'device', 'precision'                                 # stored, but a run may go on elsewhere
 
 
 def main(arguments=None):
@@ -116,7 +116,8 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
     if args.inner_share:
         parts['training'], parts['inner'] = split_by_subject(training_samples, args.inner_share, args.seed)
     for part, chosen in parts.items():
-        subjects = '' if args.leaky_split_by_image else f' of {len({sample.subject for sample in chosen})} subjects'
+        number = len({sample.subject for sample in chosen})
+        subjects = '' if args.leaky_split_by_image else f' of {number} subject{"s" if number > 1 else ""}'
         print(f'{part + ":":12} {len(chosen)} images{subjects}')
 
     print('reading:     all of them once', flush=True)
@@ -225,7 +226,8 @@ def draw(run, model, validation, baselines):
         image, truth = (array[0, :, :, 0] for array in validation.batch([index], 0))
         prediction = segmenter.settings.mask(segmenter.probabilities([image])[0])
         cases.append(dict(label=label, name=validation.samples[index].name, image=image, truth=truth, prediction=prediction))
-    figures.save(figures.predictions(cases), run.path / 'predictions.png')
+    what = f'Validation, after epoch {run.history[-1]["epoch"]}: nerve where the probability is above {segmenter.settings.threshold:g}'
+    figures.save(figures.predictions(cases, title=what), run.path / 'predictions.png')
 
 
 def preview(args, samples, reader):
@@ -361,7 +363,7 @@ def resumable(folder):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split('\n')[0], formatter_class=HelpFormatter)
     data = parser.add_argument_group('data')
     data.add_argument('--data', type=Path, metavar='DIR', help='folder of the image and mask pairs; default: synthetic ultrasound')
     data.add_argument('--size', type=size, default='96x128', metavar='HxW',

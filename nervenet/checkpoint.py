@@ -90,6 +90,8 @@ def load_checkpoint(path):
         raise CheckpointError(f'{path}: {error}') from error.__cause__
     except FileNotFoundError:
         raise CheckpointError(f'{path}: no such file') from None
+    except IsADirectoryError:
+        raise CheckpointError(f'{path}: is a folder; expected a model file, such as best.npz in a run folder') from None
     except Exception as error:      # a damaged archive fails in any of a dozen ways, each with an exception of its own
         raise CheckpointError(f'{path}: not a readable model file, cut short or damaged ({_reason(error)})') from error
 

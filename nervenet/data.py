@@ -295,6 +295,23 @@ def _grey(image):
     return numpy.array(image.convert('L')), 255
 
 
+# --- Folders for what comes out ---------------------------------------------------------------------------------------
+
+def make_folder(path, option):
+    """Make the folder `path`, and those it lies in, unless it is there. Raises OSError, one line with a way out: `option`."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:                        # no permission, a file in the way, a disk that cannot be written
+        raise OSError(f'{path}: cannot be made a folder ({error.strerror}); choose another {option}') from error
+
+
+def refuse_content(path, option, but=(), or_else=''):
+    """Raise FileExistsError if something lies in the folder `path` that would be mixed or overwritten, other than the names `but`."""
+    path = Path(path)
+    if path.is_dir() and {entry.name for entry in path.iterdir()} - set(but):
+        raise FileExistsError(f'{path}: exists and is not an empty folder; choose another {option}{or_else}')
+
+
 # --- Changing the size ------------------------------------------------------------------------------------------------
 
 def resize(image, size):

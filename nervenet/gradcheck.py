@@ -311,7 +311,7 @@ def table(results):
 def main(arguments=None):
     """Check everything, print the table, and return the exit status: 0 if all gradients are right, else 1."""
     parser = argparse.ArgumentParser(
-        prog='python -m nervenet.gradcheck',
+        prog='python -m nervenet.gradcheck', usage=argparse.SUPPRESS,
         description='Check the gradient of every layer, every loss and the whole network against measurements of it.')
     parser.add_argument('--seed', type=int, default=0, help='of the random weights, inputs and directions (default: 0)')
     seed, start = parser.parse_args(arguments).seed, time.perf_counter()

@@ -23,7 +23,7 @@ import numpy
 
 from . import figures
 from .checkpoint import atomic_write
-from .data import DataError, natural_key
+from .data import DataError, make_folder, natural_key, refuse_content
 from .train import check_config, claim, read_config, summaries
 
 BY_SUBJECT = 'subject'
@@ -105,6 +105,8 @@ def read_split(path, samples, number, by=BY_SUBJECT):
         counts = [fold['images'] for fold in split['folds']]
     except FileNotFoundError:
         raise DataError(f'{path}: no such file') from None
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read ({error.strerror}); give the file split.json of a cross-validation') from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f'{path}: is not a split as train_unet.py --folds writes it '
                         f'({type(error).__name__}: {error})') from None
@@ -150,14 +152,13 @@ class CrossValidation:
         """
         self.path, self.split = Path(path), Path(path) / 'split.json'
         begun = {'split.json', 'split.json.partial', 'config.json.partial'}         # killed before the config was there
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, '--out')
         with claimed(self.path):
             if join and (self.path / 'config.json').exists():
                 check_config(self.path / 'config.json', json.loads(json.dumps(config)))
-            elif {entry.name for entry in self.path.iterdir()} - begun:
-                raise FileExistsError(f'{self.path} already exists and is not an empty folder; choose another --out, '
-                                      f'or go on with the cross-validation in it: --resume {self.path}')
             else:
+                refuse_content(self.path, '--out', but=begun,
+                               or_else=f', or go on with the cross-validation in it: --resume {self.path}')
                 deal(self.split)
                 with atomic_write(self.path / 'config.json') as file:
                     file.write((json.dumps(config, indent=2) + '\n').encode())

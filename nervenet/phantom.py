@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .data import Sample
+from .data import Sample, make_folder, refuse_content
 
 HEIGHT, WIDTH = 420, 580
 STEP = 2.5                                       # distance of the grid points on which tissue and echoes are computed
@@ -450,14 +450,13 @@ def write(out, subjects, frames, seed=0, size=(HEIGHT, WIDTH), report=print):
     """Write a set in the layout of the competition: `out`/train/{subject}_{index}.tif and …_mask.tif, masks 0 and 255.
 
     The files are LZW-compressed grey TIFFs. They are written into `out`/train.part, which becomes `out`/train when all
-    are there. `report` gets a line of progress per subject. Raises FileExistsError if `out` is a file or not empty.
+    are there. `report` gets a line of progress per subject. Raises OSError if `out` is not empty or cannot be made.
     """
     out = Path(out)
     phantom = Phantom(subjects, frames, seed, size, cache_bytes=0)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f'{out} is {"not empty" if out.is_dir() else "a file"}; give a new or an empty folder')
+    refuse_content(out, '--out')
     part = out / 'train.part'
-    part.mkdir(parents=True)
+    make_folder(part, '--out')
     try:
         for first in range(0, len(phantom.samples), frames):
             with_nerve = 0
@@ -481,7 +480,7 @@ def main(arguments=None):
         return int(height), int(width)
 
     parser = argparse.ArgumentParser(
-        prog='python -m nervenet.phantom', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog='python -m nervenet.phantom', usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Write synthetic ultrasound images and nerve masks in the layout of the Kaggle competition.')
     parser.add_argument('--out', type=Path, required=True, default=argparse.SUPPRESS, metavar='DIR',
                         help='new or empty folder')

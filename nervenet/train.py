@@ -19,6 +19,7 @@ import numpy
 
 from .backend import get_array_module, move, to_cpu
 from .checkpoint import atomic_write, load_checkpoint, save
+from .data import make_folder, refuse_content
 from .layers import sigmoid
 from .metrics import SegmentationScores
 from .optim import clip_gradients
@@ -265,16 +266,13 @@ class RunFolder:
         self.path = Path(path)
         self.best, self.last, self.history = self.path / 'best.npz', self.path / 'last.npz', []
         self.config = json.loads(json.dumps(config))
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f'{self.path} is not a folder; choose another --out')
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, '--out')
         self.release = weakref.finalize(self, claim(self.path))
         if resume and (self.path / 'config.json').exists():
             check_config(self.path / 'config.json', self.config)
-        elif {path.name for path in self.path.iterdir()} - {'config.json.partial'}:
-            raise FileExistsError(f'{self.path} already exists and is not an empty folder; choose another --out, or go on '
-                                  f'with the run in it: --resume {self.path}')
         else:
+            refuse_content(self.path, '--out', but=['config.json.partial'],
+                           or_else=f', or go on with the run in it: --resume {self.path}')
             self.write('config.json', json.dumps(config, indent=2) + '\n')
 
     def write(self, name, text):
@@ -356,10 +354,10 @@ def read_config(folder):
 def check_config(path, config):
     """Raise ValueError, naming both values, if the config in the file `path` says another thing than `config`.
 
-    Where the folder lies, which versions are at work and what device they use makes no difference.
+    Where the folder and the data lie, which versions are at work and what device they use makes no difference.
     """
     stored = read_config(path.parent)
-    for name in sorted((stored.keys() | config.keys()) - {'out', 'nervenet', 'numpy', 'device', 'precision'}):
+    for name in sorted((stored.keys() | config.keys()) - {'out', 'data', 'nervenet', 'numpy', 'device', 'precision'}):
         if stored.get(name) != config.get(name):
             old, new = (str(values.get(name)) for values in (stored, config))
             old, new = (text if len(text) <= 60 else text[:60] + '…' for text in (old, new))

@@ -257,7 +257,7 @@ def test_command_runs_as_a_module(tmp_path):
 
 def test_command_refuses_a_folder_that_is_not_empty(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
-    with pytest.raises(SystemExit, match='not empty; give a new or an empty folder'):
+    with pytest.raises(SystemExit, match='exists and is not an empty folder; choose another --out'):
         phantom.main(['--out', str(tmp_path)])
     with pytest.raises(SystemExit, match='is a file'):
         phantom.main(['--out', str(tmp_path / 'notes.txt')])

@@ -585,7 +585,7 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
                        '--loss', 'dice+bce', '--optimizer', 'adamw', '--out', tmp_path / 'run')
     assert done.returncode == 0, done.stderr
     assert 'size: 15x24 becomes 16x24, a multiple of 2^depth = 4' in done.stdout
-    for part in ('training:    8 images of 2 subjects', 'validation:  4 images of 1 subjects', 'empty mask', 'mean training mask',
+    for part in ('training:    8 images of 2 subjects', 'validation:  4 images of 1 subject\n', 'empty mask', 'mean training mask',
                  '2/2', 'dicecoefs: ['):
         assert part in done.stdout
     assert {path.name for path in (tmp_path / 'run').iterdir()} >= {
@@ -682,6 +682,35 @@ def test_resume_refuses_other_options_and_changed_images_in_one_line(tmp_path, r
         main('--resume', tmp_path / 'run')
     with pytest.raises(FileNotFoundError, match='no run to resume'):
         main('--resume', tmp_path / 'missing')
+
+
+def test_a_run_goes_on_when_its_data_have_moved(tmp_path, rng, main, monkeypatch):
+    write_pairs(tmp_path / 'data', rng)
+    options = ['--data', tmp_path / 'data', *TINY, '--epochs', 2]
+    main(*options, '--out', tmp_path / 'whole')
+    with monkeypatch.context() as patched:
+        patched.setattr(main.module, 'print_epoch', lambda history, epochs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main(*options, '--out', tmp_path / 'run')
+    (tmp_path / 'data').rename(tmp_path / 'moved')
+    with pytest.raises(ValueError, match='data: no such folder'):
+        main('--resume', tmp_path / 'run')
+    main('--resume', tmp_path / 'run', '--data', tmp_path / 'moved')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_folders_that_cannot_be_made_and_files_that_are_folders_are_told_in_one_line(tmp_path, rng):
+    write_pairs(tmp_path / 'data', rng)
+    (tmp_path / 'file').write_text('in the way')
+    for name, arguments, message in (
+            ('train_unet.py', ['--data', tmp_path / 'data', '--out', tmp_path / 'file' / 'run'], 'cannot be made a folder (Not a directory); choose another --out'),
+            ('train_unet.py', ['--data', tmp_path / 'data', '--out', tmp_path / 'file'], 'cannot be made a folder (File exists); choose another --out'),
+            ('train_unet.py', ['--data', tmp_path / 'data', '--folds', 2, '--split', tmp_path, '--out', tmp_path / 'run'], f'{tmp_path}: cannot be read (Is a directory)'),
+            ('train_unet.py', ['--size', '3'], "'3' is not of the form HxW"),
+            ('predict.py', ['--model', tmp_path, '--input', tmp_path, '--output', tmp_path / 'masks'], f'{tmp_path}: is a folder')):
+        done = run_example(*arguments, name=name)
+        assert done.returncode != 0 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert 'Errno' not in done.stderr and not (tmp_path / 'run').exists()
 
 
 def test_the_main_job_runs_on_a_device_and_goes_on_elsewhere(gpu, tmp_path, rng, main, capsys, monkeypatch):
