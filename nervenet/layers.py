@@ -410,7 +410,7 @@ class BatchNorm2D(Layer):
             self.update_running(mean, variance, x.size // x.shape[3])
         else:
             mean, variance = self.buffers['running_mean'], self.buffers['running_var']
-        mean, scale = (value.astype(x.dtype) for value in (mean, 1 / get_array_module(x).sqrt(variance + self.eps)))
+        mean, scale = self.in_dtype(x.dtype, mean, variance)                   # scale = 1 / √(variance + eps)
         self.keep(x, mean, scale)
         slope = self.params['weight'] * scale
 
@@ -443,6 +443,22 @@ class BatchNorm2D(Layer):
             dx *= slope
 
         return in_blocks(through_normalization, dy, x, channels=(factor.astype(dy.dtype), rest.astype(dy.dtype), slope))
+
+    def in_dtype(self, dtype, mean, variance):
+        """Return (mean, 1 / √(variance + eps)), (C,) each, in the dtype of the data."""
+        return mean.astype(dtype), (1 / get_array_module(mean).sqrt(variance + self.eps)).astype(dtype)
+
+    def folded_into(self, weight):
+        """Return (weight, bias) of the one convolution that does, in inference, what this norm does after one with `weight`.
+
+        There the norm is a fixed scale and shift of each channel. A convolution is linear and its output channels are the last axis
+        of the weight (KH, KW, C_in, C), so the scale can be done to the weight beforehand, and the norm costs nothing:
+
+            slope·(x ∗ weight) + shift  =  x ∗ (weight·slope) + shift
+        """
+        mean, scale = self.in_dtype(weight.dtype, self.buffers['running_mean'], self.buffers['running_var'])
+        slope = self.params['weight'] * scale
+        return weight * slope, self.params['bias'] - mean * slope
 
     def update_running(self, mean, variance, M):
         """Move the running statistics towards those of this batch, in place: the optimizer and checkpoints hold these arrays."""

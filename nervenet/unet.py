@@ -17,6 +17,7 @@ import math
 
 import numpy
 
+from . import convolution
 from .backend import get_array_module
 from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, MaxPool2D, ReLU, check_channels, positive
 from .memory import SLACK
@@ -45,9 +46,17 @@ class DoubleConv(Layer):
         self.children = dict(self.steps)
 
     def forward(self, x):
-        for step in self.steps.values():
-            x = step.forward(x)
-        return x
+        return self.half('2', self.half('1', x))
+
+    def half(self, number, x):
+        """Return convolution `number`, norm and ReLU of x. In inference, where nothing is kept, the norm is done by the convolution."""
+        conv, norm, relu = (self.steps.get(name + number) for name in ('conv', 'norm', 'relu'))
+        if norm is None:
+            return relu.forward(conv.forward(x))
+        if norm.training or norm.keep_cache or convolution.only_plain():
+            return relu.forward(norm.forward(conv.forward(x)))
+        weight, bias = norm.folded_into(conv.params['weight'])
+        return relu.forward(convolution.forward(x, weight, conv.stride, conv.padding, bias))
 
     def backward(self, dy, **options):
         """Return dx; `options` are for the backward of the first convolution."""
@@ -86,15 +95,12 @@ class Up(DoubleConv):
 
     def forward(self, x, skip):
         up = self.upconv.forward(x)
-        conv1, *others = self.steps.values()
-        y = conv1.forward(self.concat.forward(skip, up))
+        y = self.half('1', self.concat.forward(skip, up))
         if self.keep_cache:
             # The join is the largest array of all, and half of it is the skip, which is kept anyway. To make it again when
             # backward gets there takes one copy.
-            conv1.cache = lambda: (self.concat.forward(skip, up),)
-        for step in others:
-            y = step.forward(y)
-        return y
+            self.steps['conv1'].cache = lambda: (self.concat.forward(skip, up),)
+        return self.half('2', y)
 
     def backward(self, dy):
         dskip, dup = self.concat.backward(super().backward(dy))

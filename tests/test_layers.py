@@ -245,3 +245,21 @@ def test_work_shared_by_rows_gives_what_one_piece_gives(make, inputs, rng, monke
     whole = results()
     monkeypatch.setattr(pixelwise, 'BLOCK_VALUES', 60)
     assert all(numpy.array_equal(one, other) for one, other in zip(whole, results(), strict=True))
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('float64', 1e-12), ('float32', 2e-5)])
+@pytest.mark.parametrize('channels', [(1, 4), (6, 5), (40, 44)])
+def test_a_norm_folded_into_a_convolution_gives_what_both_give(xp, rng, channels, dtype, tolerance):
+    conv, norm = Conv2D(*channels, bias=False, rng=rng, dtype=dtype), BatchNorm2D(channels[1], dtype=dtype)
+    for arrays in norm.params, norm.buffers:
+        for name in arrays:
+            arrays[name] = rng.uniform(0.5, 2, channels[1]).astype(dtype)
+    device = 'cpu' if xp is numpy else 'gpu'
+    conv.to(device).eval(), norm.to(device).eval()
+    x = xp.asarray(rng.standard_normal((2, 20, 27, channels[0])).astype(dtype))
+    before = backend.to_cpu(conv.params['weight']).copy()
+    weight, bias = norm.folded_into(conv.params['weight'])
+    y = backend.to_cpu(convolution.forward(x, weight, conv.stride, conv.padding, bias))
+    expected = backend.to_cpu(norm.forward(conv.forward(x)))
+    assert y.dtype == dtype and numpy.array_equal(backend.to_cpu(conv.params['weight']), before)
+    numpy.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * abs(expected).max())

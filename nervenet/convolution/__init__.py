@@ -28,12 +28,17 @@ _plain_only = contextvars.ContextVar('plain convolutions only', default=False)
 
 @contextlib.contextmanager
 def use_plain():
-    """Within this context every convolution is computed by `plain.py`, for reading, debugging and tests."""
+    """Within this context every convolution is computed by `plain.py` and no norm is folded into one: for reading and tests."""
     token = _plain_only.set(True)
     try:
         yield
     finally:
         _plain_only.reset(token)
+
+
+def only_plain():
+    """Say whether the code runs within `use_plain`."""
+    return _plain_only.get()
 
 
 def _plain_serves(*arrays):
@@ -42,7 +47,7 @@ def _plain_serves(*arrays):
     On a device float64 serves checks, so it takes the mathematics that everything else is held to.
     """
     on_host = get_array_module(*arrays) is numpy
-    return _plain_only.get() or not all(array.size and array.dtype == arrays[0].dtype
+    return only_plain() or not all(array.size and array.dtype == arrays[0].dtype
                                         and array.dtype in (['float32', 'float64'] if on_host else ['float32'])
                                         and (type(array) is numpy.ndarray or not on_host) for array in arrays)
 
