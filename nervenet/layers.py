@@ -18,7 +18,7 @@ import math
 
 import numpy
 
-from . import convolution
+from . import convolution, kernels
 from .backend import device_of, generator_like, get_array_module, move
 from .memory import empty
 from .pixelwise import channel_moments, channel_sums, for_rows, in_blocks
@@ -232,8 +232,12 @@ class MaxPool2D(Layer):
                 yield x[images, i:k * H_out:k, j:k * W_out:k][:, rows]
 
     def forward(self, x):
-        xp = get_array_module(x)
-        y = empty(self.output_shape(x.shape), x)                      # (N, H // k, W // k, C)
+        xp, shape = get_array_module(x), self.output_shape(x.shape)
+        if kernels.serve(x) and self.kernel_size**2 <= 256:                     # argmax has 8 bits
+            y, argmax = kernels.max_pool(x, self.kernel_size)
+            self.keep(x.shape, argmax)
+            return y
+        y = empty(shape, x)                                           # (N, H // k, W // k, C)
 
         def largest(block):
             pixels = self.windows(x, block)
@@ -247,6 +251,8 @@ class MaxPool2D(Layer):
 
     def backward(self, dy):
         x, y = self.take()
+        if isinstance(x, tuple):                                               # what the kernel kept: a shape, and argmax
+            return kernels.max_pool_backward(dy, y, self.kernel_size, x)
         xp = get_array_module(x)
         dx = empty(x.shape, dy)
         H_used, W_used = self.kernel_size * y.shape[1], self.kernel_size * y.shape[2]
@@ -404,21 +410,11 @@ class BatchNorm2D(Layer):
         self.buffers.update(running_mean=numpy.zeros(C, dtype), running_var=numpy.ones(C, dtype))
 
     def forward(self, x):
-        check_channels(x.shape, len(self.params['weight']))
-        if self.training:
-            mean, variance = channel_moments(x)                                # (C,), as all statistics in float64
-            self.update_running(mean, variance, x.size // x.shape[3])
-        else:
-            mean, variance = self.buffers['running_mean'], self.buffers['running_var']
-        mean, scale = self.in_dtype(x.dtype, mean, variance)                   # scale = 1 / √(variance + eps)
-        self.keep(x, mean, scale)
-        slope = self.params['weight'] * scale
-
         def normalize(y, x, slope, shift):
             get_array_module(x).multiply(x, slope, out=y)
             y += shift
 
-        return in_blocks(normalize, x, channels=(slope, self.params['bias'] - mean * slope))
+        return in_blocks(normalize, x, channels=self.slope_and_shift(x))
 
     def backward(self, dy):
         x, mean, scale = self.take()                                           # x̂ = (x − mean)·scale
@@ -443,6 +439,19 @@ class BatchNorm2D(Layer):
             dx *= slope
 
         return in_blocks(through_normalization, dy, x, channels=(factor.astype(dy.dtype), rest.astype(dy.dtype), slope))
+
+    def slope_and_shift(self, x):
+        """Return slope and shift, (C,) each, with which y = x·slope + shift, and keep what backward needs."""
+        check_channels(x.shape, len(self.params['weight']))
+        if self.training:
+            mean, variance = channel_moments(x)                                # (C,), as all statistics in float64
+            self.update_running(mean, variance, x.size // x.shape[3])
+        else:
+            mean, variance = self.buffers['running_mean'], self.buffers['running_var']
+        mean, scale = self.in_dtype(x.dtype, mean, variance)                   # scale = 1 / √(variance + eps)
+        self.keep(x, mean, scale)
+        slope = self.params['weight'] * scale
+        return slope, self.params['bias'] - mean * slope
 
     def in_dtype(self, dtype, mean, variance):
         """Return (mean, 1 / √(variance + eps)), (C,) each, in the dtype of the data."""

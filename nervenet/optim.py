@@ -20,6 +20,7 @@ import math
 
 import numpy
 
+from . import kernels
 from .backend import device_of, get_array_module, move
 from .layers import check_match
 from .memory import empty
@@ -179,15 +180,19 @@ class Adam(Optimizer):
         xp = get_array_module(w)
         beta1, beta2 = self.betas
         correction1, correction2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
+        eta, eps = float(self.learning_rate) * correction2 / correction1, self.eps * correction2
+        if kernels.serve(w, g, m, v):
+            kernels.adam(w, g, m, v, self.betas, eta, eps)
+            return
         m *= beta1
         m += xp.multiply(g, 1 - beta1, out=scratch)
         v *= beta2
         xp.multiply(g, g, out=scratch)
         v += xp.multiply(scratch, 1 - beta2, out=scratch)
         xp.sqrt(v, out=scratch)                       # η·(m / c₁) / (√v / c₂ + ε)  =  (η·c₂/c₁) · m / (√v + ε·c₂)
-        scratch += self.eps * correction2
+        scratch += eps
         xp.divide(m, scratch, out=scratch)
-        scratch *= float(self.learning_rate) * correction2 / correction1
+        scratch *= eta
         w -= scratch
 
 

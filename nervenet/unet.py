@@ -17,7 +17,7 @@ import math
 
 import numpy
 
-from . import convolution
+from . import convolution, kernels
 from .backend import get_array_module
 from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, MaxPool2D, ReLU, check_channels, positive
 from .memory import SLACK
@@ -54,7 +54,12 @@ class DoubleConv(Layer):
         if norm is None:
             return relu.forward(conv.forward(x))
         if norm.training or norm.keep_cache or convolution.only_plain():
-            return relu.forward(norm.forward(conv.forward(x)))
+            x = conv.forward(x)
+            if not kernels.serve(x):
+                return relu.forward(norm.forward(x))
+            y = kernels.normalize_relu(x, *norm.slope_and_shift(x))
+            relu.keep(y)
+            return y
         weight, bias = norm.folded_into(conv.params['weight'])
         return relu.forward(convolution.forward(x, weight, conv.stride, conv.padding, bias))
 

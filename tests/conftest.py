@@ -283,8 +283,12 @@ def xp(request):
     """The array module under test."""
     if request.param == 'numpy':
         return numpy
-    if request.param == 'stand-in':
-        return request.getfixturevalue('gpu')
+    return request.getfixturevalue('gpu' if request.param == 'stand-in' else 'gpu_that_works')
+
+
+@pytest.fixture
+def gpu_that_works():
+    """CuPy, where there is a GPU."""
     problem = backend.probe_gpu()
     if problem:
         pytest.skip(problem)
