@@ -8,6 +8,9 @@ Every function of this library is written once, against `xp`, the module its inp
 There is no global switch: the array decides. This is the only file that imports CuPy.
 """
 
+import gc
+import time
+
 import numpy
 
 try:
@@ -119,6 +122,47 @@ def generator_like(array, rng):
     """
     xp = get_array_module(array)
     return rng if xp is numpy else xp.random.Generator(xp.random.Philox4x3210(int(rng.integers(2**63))))
+
+
+def mark(device):
+    """Return a mark of this moment in the work of `device`, for `seconds_between`.
+
+    On the CPU that is the time. A GPU lags behind the host, which orders work and goes on; so there it is an event, which the GPU
+    stamps with the time when all that was ordered before it is done.
+    """
+    return time.perf_counter() if device == 'cpu' else cupy.cuda.get_current_stream().record(cupy.cuda.Event())
+
+
+def seconds_between(start, end):
+    """Return the seconds from one `mark` to a later one of the same device; wait until a GPU has come to it."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return cupy.cuda.get_elapsed_time(start, end) / 1000                # CuPy gives milliseconds
+
+
+def peak_memory(work):
+    """Return how many bytes of GPU memory CuPy's arrays take at most, all together, while work() runs.
+
+    The pool that CuPy takes its memory from keeps no such record. So it is asked each time that it has handed out memory.
+    """
+    pool = cupy.get_default_memory_pool()
+
+    class Watch(cupy.cuda.MemoryHook):
+        name, most = 'peak_memory', pool.used_bytes()
+
+        def malloc_postprocess(self, **what):
+            self.most = max(self.most, pool.used_bytes())
+
+    with Watch() as watch:
+        work()
+    return watch.most
+
+
+def free_memory():
+    """Give the memory that CuPy's arrays no longer use back to the GPU, for other libraries; CuPy itself would use it again."""
+    gc.collect()                                            # what a layer keeps can refer to the layer, and then lingers
+    cupy.get_default_memory_pool().free_all_blocks()
 
 
 def probe_gpu():

@@ -308,6 +308,8 @@ def make_folder(path, option):
 def refuse_content(path, option, but=(), or_else=''):
     """Raise FileExistsError if something lies in the folder `path` that would be mixed or overwritten, other than the names `but`."""
     path = Path(path)
+    if path.is_file():
+        raise FileExistsError(f'{path}: is a file, not a folder; choose another {option}')
     if path.is_dir() and {entry.name for entry in path.iterdir()} - set(but):
         raise FileExistsError(f'{path}: exists and is not an empty folder; choose another {option}{or_else}')
 

@@ -278,6 +278,48 @@ def gpu(monkeypatch):
     return stand_in
 
 
+class Pool:
+    """CuPy's memory pool, as far as it is asked: bytes in use, giving back what is not, and the watchers, which hear of each taking."""
+
+    def __init__(self):
+        self.used, self.frees, self.hooks = 0, 0, {}
+
+    def used_bytes(self):
+        return self.used
+
+    def free_all_blocks(self):
+        self.frees += 1
+
+    def take(self, size):
+        """Take memory, or, if `size` is negative, let go of it."""
+        self.used += size
+        hooks = self.hooks if real_cupy is None else real_cupy.cuda.memory_hook.get_memory_hooks()
+        for hook in list(hooks.values()) if size > 0 else []:
+            hook.malloc_postprocess(device_id=0, size=size, mem_size=size, mem_ptr=1, pmem_id=1)
+
+
+@pytest.fixture
+def pool(gpu, monkeypatch):
+    """The stand-in's memory pool. Where CuPy is installed, its own hooks watch it."""
+    pool = Pool()
+
+    class MemoryHook:
+        name = 'MemoryHook'
+
+        def __enter__(self):
+            pool.hooks[self.name] = self
+            return self
+
+        def __exit__(self, *error):
+            del pool.hooks[self.name]
+
+    hook = MemoryHook if real_cupy is None else real_cupy.cuda.MemoryHook
+    monkeypatch.setattr(gpu, 'get_default_memory_pool', lambda: pool, raising=False)
+    monkeypatch.setattr(gpu.cuda, 'MemoryHook', hook, raising=False)
+    assert real_cupy is None or all(hasattr(real_cupy.cuda.MemoryPool, name) for name in ('used_bytes', 'free_all_blocks'))
+    return pool
+
+
 @pytest.fixture(params=['numpy', 'stand-in', 'cupy'])
 def xp(request):
     """The array module under test."""

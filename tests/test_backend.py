@@ -147,6 +147,48 @@ def test_an_error_of_the_reader_comes_through_and_a_caller_may_leave(gpu, rng):
     batches.close()
 
 
+def test_peak_memory_is_the_most_in_use_at_once(pool):
+    pool.take(100)
+    assert backend.peak_memory(lambda: [pool.take(size) for size in (40, 30, -70, 50)]) == 170
+    assert backend.peak_memory(lambda: pool.take(-150)) == 150 and pool.used == 0
+    pool.take(500)                                                      # nobody watches any more
+    assert backend.peak_memory(lambda: None) == 500
+
+
+def test_free_memory_collects_what_refers_to_itself_before_it_gives_memory_back(pool, monkeypatch):
+    class Kept:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            orders.append('collected')
+
+    orders = []
+    monkeypatch.setattr(pool, 'free_all_blocks', lambda: orders.append('given back'))
+    Kept()
+    backend.free_memory()
+    assert orders == ['collected', 'given back']
+
+
+def test_marks_are_the_clock_on_the_cpu_and_events_in_the_current_stream_on_a_gpu(gpu, monkeypatch):
+    start = backend.mark('cpu')
+    assert backend.seconds_between(start, backend.mark('cpu')) >= 0
+    orders, streams = [], []
+
+    class Event(gpu.cuda.Event):
+        def record(self, stream=None):
+            streams.append(stream)
+
+        def synchronize(self):
+            orders.append(self)
+
+    monkeypatch.setattr(gpu.cuda, 'Event', Event)
+    monkeypatch.setattr(gpu.cuda, 'get_elapsed_time', lambda *events: orders.append(events) or 250.0)       # milliseconds
+    start, end = backend.mark('gpu'), backend.mark('gpu')
+    assert backend.seconds_between(start, end) == 0.25 and orders == [end, (start, end)]
+    assert streams == [gpu.cuda.get_current_stream()] * 2
+
+
 def broken(fault):
     """A stand-in that imports well and fails in use, as CuPy does without a driver, a compiler or cuBLAS."""
     class Broken(type(stand_in)):
