@@ -42,8 +42,8 @@ import typing
 import numpy
 
 import nervenet
+from nervenet import kernels
 from nervenet.backend import free_memory, get_array_module, mark, move, peak_memory, seconds_between, select_device
-from nervenet.kernels import use_kernels
 from nervenet.losses import DiceLoss
 from nervenet.optim import Adam
 from nervenet.parallel import describe_blas, number_of_threads, parallel_for, set_threads
@@ -93,7 +93,7 @@ def main(arguments=None):
     if args.threads:
         set_threads(args.threads)
     try:
-        device, where = select_device(args.device, args.precision)
+        device, _, where = select_device(args.device, args.precision)
     except RuntimeError as error:
         raise SystemExit(f'benchmark.py: {error}') from None
     torch = import_torch(device) if args.against else None
@@ -107,10 +107,10 @@ def main(arguments=None):
         copies = f', copies {ceilings[1] / 1e9:.0f} GB/s'
         print(f'CuPy {get_array_module(move(numpy.zeros(1), device)).__version__}')
     print(f'{where}, {args.dtype}, norm {args.norm}; matrix products reach {how.rate(ceilings[0])} {how.unit}{copies}')
-    if args.growth:
-        print_growth(args)
-        return
-    with use_kernels() if args.kernels else contextlib.nullcontext():
+    with kernels.use_kernels() if args.kernels else contextlib.nullcontext():
+        if args.growth:
+            print_growth(args)
+            return
         for case in args.case:
             run_case(case, args, ceilings, torch)
 
@@ -310,10 +310,19 @@ def multiply_adds(model, x):
 def time_layers(model, job, clock):
     """Run `job` with a clock in every layer; return (name, 'forward' or 'backward') → (seconds, operations, bytes).
 
-    Bytes are those of the arrays that the layer is given and that it makes of them.
+    Bytes are those of the arrays that the layer is given and that it makes of them. The kernel that does norm and ReLU at once
+    counts as the norm's forward; that ReLU then has none.
     """
     (now, between), calls, hidden = clock, [], []
-    multiply_adds = {}
+    multiply_adds, normalize_relu = {}, kernels.normalize_relu
+
+    def marked_kernel(x, *channels):
+        start = now()
+        y = normalize_relu(x, *channels)
+        norm = calls[-1][0][0].replace('conv', 'norm')                          # it follows the convolution called last
+        calls.append(((norm, 'forward'), start, now(), 0, x.nbytes + y.nbytes))
+        return y
+
     for name, layer in leaves(model):
         for method in ('forward', 'backward'):
             def marked(*inputs, name=name, layer=layer, method=method, **options):
@@ -325,13 +334,15 @@ def time_layers(model, job, clock):
                 outputs = [array for array in (result if isinstance(result, tuple) else [result]) if array is not None]
                 products = 1 if method == 'forward' else len(outputs) + 1           # backward: dweight, and dx if it is wanted
                 touched = 0 if result is inputs[0] else sum(array.nbytes for array in (*inputs, *outputs))
-                calls.append(((name, method), start, end, products * 2 * multiply_adds[name], touched))
+                calls.append(((name, method), start, end, products * 2 * multiply_adds.get(name, 0), touched))
                 return result
             setattr(layer, method, marked)          # an attribute of the object hides the method of its class
             hidden.append((layer, method))
+    kernels.normalize_relu = marked_kernel
     try:
         job()
     finally:
+        kernels.normalize_relu = normalize_relu
         for layer, method in hidden:
             delattr(layer, method)
     rows = {(name, method): numpy.zeros(3) for name, _ in leaves(model) for method in ('forward', 'backward')}

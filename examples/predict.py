@@ -33,7 +33,7 @@ COLUMNS = 'image', 'area', 'share', 'row', 'column', 'confidence', 'dice'
 
 def main(arguments=None):
     args = parse(arguments)
-    device, reason = select_device(args.device, args.precision)
+    device, _, reason = select_device(args.device, args.precision)
     segmenter, extra = Segmenter.from_file(args.model, **args.settings)
     segmenter.model.to(device)
     settings = segmenter.settings

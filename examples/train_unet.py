@@ -36,7 +36,7 @@ from nervenet import figures
 from nervenet.augment import FILL_MODES, ULTRASOUND, Augmentation, median_filter
 from nervenet.backend import select_device
 from nervenet.data import (DataError, Filtered, Loader, Reader, find_samples, holds_foreground, intensity_statistics,
-                           is_split_by_image, split_by_subject)
+                           is_split_by_image, make_folder, split_by_subject)
 from nervenet.kfold import (BY_IMAGE, BY_SUBJECT, LEAKS, CrossValidation, each_image_alone, folds_by_subject, read_split,
                             sides, write_split)
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
@@ -44,7 +44,7 @@ from nervenet.metrics import Baselines, SegmentationScores
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
 from nervenet.phantom import Phantom
 from nervenet.segment import Segmenter, Settings, choose_settings, score
-from nervenet.train import Interrupted, RunFolder, fit, read_config, stopping_on_signals
+from nervenet.train import WHERE, Interrupted, RunFolder, fit, read_config, stopping_on_signals
 from nervenet.unet import padded_size
 
 LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
@@ -52,13 +52,17 @@ LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 
 OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
-WHERE = 'data', 'device', 'precision'                                 # stored, but a run may go on elsewhere
 
 
 def main(arguments=None):
     args = parse(arguments)
-    args.device, reason = select_device(args.device, args.precision)
+    args.device, args.precision, reason = select_device(args.device, args.precision)
     print(f'nervenet {nervenet.__version__}, {reason}')
+    stored = read_config(args.resume) if args.resume else {}
+    before = stored.get('device', args.device), stored.get('precision') or args.precision
+    if before != (args.device, args.precision):
+        print(f'So far the run was computed on the {before[0]} in {before[1]}, now it is on the {args.device} in {args.precision}, which '
+              'rounds otherwise: not bit for bit.')
     if args.leaky_split_by_image:
         print(LEAKS)
 
@@ -128,7 +132,8 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
     training = Loader(parts['training'], reader, args.batch_size, seed=args.seed, shuffle=True,
                       positive_share=args.nerve_share, transform=augmentation(args), device=args.device)
     # What the network is scored on after each epoch goes where it computes; baselines, choices and pictures are made here.
-    scored = {part: Loader(chosen, reader, args.batch_size, device=args.device) for part, chosen in parts.items()}
+    scored = {part: Loader(chosen, reader, args.batch_size, device=args.device) for part, chosen in parts.items()
+              if part != 'training'}
     counted = Baselines()
     for _, masks in in_order['training'].epoch(0):
         counted.update(masks)
@@ -202,9 +207,8 @@ def choose(run, device, validation, inner, mean_training_mask):
             honest = chosen[path.name]['validation'] = score(network, validation.epoch(0), settings)
             print(f'    on the validation subjects: hard Dice {honest["dice_pooled"]:.4f} pooled, '
                   f'{honest["dice_per_image"]:.4f} per image')
-    # Averaging over flips at the usual threshold is no choice, so its score is honest whatever was chosen above.
-    last = nervenet.load_checkpoint(run.last)[0].to(device)
-    chosen[run.last.name]['flip average'] = score(last, validation.epoch(0), Settings(flip_average=True))
+        if path == run.last:        # averaging over flips at the usual threshold is no choice, so its score needs no inner subjects
+            chosen[path.name]['flip average'] = score(network, validation.epoch(0), Settings(flip_average=True))
     run.write('settings.json', json.dumps(chosen, indent=2) + '\n')
     return chosen
 
@@ -250,6 +254,7 @@ def preview(args, samples, reader):
     rows = [[figures.overlay(images[row], None, masks[row]) for images, masks in columns] for row in range(len(indices))]
     picture = figures.grid(rows, row_titles=[samples[index].name for index in indices],
                            column_titles=['as it is', 'draw 1', 'draw 2', 'draw 3', 'draw 4'])
+    make_folder(args.preview_augmentation.absolute().parent, '--preview-augmentation')
     figures.save(picture, args.preview_augmentation)
     print(f'augmented pairs are in {args.preview_augmentation}')
 
@@ -311,9 +316,8 @@ def parse(arguments):
         stored = resumable(given['resume'])
         if given.get('device') == 'auto':
             del given['device']                             # the one that was found at the start
-        elif given.get('device', stored['device']) != stored['device']:
-            print(f'The run was begun on the {stored["device"]}. It goes on on the {given["device"]}, which rounds in another order: '
-                  'not bit for bit.')
+        if given.get('device', stored['device']) != stored['device']:
+            stored['precision'] = None                      # that of the other device
     args = argparse.Namespace(**{**defaults, **stored, **given})
 
     args.norm = None if args.norm == 'none' else args.norm
@@ -353,13 +357,21 @@ def resumable(folder):
     config = read_config(folder)
     if config.get('fold'):
         raise ValueError(f'{folder} is one fold of a cross-validation: give --resume {folder.parent} --fold {config["fold"]}')
-    known = vars(build_parser().parse_args([])).keys() - set(NOT_STORED)
-    if known - config.keys():
-        raise ValueError(f'{folder / "config.json"}: lacks {", ".join(sorted(known - config.keys()))}; '
+    defaults = {name: value for name, value in vars(build_parser().parse_args([])).items() if name not in NOT_STORED}
+    config = {**{name: defaults[name] for name in WHERE}, **config}
+    if defaults.keys() - config.keys():
+        raise ValueError(f'{folder / "config.json"}: lacks {", ".join(sorted(defaults.keys() - config.keys()))}; '
                          'it is not of this version')
-    config = {name: config[name] for name in known}
-    return {**config, 'size': tuple(config['size']), 'data': config['data'] and Path(config['data']),
-            'split': config['split'] and Path(config['split'])}
+    config = {name: config[name] for name in defaults}
+    try:
+        height, width = map(int, config['size'])
+        paths = {name: config[name] and Path(config[name]) for name in ('data', 'split')}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{folder / "config.json"}: cannot be read ({error})') from None
+    for name in defaults.keys() - {'size', *paths}:
+        if None not in (defaults[name], config[name]) and type(config[name]) is not type(defaults[name]):
+            raise ValueError(f'{folder / "config.json"}: {name} is {config[name]!r}; expected one of type {type(defaults[name]).__name__}')
+    return {**config, 'size': (height, width), **paths}
 
 
 def build_parser():

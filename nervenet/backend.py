@@ -65,7 +65,7 @@ def copied_ahead(batches, device):
     else can wait for:
 
     - A copy that runs beside the host must read memory that the system cannot move, *pinned* memory. There are two sets of it, in
-      turn; before the host writes into one again, it waits for the copy of two batches ago, which has long been done.
+      turn; before the host writes into one again, it waits for the copy of two batches ago. So it never runs further ahead.
     - The computation waits for the copy of its batch before it touches it.
     - The copy waits for the computation ordered so far, because the memory it fills may have been handed out before, and an
       order that is still to come may read from it what was there.
@@ -187,10 +187,10 @@ def probe_gpu():
 
 
 def select_device(request='auto', precision=None):
-    """Turn 'auto', 'gpu' or 'cpu' into `(device, reason)`.
+    """Turn 'auto', 'gpu' or 'cpu' into `(device, precision, reason)`.
 
-    `device` is 'cpu' or 'gpu'; `reason` is one line for the terminal. 'auto' falls back to the CPU and says why. `precision` is
-    for `set_precision`. Raises RuntimeError if 'gpu' is asked for and does not work, saying why and what to install, and for a
+    `device` is 'cpu' or 'gpu'; `precision` is what `set_precision` makes of the one asked for; `reason` is one line for the
+    terminal. 'auto' falls back to the CPU and says why. Raises RuntimeError if 'gpu' is asked for and does not work, saying why and what to install, and for a
     precision that the device does not have.
     """
     if request not in ('auto', 'gpu', 'cpu'):
@@ -202,9 +202,9 @@ def select_device(request='auto', precision=None):
     device = 'cpu' if problem or request == 'cpu' else 'gpu'
     precision = set_precision(device, precision)
     if device == 'cpu':
-        return 'cpu', 'device: cpu' + (f', because {problem}' if problem else '')
+        return 'cpu', precision, 'device: cpu' + (f', because {problem}' if problem else '')
     name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)['name'].decode()
-    return 'gpu', f'device: gpu ({name}, {precision})'
+    return 'gpu', precision, f'device: gpu ({name}, {precision})'
 
 
 def set_precision(device, precision=None):
@@ -218,9 +218,9 @@ def set_precision(device, precision=None):
     if precision not in (None, 'fp32', 'tf32'):
         raise ValueError(f"precision is {precision!r}; expected 'fp32' or 'tf32'")
     capability = cupy.cuda.Device().compute_capability if device == 'gpu' else None
-    has_tf32 = capability is not None and int(capability) >= 80
+    has_tf32 = capability is not None and int(capability) >= 80             # CuPy writes 8.0 as '80'
     if precision == 'tf32' and not has_tf32:
-        where = 'the CPU has no tensor cores' if capability is None else f'this GPU has compute capability {capability}'
+        where = 'the CPU has no tensor cores' if capability is None else f'this GPU has compute capability {int(capability) / 10}'
         raise RuntimeError(f'--precision tf32: {where}; expected a GPU of 8.0 or higher. Leave it out, or use --precision fp32')
     precision = precision or ('tf32' if has_tf32 else 'fp32')
     if device == 'gpu':

@@ -414,7 +414,7 @@ class Loader:
                 when the sample comes again in one epoch. It is never 0: a seed sequence ignores trailing zeros, and
                 the shuffle and sample 0 would draw alike
     read_ahead  how many batches to prepare while the caller works on one; it changes no result
-    device      'cpu' or 'gpu': where batches are handed out. On a GPU they are copied there ahead of their use, and transformed
+    device      'cpu' or 'gpu': where `epoch` hands out its batches. On a GPU they are copied there ahead of their use, and transformed
                 there
 
     After an epoch, `waited_seconds` is the time the caller spent waiting for batches in it. Raises DataError without

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy
 
 from . import backend
+from .memory import empty
 
 SOURCE = Path(__file__).with_name('kernels.cu')
 THREADS = 256                           # of a block: a whole number of the groups of 32 in which a GPU runs threads
@@ -41,7 +42,7 @@ def serve(*arrays):
 
 def normalize_relu(x, slope, shift):
     """Return max(x·slope + shift, 0) for x (N, H, W, C), slope and shift (C,)."""
-    y = like(x, x.shape)
+    y = empty(x.shape, like=x)
     _launch('normalize_relu', y.size, x, slope, shift, y, numpy.int32(x.shape[3]))
     return y
 
@@ -50,14 +51,14 @@ def max_pool(x, k):
     """Return (y, argmax), (N, H // k, W // k, C) each, of x (N, H, W, C): the largest of each k×k window, and which pixel it was."""
     N, H, W, C = x.shape
     shape = N, H // k, W // k, C
-    y, argmax = like(x, shape), like(x, shape, numpy.uint8)
+    y, argmax = empty(shape, like=x), backend.get_array_module(x).empty(shape, numpy.uint8)
     _launch('max_pool', y.size, x, y, argmax, *map(numpy.int32, (H, W, C, k)))
     return y, argmax
 
 
 def max_pool_backward(dy, argmax, k, shape):
     """Return dx of the given shape (N, H, W, C) from dy and argmax (N, H // k, W // k, C)."""
-    dx = like(dy, shape)
+    dx = empty(shape, like=dy)
     _launch('max_pool_backward', dx.size, dy, argmax, dx, *map(numpy.int32, (*shape[1:], k)))
     return dx
 
@@ -66,10 +67,6 @@ def adam(w, g, m, v, betas, eta, epsilon):
     """Move w, m and v in place by one step of Adam; g is the gradient. All have one shape."""
     beta1, beta2 = betas
     _launch('adam', w.size, w, g, m, v, *map(numpy.float32, (beta1, beta2, 1 - beta1, 1 - beta2, eta, epsilon)))
-
-
-def like(array, shape, dtype=None):
-    return backend.get_array_module(array).empty(shape, dtype or array.dtype)
 
 
 def _launch(name, size, *arguments):

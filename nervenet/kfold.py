@@ -24,7 +24,7 @@ import numpy
 from . import figures
 from .checkpoint import atomic_write
 from .data import DataError, make_folder, natural_key, refuse_content
-from .train import check_config, claim, read_config, summaries
+from .train import claim, read_config, summaries, take_up_config, write_config
 
 BY_SUBJECT = 'subject'
 BY_IMAGE = 'image: leaks, frames of one subject are on both sides'
@@ -155,13 +155,12 @@ class CrossValidation:
         make_folder(self.path, '--out')
         with claimed(self.path):
             if join and (self.path / 'config.json').exists():
-                check_config(self.path / 'config.json', json.loads(json.dumps(config)))
+                take_up_config(self.path / 'config.json', json.loads(json.dumps(config)))
             else:
                 refuse_content(self.path, '--out', but=begun,
                                or_else=f', or go on with the cross-validation in it: --resume {self.path}')
                 deal(self.split)
-                with atomic_write(self.path / 'config.json') as file:
-                    file.write((json.dumps(config, indent=2) + '\n').encode())
+                write_config(self.path / 'config.json', config)
 
     def fold(self, number):
         """Return the path of a fold's run folder."""

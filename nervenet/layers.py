@@ -448,14 +448,15 @@ class BatchNorm2D(Layer):
             self.update_running(mean, variance, x.size // x.shape[3])
         else:
             mean, variance = self.buffers['running_mean'], self.buffers['running_var']
-        mean, scale = self.in_dtype(x.dtype, mean, variance)                   # scale = 1 / √(variance + eps)
+        mean, scale, slope, shift = self.at(mean, variance, x.dtype)
         self.keep(x, mean, scale)
-        slope = self.params['weight'] * scale
-        return slope, self.params['bias'] - mean * slope
+        return slope, shift
 
-    def in_dtype(self, dtype, mean, variance):
-        """Return (mean, 1 / √(variance + eps)), (C,) each, in the dtype of the data."""
-        return mean.astype(dtype), (1 / get_array_module(mean).sqrt(variance + self.eps)).astype(dtype)
+    def at(self, mean, variance, dtype):
+        """Return mean, scale = 1 / √(variance + eps), slope and shift, (C,) each: y = (x − mean)·scale·weight + bias = x·slope + shift."""
+        mean, scale = mean.astype(dtype), (1 / get_array_module(mean).sqrt(variance + self.eps)).astype(dtype)
+        slope = self.params['weight'] * scale
+        return mean, scale, slope, self.params['bias'] - mean * slope
 
     def folded_into(self, weight):
         """Return (weight, bias) of the one convolution that does, in inference, what this norm does after one with `weight`.
@@ -465,9 +466,8 @@ class BatchNorm2D(Layer):
 
             slope·(x ∗ weight) + shift  =  x ∗ (weight·slope) + shift
         """
-        mean, scale = self.in_dtype(weight.dtype, self.buffers['running_mean'], self.buffers['running_var'])
-        slope = self.params['weight'] * scale
-        return weight * slope, self.params['bias'] - mean * slope
+        _, _, slope, shift = self.at(self.buffers['running_mean'], self.buffers['running_var'], weight.dtype)
+        return weight * slope, shift
 
     def update_running(self, mean, variance, M):
         """Move the running statistics towards those of this batch, in place: the optimizer and checkpoints hold these arrays."""

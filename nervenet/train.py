@@ -29,6 +29,7 @@ try:
 except ImportError:                     # Windows: there, nobody is kept from training in one folder twice at a time
     fcntl = None
 
+WHERE = 'data', 'device', 'precision'     # of a config: where the data lie and what computes; a run may go on elsewhere
 SCORES = ('soft_dice_pooled', 'soft_dice_per_image', 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy',
           'foreground_share')
 
@@ -269,11 +270,11 @@ class RunFolder:
         make_folder(self.path, '--out')
         self.release = weakref.finalize(self, claim(self.path))
         if resume and (self.path / 'config.json').exists():
-            check_config(self.path / 'config.json', self.config)
+            take_up_config(self.path / 'config.json', self.config)
         else:
             refuse_content(self.path, '--out', but=['config.json.partial'],
                            or_else=f', or go on with the run in it: --resume {self.path}')
-            self.write('config.json', json.dumps(config, indent=2) + '\n')
+            write_config(self.path / 'config.json', config)
 
     def write(self, name, text):
         with atomic_write(self.path / name) as file:
@@ -351,18 +352,26 @@ def read_config(folder):
     return config
 
 
-def check_config(path, config):
+def take_up_config(path, config):
     """Raise ValueError, naming both values, if the config in the file `path` says another thing than `config`.
 
-    Where the folder and the data lie, which versions are at work and what device they use makes no difference.
+    Where the folder lies and which versions are at work makes no difference; nor does what WHERE names, which is written anew.
     """
     stored = read_config(path.parent)
-    for name in sorted((stored.keys() | config.keys()) - {'out', 'data', 'nervenet', 'numpy', 'device', 'precision'}):
+    for name in sorted((stored.keys() | config.keys()) - {'out', 'nervenet', 'numpy', *WHERE}):
         if stored.get(name) != config.get(name):
             old, new = (str(values.get(name)) for values in (stored, config))
             old, new = (text if len(text) <= 60 else text[:60] + '…' for text in (old, new))
             raise ValueError(f'{path}: {name} is {old} there and {new} now; start a new run with another --out, or change it '
                              'back')
+    moved = {**stored, **{name: config[name] for name in WHERE if name in config}}
+    if moved != stored:
+        write_config(path, moved)
+
+
+def write_config(path, config):
+    with atomic_write(path) as file:
+        file.write((json.dumps(config, indent=2) + '\n').encode())
 
 
 def best_row(history):
@@ -390,7 +399,7 @@ def summaries(histories, baselines, chosen, note=''):
     for key, how in (('flip average', 'each prediction averaged with that of the mirrored image'),
                      ('validation', 'with threshold, minimal area and flip average chosen on the inner subjects')):
         scores = [each[key] for each in chosen if key in each]
-        if scores:
+        if len(scores) == len(chosen):                      # a mean over some of the folds would look like one over all
             hard = 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'
             text += '\n' + summary([{f'validation_{name}': each[name] for name in hard} for each in scores], [],
                                    f'Scores on validation subjects after the last epoch, {how}')

@@ -9,6 +9,7 @@ and a ledger counts what was copied in, copied out and multiplied.
 
 import inspect
 import operator
+import re
 import types
 
 import numpy
@@ -51,9 +52,18 @@ class DeviceArray:
     def __getattr__(self, name):
         if name.startswith('__'):                   # __array_interface__ and its kin are back doors to the host
             raise AttributeError(name)
-        if real_cupy is not None and not hasattr(real_cupy.ndarray, name):
-            raise AttributeError(f'arrays of CuPy have no {name}')
-        return on_device(getattr(self.host, name))
+        value = on_device(getattr(self.host, name))
+        if real_cupy is None:
+            return value
+        real = getattr(real_cupy.ndarray, name)     # AttributeError if CuPy's arrays have none
+        if not callable(value):
+            return value
+        known = re.findall(r'\w+', real.__doc__.splitlines()[0])       # "….sum(self, axis=None, …)": a compiled method only says it there
+
+        def method(*args, **kwargs):
+            assert kwargs.keys() <= set(known), f'CuPy: {name} does not take {kwargs.keys()}'
+            return value(*args, **kwargs)
+        return method
 
     def __getitem__(self, index):
         return on_device(self.host[on_host(index)])
@@ -334,7 +344,10 @@ def gpu_that_works():
     problem = backend.probe_gpu()
     if problem:
         pytest.skip(problem)
-    return backend.cupy
+    before = real_cupy._core.get_compute_type(numpy.float32)
+    backend.set_precision('gpu', 'fp32')
+    yield real_cupy
+    real_cupy._core.set_compute_type(numpy.float32, before)
 
 
 @pytest.fixture

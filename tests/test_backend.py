@@ -47,7 +47,7 @@ def test_generator_like_draws_where_the_array_lives_and_follows_the_seed(xp):
 
 
 def test_cpu_is_always_available():
-    assert backend.select_device('cpu') == ('cpu', 'device: cpu')
+    assert backend.select_device('cpu') == ('cpu', 'fp32', 'device: cpu')
 
 
 def test_select_device_refuses_an_unknown_request():
@@ -56,16 +56,16 @@ def test_select_device_refuses_an_unknown_request():
 
 
 def test_a_working_gpu_is_taken_and_computes_in_tf32_where_it_can(gpu, monkeypatch):
-    assert backend.select_device('auto') == ('gpu', 'device: gpu (stand-in, tf32)') and gpu.compute_type == gpu.TF32
-    assert backend.select_device('gpu', 'fp32') == ('gpu', 'device: gpu (stand-in, fp32)') and gpu.compute_type != gpu.TF32
+    assert backend.select_device('auto') == ('gpu', 'tf32', 'device: gpu (stand-in, tf32)') and gpu.compute_type == gpu.TF32
+    assert backend.select_device('gpu', 'fp32') == ('gpu', 'fp32', 'device: gpu (stand-in, fp32)') and gpu.compute_type != gpu.TF32
     monkeypatch.setattr(gpu, 'capability', '75')
-    assert backend.select_device('gpu') == ('gpu', 'device: gpu (stand-in, fp32)') and gpu.compute_type != gpu.TF32
-    with pytest.raises(RuntimeError, match='--precision tf32: this GPU has compute capability 75; expected a GPU of 8.0'):
+    assert backend.select_device('gpu') == ('gpu', 'fp32', 'device: gpu (stand-in, fp32)') and gpu.compute_type != gpu.TF32
+    with pytest.raises(RuntimeError, match='--precision tf32: this GPU has compute capability 7.5; expected a GPU of 8.0'):
         backend.select_device('gpu', 'tf32')
 
 
 def test_precision_on_the_cpu_is_fp32():
-    assert backend.select_device('cpu', 'fp32') == ('cpu', 'device: cpu')
+    assert backend.select_device('cpu', 'fp32') == ('cpu', 'fp32', 'device: cpu')
     with pytest.raises(RuntimeError, match='--precision tf32: the CPU has no tensor cores; .* use --precision fp32'):
         backend.select_device('cpu', 'tf32')
     with pytest.raises(ValueError, match="precision is 'fp16'; expected 'fp32' or 'tf32'"):
@@ -133,7 +133,7 @@ def test_a_copy_waits_for_the_computation_that_may_read_its_memory_and_the_host_
     assert options_of_streams == [{'non_blocking': True}] and orders == 2 * first + 2 * again
 
 
-def test_an_error_of_the_reader_comes_through_and_a_caller_may_leave(gpu, rng):
+def test_an_error_of_the_reader_comes_through_and_a_caller_may_leave(gpu, rng, monkeypatch):
     def reader():
         yield from batches_of(rng, [1, 1])
         raise OSError('a damaged file')
@@ -142,9 +142,12 @@ def test_an_error_of_the_reader_comes_through_and_a_caller_may_leave(gpu, rng):
     next(batches)
     with pytest.raises(OSError, match='a damaged file'):
         next(batches)
-    batches = backend.copied_ahead(batches_of(rng, [1, 1, 1]), 'gpu')
+    batches, copies = backend.copied_ahead(batches_of(rng, [1, 1, 1]), 'gpu'), []
+    monkeypatch.setattr(gpu.cuda.Stream, 'synchronize', lambda stream: copies.append('all done'))
     next(batches)
+    assert copies == []
     batches.close()
+    assert copies == ['all done']                                       # before the pinned memory they read is given back
 
 
 def test_peak_memory_is_the_most_in_use_at_once(pool):
@@ -214,8 +217,8 @@ def broken(fault):
     ('no compiler', 'cannot compile'), ('wrong product', 'computes wrongly')])
 def test_auto_falls_back_in_one_line_and_gpu_fails_with_it(monkeypatch, fault, reason):
     monkeypatch.setattr(backend, 'cupy', broken(fault))
-    device, line = backend.select_device('auto')
-    assert device == 'cpu' and reason in line and '\n' not in line
+    device, precision, line = backend.select_device('auto')
+    assert (device, precision) == ('cpu', 'fp32') and reason in line and '\n' not in line
     with pytest.raises(RuntimeError) as error:
         backend.select_device('gpu')
     message = str(error.value)
@@ -225,6 +228,6 @@ def test_auto_falls_back_in_one_line_and_gpu_fails_with_it(monkeypatch, fault, r
 def test_without_cupy_the_reason_is_told(monkeypatch):
     monkeypatch.setattr(backend, 'cupy', None)
     monkeypatch.setattr(backend, '_why_no_cupy', 'CuPy cannot be imported (ImportError: no module)')
-    assert backend.select_device('auto') == ('cpu', 'device: cpu, because CuPy cannot be imported (ImportError: no module)')
+    assert backend.select_device('auto') == ('cpu', 'fp32', 'device: cpu, because CuPy cannot be imported (ImportError: no module)')
     with pytest.raises(RuntimeError, match='cannot be imported'):
         backend.move(numpy.zeros(1), 'gpu')

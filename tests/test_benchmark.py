@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 from conftest import stand_in
+from test_kernels import library, xp_with_kernels        # fixtures
 
 from nervenet import backend, kernels
 from nervenet.parallel import set_threads
@@ -60,7 +61,10 @@ def test_a_case_on_a_gpu_is_timed_by_events_and_set_against_the_ceilings_of_the_
 
     def train_step(model, loss, optimizer, x, target):
         devices.update({model.device, *map(backend.device_of, (*optimizer.parameters.values(), x, target))})
-        return real(model, loss, optimizer, x, target)
+        pool.take(2 * 2**20)
+        value = real(model, loss, optimizer, x, target)
+        pool.take(-2 * 2**20)
+        return value
 
     monkeypatch.setattr(main.module, 'train_step', train_step)
     pool.used = 5 * 2**20
@@ -70,8 +74,9 @@ def test_a_case_on_a_gpu_is_timed_by_events_and_set_against_the_ceilings_of_the_
     assert line_of(printed, 'device: gpu') == (f'device: gpu (stand-in, tf32), float32, norm None; matrix products reach '
                                                f'{product / 1e12:.1f} TF/s, copies {copying / 1e9:.0f} GB/s')
     assert line_of(printed, 'ms per image, median').endswith('host ms per step  peak MiB   TF/s (of peak): train, predict')
-    assert re.fullmatch(r'nervenet( +0\.7500){3} +\d+\.\d\d \(\d+%\) +5   0\.0 \(\d+%\), 0\.0 \(\d+%\)',
-                        line_of(printed, 'nervenet  '))
+    cells = re.fullmatch(r'nervenet( +0\.7500){3} +(\d+\.\d\d) \((\d+)%\) +7   0\.0 \(\d+%\), 0\.0 \(\d+%\)',
+                         line_of(printed, 'nervenet  '))
+    assert float(cells[3]) == pytest.approx(float(cells[2]) / 1.5 * 100, abs=1)         # of the 1.5 ms of a step
     assert pool.frees == 1 and devices == {'gpu'}
     assert re.fullmatch(r'stem\.conv2 +1\.5000 +1\.5000 +\d\.\d%( +0\.0 TF/s \(0%\)){2}', line_of(printed, 'stem.conv2'))
     assert re.fullmatch(r'stem\.relu2 +1\.5000 +1\.5000 +\d\.\d%( +0 GB/s \(0%\)){2}', line_of(printed, 'stem.relu2'))
@@ -99,7 +104,7 @@ def test_what_does_not_fit_is_skipped_in_a_line_and_the_next_case_goes_on(main, 
 
 
 def test_the_best_counts_on_the_cpu_and_on_a_gpu_the_median_of_the_rounds_after_the_first_ones(main):
-    for device, rounds, expected in ('cpu', [4, 1, 3], 1), ('gpu', [90, 0, 5, 4, 7, 1, 2], 4):
+    for device, rounds, expected in ('cpu', [4, 1, 3], 1), ('gpu', [90, 80, 5, 4, 7, 1, 2], 4):
         args = types.SimpleNamespace(rounds=3 if device == 'cpu' else 5, convention=main.module.CONVENTIONS[device])
         taken = iter(rounds)
         clock = (lambda: 'a mark'), lambda start, end: next(taken) if ready() else None
@@ -148,6 +153,20 @@ def test_layers_are_counted_by_the_operations_of_their_products_and_the_bytes_th
     assert not any('forward' in vars(layer) or 'backward' in vars(layer) for _, layer in model.layers())
 
 
+def test_the_kernel_of_norm_and_relu_counts_as_the_norm(main, xp_with_kernels):
+    model = main.module.make_model(2, 'batch', 'float32', 'gpu')
+    step = main.module.our_jobs(model, *main.module.make_batch((2, (16, 32), 3), 'float32'))[1]
+    launch = kernels.normalize_relu
+    rows = main.module.time_layers(model, step, main.module.our_clock('gpu'))
+    values = 3 * 16 * 32 * 2
+    for part in 'stem', 'ups.3':
+        for number in '1', '2':
+            (seconds, operations, touched), relu = rows[f'{part}.norm{number}', 'forward'], rows[f'{part}.relu{number}', 'forward']
+            assert seconds > 0 and (operations, touched) == (0, 2 * 4 * values) and not relu.any()
+            assert rows[f'{part}.relu{number}', 'backward'][2] == 2 * 4 * values
+    assert kernels.normalize_relu is launch
+
+
 def test_growth_on_a_gpu(main, pool, monkeypatch):
     monkeypatch.setattr(main.module, 'GROWTH_BYTES', 2**24 + 2**19)
     printed = main('--device', 'gpu', '--case', '1:16x16:1', '--rounds', 1, '--growth', '--threads', 1)
@@ -159,8 +178,10 @@ def test_kernels_are_used_where_asked_for(main, pool, monkeypatch):
     for arguments, expected in ([], False), (['--kernels'], True):
         used = []
         monkeypatch.setattr(main.module, 'run_case', lambda *rest: used.append(kernels._on.get()))
-        main('--device', 'gpu', '--case', '2:16x16:1', '--rounds', 1, *arguments)
-        assert used == [expected]
+        monkeypatch.setattr(main.module, 'print_growth', lambda *rest: used.append(kernels._on.get()))
+        for instead in [], ['--growth']:
+            main('--device', 'gpu', '--case', '2:16x16:1', '--rounds', 1, *arguments, *instead)
+        assert used == [expected, expected]
 
 
 def test_default_cases_of_a_gpu_are_small_and_large_images_in_small_and_large_batches(main):

@@ -54,6 +54,8 @@ SHAPES = [
     dict(N=2, H=10, W=12, C_in=6, C_out=5, padding=(2, 1)),
     dict(N=2, H=10, W=12, C_in=20, C_out=24, padding=(0, 2)),
     dict(N=2, H=10, W=12, C_in=6, C_out=5, padding=(4, 3)),                   # more padding than kernel
+    dict(N=2, H=10, W=12, C_in=6, C_out=5, padding=(1, 3)),
+    dict(N=2, H=10, W=12, C_in=6, C_out=5, padding=(3, 1)),
     dict(N=2, H=11, W=14, C_in=6, C_out=5, stride=(2, 2)),
     dict(N=2, H=11, W=14, C_in=3, C_out=5, kernel_size=(5, 3), stride=(1, 2), padding=(2, 1)),
     dict(N=2, H=11, W=14, C_in=6, C_out=7, kernel_size=(1, 3), padding=(0, 1)),
@@ -233,11 +235,11 @@ def to_cpu(results):
     return {name: backend.to_cpu(result) for name, result in results.items()}
 
 
-@pytest.mark.parametrize('run_bytes', [2**26, 1])                             # all images at once, or one by one
+@pytest.mark.parametrize('scratch_bytes', [2**28, 1])                         # all images at once, or one by one
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('shape', SHAPES, ids=name_of)
-def test_the_path_of_devices_serves_every_shape(rng, xp, shape, dtype, run_bytes, monkeypatch):
-    monkeypatch.setattr(device, 'RUN_BYTES', run_bytes)
+def test_the_path_of_devices_serves_every_shape(rng, xp, shape, dtype, scratch_bytes, monkeypatch):
+    monkeypatch.setattr(device, 'SCRATCH_BYTES', scratch_bytes)
     arguments = problem(rng, **shape, dtype=dtype)
     in_float64 = *(array.astype('float64') for array in arguments[:3]), arguments[3]
     assert_close(to_cpu(three(device, *on_device(xp, *arguments))), three(plain, *in_float64), dtype, shape)
@@ -264,6 +266,18 @@ def test_the_path_of_devices_multiplies_two_contiguous_matrices_only(rng, gpu):
     assert len(products) == 3 * (3 + 5 + 1 + 1) and all(product == [(2, True), (2, True)] for product in products)
 
 
+def test_the_path_of_devices_needs_no_more_memory_than_it_may(rng, gpu, monkeypatch):
+    """A product for each row of the kernel and each slice of images; 5 images at once, of which the last slice has 2."""
+    shape = dict(N=12, H=9, W=14, C_in=3, C_out=8)
+    arguments = on_device(gpu, *problem(rng, **shape, dtype='float32'))
+    one_image = 11 * 16 * (3 + 3 * 3 + 2 * 8) * 4
+    for scratch_bytes, slices in (one_image // 2, 12), (5 * one_image, 3), (6 * one_image - 1, 3), (12 * one_image, 1):
+        monkeypatch.setattr(device, 'SCRATCH_BYTES', scratch_bytes)
+        gpu.ledger.__init__()
+        device.forward(*arguments[:2], *arguments[3])
+        assert len(gpu.ledger.products) == 3 * slices, scratch_bytes
+
+
 def test_tf32_rounds_the_factors_of_a_convolution_and_nothing_else(rng, xp):
     if xp is numpy:
         pytest.skip('TF32 is for devices')
@@ -276,7 +290,6 @@ def test_tf32_rounds_the_factors_of_a_convolution_and_nothing_else(rng, xp):
             results = to_cpu(three(convolution, *on_device(xp, *arguments)))
             errors[precision, channels] = max(numpy.linalg.norm(results[name] - expected[name]) / numpy.linalg.norm(expected[name])
                                               for name in results)
-    print(errors)
     assert all(error < 1e-6 for (precision, _), error in errors.items() if precision == 'fp32')
     assert all(1e-5 < error < 1e-3 for (precision, _), error in errors.items() if precision == 'tf32')
     x, weight, dy, geometry = problem(rng, N=2, H=5, W=6, C_in=3, C_out=4)    # float64, still in TF32 mode

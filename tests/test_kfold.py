@@ -170,6 +170,9 @@ def test_summary_is_made_of_the_folds_that_are_complete_and_says_which_are_missi
     complete(whole, 1, 0.75)
     text = whole.summarize(3)
     assert text.startswith('2 of 3 folds; not complete yet: 2\n') and (whole.path / 'summary.txt').read_text() == text
+    assert text.count('average hard dice:') == 2
+    (whole.fold(3) / 'settings.json').write_text('{"last.npz": {}}')       # a mean over some of the folds would look like one over all
+    assert whole.summarize(3).count('average hard dice:') == 1
     for line in ('hard dice: [0.7500, 0.2500]', 'average hard dice: 0.5000 ± 0.2500', 'average hard dice: 0.2500 ± 0.1250', 'empty mask: hard dice 0.2500 ± 0.1250'):
         assert line in text
     assert sorted(os.listdir(whole.path)) == ['config.json', 'curves.png', 'fold_1', 'fold_2', 'fold_3', 'split.json', 'summary.txt']

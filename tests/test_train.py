@@ -682,16 +682,21 @@ def test_resume_refuses_other_options_and_changed_images_in_one_line(tmp_path, r
         main('--resume', tmp_path / 'run')
     with pytest.raises(FileNotFoundError, match='no run to resume'):
         main('--resume', tmp_path / 'missing')
+    path = tmp_path / 'run' / 'config.json'
+    config = json.loads(path.read_text())
+    for name, value, message in (('size', 3, 'config.json: cannot be read'), ('data', 3, 'config.json: cannot be read'),
+                                 ('batch_size', 'x', "config.json: batch_size is 'x'; expected one of type int")):
+        path.write_text(json.dumps({**config, name: value}))
+        with pytest.raises(ValueError, match=message):
+            main('--resume', tmp_path / 'run')
 
 
 def test_a_run_goes_on_when_its_data_have_moved(tmp_path, rng, main, monkeypatch):
     write_pairs(tmp_path / 'data', rng)
     options = ['--data', tmp_path / 'data', *TINY, '--epochs', 2]
     main(*options, '--out', tmp_path / 'whole')
-    with monkeypatch.context() as patched:
-        patched.setattr(main.module, 'print_epoch', lambda history, epochs: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            main(*options, '--out', tmp_path / 'run')
+    with stopped_after(1, main, monkeypatch):
+        main(*options, '--out', tmp_path / 'run')
     (tmp_path / 'data').rename(tmp_path / 'moved')
     with pytest.raises(ValueError, match='data: no such folder'):
         main('--resume', tmp_path / 'run')
@@ -713,6 +718,18 @@ def test_folders_that_cannot_be_made_and_files_that_are_folders_are_told_in_one_
         assert 'Errno' not in done.stderr and not (tmp_path / 'run').exists()
 
 
+@contextlib.contextmanager
+def stopped_after(epochs, main, monkeypatch):
+    """Within this context the main job is stopped by Ctrl-C after so many epochs."""
+    def print_epoch(history, number):
+        if len(history) == epochs:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(main.module, 'print_epoch', print_epoch)
+        yield
+
+
 def test_the_main_job_runs_on_a_device_and_goes_on_elsewhere(gpu, tmp_path, rng, main, capsys, monkeypatch):
     write_pairs(tmp_path / 'data', rng)
     # Gradient descent: Adam makes steps of full size of gradients that are nothing but rounding.
@@ -723,21 +740,12 @@ def test_the_main_job_runs_on_a_device_and_goes_on_elsewhere(gpu, tmp_path, rng,
     main(*options, '--device', 'gpu', '--out', tmp_path / 'device')
     assert 'device: gpu (stand-in, fp32)' in capsys.readouterr().out
 
-    print_epoch = main.module.print_epoch
-
-    def stopped(history, epochs):
-        if len(history) == 2:
-            raise KeyboardInterrupt
-        print_epoch(history, epochs)
-
     for first, then in ('gpu', 'cpu'), ('cpu', 'gpu'):
         run = tmp_path / first
-        monkeypatch.setattr(main.module, 'print_epoch', stopped)
-        with pytest.raises(KeyboardInterrupt):
+        with stopped_after(2, main, monkeypatch):
             main(*options, '--device', first, '--out', run)
-        monkeypatch.setattr(main.module, 'print_epoch', print_epoch)
-        main('--resume', run, '--device', then)
-        assert f'The run was begun on the {first}. It goes on on the {then}, which rounds in another order' in capsys.readouterr().out
+        main('--resume', run, '--device', then, '--precision', 'fp32')
+        assert f'So far the run was computed on the {first} in fp32, now it is on the {then} in fp32, which' in capsys.readouterr().out
     ends = [nervenet.load(tmp_path / name / 'last.npz').parameters() for name in ('host', 'device', 'gpu', 'cpu')]
     for other in ends[1:]:
         for name in other:
@@ -748,12 +756,51 @@ def test_the_main_job_runs_on_a_device_and_goes_on_elsewhere(gpu, tmp_path, rng,
     specification = importlib.util.spec_from_file_location('predict', ROOT / 'examples' / 'predict.py')
     predict_job = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(predict_job)
-    for device in 'cpu', 'gpu':
+    for device, precision, compute_type in ('cpu', 'fp32', 1), ('gpu', 'fp32', 1), ('gpu', 'tf32', gpu.TF32):
+        gpu.ledger.__init__()
         predict_job.main(list(map(str, ['--model', tmp_path / 'device' / 'last.npz', '--input', tmp_path / 'data', '--device', device,
-                                        '--output', tmp_path / f'masks on {device}'])))
-    masks = [numpy.stack([numpy.asarray(Image.open(path)) for path in sorted((tmp_path / f'masks on {device}').glob('*_mask.png'))])
-             for device in ('cpu', 'gpu')]
-    assert masks[0].any() and (masks[0] != masks[1]).mean() < 0.01
+                                        '--precision', precision, '--output', tmp_path / f'masks on {device} in {precision}'])))
+        assert bool(gpu.ledger.products) == (device == 'gpu') and gpu.compute_type == compute_type
+    masks = [numpy.stack([numpy.asarray(Image.open(path)) for path in sorted((tmp_path / f'masks on {where}').glob('*_mask.png'))])
+             for where in ('cpu in fp32', 'gpu in fp32', 'gpu in tf32')]
+    assert masks[0].any() and all((masks[0] != other).mean() < 0.01 for other in masks[1:])
+
+
+def test_a_run_remembers_where_it_is_computed_and_how(gpu, tmp_path, rng, main, capsys, monkeypatch):
+    write_pairs(tmp_path / 'data', rng)
+    config = tmp_path / 'run' / 'config.json'
+    given, fit = [], main.module.fit
+
+    def watched(model, loss, optimizer, training, validation, epochs, run, schedule, max_norm, inner, *rest):
+        given.append([model.device, training.device, validation.device, inner.device])
+        return fit(model, loss, optimizer, training, validation, epochs, run, schedule, max_norm, inner, *rest)
+
+    monkeypatch.setattr(main.module, 'fit', watched)
+    steps = [  # data, options, what is stored then, what is said of it
+        ('data', ['--data', tmp_path / 'data', *TINY[:-2], '--epochs', 4, '--inner-share', 0.4, '--out', tmp_path / 'run'],
+         ('gpu', 'tf32'), None),
+        ('moved', ['--resume', tmp_path / 'run', '--data', tmp_path / 'moved'], ('gpu', 'tf32'), None),
+        ('moved', ['--resume', tmp_path / 'run', '--device', 'cpu'], ('cpu', 'fp32'), 'on the gpu in tf32, now it is on the cpu in fp32'),
+        ('moved', ['--resume', tmp_path / 'run', '--device', 'auto'], ('cpu', 'fp32'), None)]
+    before = tmp_path / 'data'
+    for epoch, (data, options, (device, precision), said) in enumerate(steps, 1):
+        before = before.rename(tmp_path / data)
+        with stopped_after(epoch, main, monkeypatch):
+            main(*options)
+        out, stored = capsys.readouterr().out, json.loads(config.read_text())
+        assert (stored['device'], stored['precision'], stored['data']) == (device, precision, str(before))
+        assert said in out if said else 'not bit for bit' not in out
+        assert given.pop() == [device] * 4
+    stored = json.loads(config.read_text())
+    stored.pop('precision')                                 # as before there was a choice
+    config.write_text(json.dumps(stored))
+    main('--resume', tmp_path / 'run')
+    assert 'not bit for bit' not in capsys.readouterr().out and (tmp_path / 'run' / 'summary.txt').exists()
+
+    main('--data', before, *TINY[:-2], '--epochs', 1, '--inner-share', 0.4, '--out', tmp_path / 'other')
+    monkeypatch.setattr(gpu, 'capability', '75')
+    with pytest.raises(RuntimeError, match='this GPU has compute capability 7.5; expected a GPU of 8.0 or higher'):
+        main('--resume', tmp_path / 'other')
 
 
 def test_folds_trained_side_by_side_in_several_processes_equal_those_trained_by_one(tmp_path, rng, main, capsys):
@@ -818,6 +865,10 @@ def test_preview_draws_augmented_pairs_and_stops(tmp_path, rng, main, capsys):
         main(*options[:-4], '--preview-augmentation', tmp_path / 'other.png', '--augment', 'none')
     with pytest.raises(ValueError, match='pairs.png exists already'):
         main(*options)
+    main(*options[:-4], '--preview-augmentation', tmp_path / 'new' / 'pairs.png')
+    assert (tmp_path / 'new' / 'pairs.png').exists()
+    with pytest.raises(OSError, match='cannot be made a folder .*; choose another --preview-augmentation'):
+        main(*options[:-4], '--preview-augmentation', tmp_path / 'pairs.png' / 'more.png')
 
 
 def test_scans_are_augmented_and_endless_synthetic_images_are_not(main, tmp_path):

@@ -22,7 +22,7 @@ cut out of `sums`. That wastes a share of (KW − 1)/Wp. The other two functions
 Where windows tile the image (1×1, and 2×2 with stride 2) one product does it all; other strides go to `plain`.
 
 cuBLAS reads two-dimensional arrays without copying them if they are contiguous, or the transpose of such a one, and only for those
-does CuPy offer TF32. Batches of images bound the memory that `runs` take.
+does CuPy offer TF32. A few images are treated at a time, which bounds the memory that all this takes.
 """
 
 import math
@@ -30,13 +30,13 @@ import math
 from ..backend import get_array_module
 from . import patches, plain
 
-RUN_BYTES = 2**26                       # of the runs of the images treated at once
+SCRATCH_BYTES = 2**28                   # of all that the images treated at once need besides their result
 
 
-def images_at_once(padded_shape, kernel_size, itemsize):
-    """Return slices of images whose runs take about RUN_BYTES; `padded_shape` is (N, Hp, Wp, C)."""
-    N = padded_shape[0]
-    step = max(1, RUN_BYTES // (math.prod(padded_shape[1:]) * kernel_size[1] * itemsize))
+def images_at_once(x, padding, values):
+    """Return slices of the images x (N, H, W, C) that need about SCRATCH_BYTES, at so many values for each padded pixel."""
+    N, H, W, _ = x.shape
+    step = max(1, SCRATCH_BYTES // ((H + 2 * padding[0]) * (W + 2 * padding[1]) * values * x.itemsize))
     return [slice(start, min(start + step, N)) for start in range(0, N, step)]
 
 
@@ -57,12 +57,13 @@ def forward(x, weight, stride, padding, bias=None):
     if tuple(stride) != (1, 1):
         return plus(plain.forward(x, weight, stride, padding), bias)
     H_out, W_out = plain.output_size(x.shape[1:3], (KH, KW), stride, padding)
-    xp, padded = get_array_module(x), plain.pad(x, padding)                  # (N, Hp, Wp, C_in)
+    xp = get_array_module(x)
     y = xp.empty((len(x), H_out, W_out, C_out), x.dtype)
     rows = weight.reshape(KH, KW * C_in, C_out)
-    for images in images_at_once(padded.shape, (KH, KW), x.itemsize):
-        n, Hp, Wp, _ = padded[images].shape
-        runs, starts = runs_of(padded[images], (KH, KW))
+    for images in images_at_once(x, padding, C_in + KW * C_in + 2 * C_out):  # padded image, runs, sums and what is added to them
+        padded = plain.pad(x[images], padding)
+        n, Hp, Wp, _ = padded.shape
+        runs, starts = runs_of(padded, (KH, KW))
         places = xp.empty((n, Hp, Wp, C_out), x.dtype)
         sums = places.reshape(n * Hp * Wp, C_out)[:starts]                   # a view; the few places after it stay unread
         xp.matmul(runs[:starts], rows[0], out=sums)                          # (starts, KW·C_in) @ (KW·C_in, C_out)
@@ -98,11 +99,12 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
         return weight_gradient_of_tiles(x, dy, kernel_size)
     if tuple(stride) != (1, 1):
         return plain.weight_gradient(x, dy, kernel_size, stride, padding)
-    xp, padded = get_array_module(x), plain.pad(x, padding)                  # (N, Hp, Wp, C_in)
+    xp = get_array_module(x)
     dweight = xp.zeros((KH, KW * C_in, C_out), x.dtype)
-    for images in images_at_once(padded.shape, kernel_size, x.itemsize):
-        n, Hp, Wp, _ = padded[images].shape
-        runs, starts = runs_of(padded[images], kernel_size)
+    for images in images_at_once(x, padding, C_in + KW * C_in + C_out):      # padded image, runs and dplaces
+        padded = plain.pad(x[images], padding)
+        n, Hp, Wp, _ = padded.shape
+        runs, starts = runs_of(padded, kernel_size)
         dplaces = xp.zeros((n, Hp, Wp, C_out), x.dtype)
         dplaces[:, :H_out, :W_out] = dy[images]
         dsums = dplaces.reshape(n * Hp * Wp, C_out)[:starts]
