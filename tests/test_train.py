@@ -760,7 +760,7 @@ def test_the_main_job_runs_on_a_device_and_goes_on_elsewhere(gpu, tmp_path, rng,
         gpu.ledger.__init__()
         predict_job.main(list(map(str, ['--model', tmp_path / 'device' / 'last.npz', '--input', tmp_path / 'data', '--device', device,
                                         '--precision', precision, '--output', tmp_path / f'masks on {device} in {precision}'])))
-        assert bool(gpu.ledger.products) == (device == 'gpu') and gpu.compute_type == compute_type
+        assert (len(gpu.ledger.products) > 10) == (device == 'gpu') and gpu.compute_type == compute_type      # 1 is of the probe
     masks = [numpy.stack([numpy.asarray(Image.open(path)) for path in sorted((tmp_path / f'masks on {where}').glob('*_mask.png'))])
              for where in ('cpu in fp32', 'gpu in fp32', 'gpu in tf32')]
     assert masks[0].any() and all((masks[0] != other).mean() < 0.01 for other in masks[1:])
