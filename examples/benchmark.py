@@ -594,11 +594,11 @@ def parse_case(text):
         base, size, batch = text.split(':')
         H, W = map(int, size.split('x'))
         case = int(base), (H, W), int(batch)
-        assert min(case[0], H, W, case[2]) >= 1
-        return case
-    except (ValueError, AssertionError):
-        problem = f'{text!r} is no case; expected base:HEIGHTxWIDTH:batch, as in 32:96x128:16'
-        raise argparse.ArgumentTypeError(problem) from None
+    except ValueError:
+        case = 0, (0, 0), 0
+    if min(case[0], *case[1], case[2]) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no case; expected base:HEIGHTxWIDTH:batch, as in 32:96x128:16')
+    return case
 
 
 def positive(text):
@@ -626,6 +626,8 @@ def parse(arguments):
     args = parser.parse_args(arguments)
     if args.kernels and args.device == 'cpu':
         parser.error('--kernels needs --device gpu: they are for a GPU')
+    if args.growth and (args.layers or args.against):
+        parser.error('--growth is a table of its own: leave out --layers and --against')
     args.convention = CONVENTIONS[args.device]
     args.case = args.case or [parse_case(text) for text in args.convention.cases]
     args.rounds = args.rounds or args.convention.rounds
@@ -634,4 +636,9 @@ def parse(arguments):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MemoryError as error:
+        sys.exit(f'benchmark.py: not enough memory: choose a smaller --case ({error})')

@@ -51,7 +51,7 @@ def main(arguments=None):
     joins = []
     for name, stage, below, skip in zip(up, model.ups, [down[-1], *up], reversed(down[:-1])):
         upsampled = stage.upconv.forward(stages[below])
-        joins.append([(f'{skip}: the skip knows where', stages[skip][0]), (f'{name}: upsampled knows what', upsampled[0])])
+        joins.append([(f'{skip}: the skip knows where', stages[skip][0]), (f'{name}: the upsampled map knows what', upsampled[0])])
     figures.save(figures.feature_maps(joins, title='Each skip beside the upsampled map it joins'), args.output / 'joins.png')
 
     rows, columns = model.receptive_field('head', int(row)), model.receptive_field('head', int(column))

@@ -10,6 +10,7 @@ confidence, and Dice where there is a mask.
 import argparse
 import csv
 import io
+import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -45,12 +46,12 @@ def main(arguments=None):
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice:
         raise DataError(f'{twice}: two images of this name would have one output; predict them into two folders')
-    if args.submission and not args.submission.parent.is_dir():
-        raise DataError(f'{args.submission}: no such folder as {args.submission.parent}')
     if args.submission and args.submission.exists():
         raise DataError(f'{args.submission}: exists already; choose another --submission')
     refuse_content(args.output, '--output')               # its masks would mix with those of another model
     make_folder(args.output, '--output')
+    if args.submission:
+        make_folder(args.submission.absolute().parent, '--submission')
 
     results, judged, failed, runs = [], [], [], []
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
@@ -92,7 +93,7 @@ def main(arguments=None):
     print(f'{len(results)} images predicted, {found} with nerve; masks and results.csv are in {args.output}')
     print_scores(scores)
     if failed:
-        print(f'predict.py: {len(failed)} of {len(samples)} images could not be read, or their masks: {", ".join(failed[:5])}'
+        print(f'predict.py: {len(failed)} of {len(samples)} images skipped or not scored: {", ".join(failed[:5])}'
               + (', …' if len(failed) > 5 else ''), file=sys.stderr)
         return 1
     return 0
@@ -132,6 +133,14 @@ def print_scores(scores):
         if counted.counts:
             row = counted.compute()
             print(f'{name:30} {row["dice_pooled"]:11.3f} {row["dice_per_image"]:10.3f} {row["iou_pooled"]:11.3f} {row["accuracy"]:9.4f}')
+    print('These scores are flattered where subjects are among them that the network was trained on, or its settings chosen on.')
+
+
+def positive(text):
+    number = float(text)                                      # its ValueError is one that argparse explains
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
+    return number
 
 
 def parse(arguments):
@@ -142,7 +151,7 @@ def parse(arguments):
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER', help='new folder for masks, overlays and results.csv')
     parser.add_argument('--submission', type=Path, default=None, metavar='FILE.csv',
                         help="also write the masks' run-length encoding, as the Kaggle competition takes it")
-    parser.add_argument('--mask-threshold', type=float, default=None, metavar='N',
+    parser.add_argument('--mask-threshold', type=positive, default=None, metavar='N',
                         help='where masks are there to compare with: count their values from N up as foreground')
     parser.add_argument('--no-overlays', dest='overlays', action='store_false', default=True, help='write masks only')
     parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='images predicted at once')

@@ -43,7 +43,7 @@ from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.metrics import Baselines, SegmentationScores
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
 from nervenet.phantom import Phantom
-from nervenet.segment import Segmenter, Settings, choose_settings, score
+from nervenet.segment import LARGEST_FILTER, Segmenter, Settings, choose_settings, score
 from nervenet.train import WHERE, Interrupted, RunFolder, fit, read_config, stopping_on_signals
 from nervenet.unet import padded_size
 
@@ -230,7 +230,8 @@ def draw(run, model, validation, baselines):
         image, truth = (array[0, :, :, 0] for array in validation.batch([index], 0))
         prediction = segmenter.settings.mask(segmenter.probabilities([image])[0])
         cases.append(dict(label=label, name=validation.samples[index].name, image=image, truth=truth, prediction=prediction))
-    what = f'Validation, after epoch {run.history[-1]["epoch"]}: nerve where the probability is above {segmenter.settings.threshold:g}'
+    images = 'Validation images with nerve' if any(with_nerve) and not all(with_nerve) else 'Validation'
+    what = f'{images}, after epoch {run.history[-1]["epoch"]}: nerve where the probability is above {segmenter.settings.threshold:g}'
     figures.save(figures.predictions(cases, title=what), run.path / 'predictions.png')
 
 
@@ -333,8 +334,8 @@ def parse(arguments):
         parser.error(f'--fold is {args.fold} and --folds {args.folds or "not given"}; expected --fold from 1 to --folds')
     if args.split and not args.folds:
         parser.error('--split needs --folds, the number of folds in it')
-    if args.median_filter and (args.median_filter < 3 or args.median_filter % 2 == 0):
-        parser.error(f'--median-filter is {args.median_filter}; expected an odd size from 3 up')
+    if args.median_filter and not (3 <= args.median_filter <= LARGEST_FILTER and args.median_filter % 2):
+        parser.error(f'--median-filter is {args.median_filter}; expected an odd size from 3 to {LARGEST_FILTER}')
     if args.folds and 'validation_share' in given:
         parser.error('--validation-share has no meaning with --folds: each fold is the validation part once')
     if args.patience and not args.inner_share:
@@ -371,6 +372,9 @@ def resumable(folder):
     for name in defaults.keys() - {'size', *paths}:
         if None not in (defaults[name], config[name]) and type(config[name]) is not type(defaults[name]):
             raise ValueError(f'{folder / "config.json"}: {name} is {config[name]!r}; expected one of type {type(defaults[name]).__name__}')
+    for name, choices in ('loss', LOSSES), ('optimizer', OPTIMIZERS), ('augment', AUGMENTATIONS):
+        if config[name] not in choices:
+            raise ValueError(f'{folder / "config.json"}: {name} is {config[name]!r}; expected one of {", ".join(choices)}')
     return {**config, 'size': (height, width), **paths}
 
 

@@ -15,6 +15,7 @@ Whatever is wrong with a folder or a file raises DataError, one line that names 
 out. Sizes are (H, W) in pixels; intensities lie in [0, 1], 0 black and 1 white, whatever the format of the file.
 """
 
+import os
 import re
 import threading
 import time
@@ -298,11 +299,13 @@ def _grey(image):
 # --- Folders for what comes out ---------------------------------------------------------------------------------------
 
 def make_folder(path, option):
-    """Make the folder `path`, and those it lies in, unless it is there. Raises OSError, one line with a way out: `option`."""
+    """Make the folder `path`, and those it lies in, unless it is there, to write into. Raises OSError, with a way out: `option`."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:                        # no permission, a file in the way, a disk that cannot be written
         raise OSError(f'{path}: cannot be made a folder ({error.strerror}); choose another {option}') from error
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f'{path}: nothing can be written there; choose another {option}')
 
 
 def refuse_content(path, option, but=(), or_else=''):

@@ -315,6 +315,8 @@ def main(arguments=None):
         description='Check the gradient of every layer, every loss and the whole network against measurements of it.')
     parser.add_argument('--seed', type=int, default=0, help='of the random weights, inputs and directions (default: 0)')
     seed, start = parser.parse_args(arguments).seed, time.perf_counter()
+    if seed < 0:
+        parser.error(f'--seed is {seed}; expected 0 or more')
     results = [result for results in suite(numpy.random.default_rng(seed)) for result in results]
     wrong = [result for result in results if not result.ok]
     print('Relative error of each gradient against each measurement of it')
@@ -324,4 +326,7 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

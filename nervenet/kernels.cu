@@ -8,7 +8,7 @@
 //
 // The last block is seldom full: threads past the end have nothing to do.
 //
-// Arrays are float32 and lie without gaps in the order (N, H, W, C); `size` is the number of values of the result.
+// Arrays are float32, but for argmax, which has bytes, and lie without gaps in the order (N, H, W, C); `size` is the number of values of the result.
 
 #define THREAD_NUMBER (blockIdx.x * (long long)blockDim.x + threadIdx.x)
 

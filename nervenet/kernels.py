@@ -64,7 +64,9 @@ def max_pool_backward(dy, argmax, k, shape):
 
 
 def adam(w, g, m, v, betas, eta, epsilon):
-    """Move w, m and v in place by one step of Adam; g is the gradient. All have one shape."""
+    """Move w, m and v in place by one step of Adam; g is the gradient. All have one shape. Raises ValueError unless w, m and v are contiguous."""
+    if not all(array.flags.c_contiguous for array in (w, m, v)):
+        raise ValueError('w, m and v are not all contiguous: copies of them would be moved')
     beta1, beta2 = betas
     _launch('adam', w.size, w, g, m, v, *map(numpy.float32, (beta1, beta2, 1 - beta1, 1 - beta2, eta, epsilon)))
 

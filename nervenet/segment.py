@@ -16,6 +16,8 @@ from .data import resize
 from .metrics import SegmentationScores, ratio
 from .train import predict
 
+LARGEST_FILTER = 99                     # window of a median filter, in pixels
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -69,9 +71,9 @@ class Segmenter:
         if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
             raise CheckpointError(f'{path}: gives {size!r} as the size of its images, expected [height, width]; '
                                   'was it written by train_unet.py?')
-        if not (median_size is None or isinstance(median_size, int) and 3 <= median_size <= 99 and median_size % 2):
+        if not (median_size is None or isinstance(median_size, int) and 3 <= median_size <= LARGEST_FILTER and median_size % 2):
             raise CheckpointError(f'{path}: gives {median_size!r} as the size of its median filter, expected an odd number '
-                                  'from 3 up')
+                                  f'from 3 to {LARGEST_FILTER}')
         if (model.config['in_channels'], model.config['out_channels']) != (1, 1):
             raise CheckpointError(f'{path}: its network maps {model.config["in_channels"]} channels to '
                                   f'{model.config["out_channels"]}, expected grey images and one kind of mask')
@@ -123,13 +125,14 @@ def choose_settings(model, batches, thresholds=numpy.arange(0.1, 0.91, 0.05), ar
 
 
 def score(model, batches, settings):
-    """Return the scores, as of `SegmentationScores.compute`, of the masks that `settings` makes on (images, masks) of `batches`."""
+    """Return the scores of the masks that `settings` makes on (images, masks) of `batches`: those of `SegmentationScores.compute`
+    that are of masks, so not the soft ones, which are of probabilities."""
     scores, device = SegmentationScores(), model.device
     for images, masks in batches:
         probabilities = to_cpu(predict_flips(model, move(images, device), settings.flip_average))
         predicted = numpy.stack([settings.mask(probability) for probability in probabilities])
         scores.update(predicted.astype(masks.dtype), masks)
-    return scores.compute()
+    return {name: value for name, value in scores.compute().items() if not name.startswith('soft_')}
 
 
 def describe(mask, probability):

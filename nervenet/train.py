@@ -72,9 +72,9 @@ def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
     The scores are those of the changing network on the batches as it met them, in training mode: a running account at no
     extra cost, not the score of the network at the end.
 
-    Raises FloatingPointError, naming the batch, when logits or loss are no finite numbers. On the CPU that is before the step
-    that would have spoilt the parameters, and the first layer at fault is named too; on a GPU, where looking at each step
-    would make the host wait, at the end of the epoch.
+    Raises FloatingPointError, naming the batch, when logits or loss are no finite numbers. On the CPU that is at once, for logits
+    before the step that would spoil the parameters, and the first layer at fault is named too; on a GPU, where looking at each
+    step would make the host wait, at the end of the epoch.
     """
     model.train()
     device = model.device
@@ -362,8 +362,10 @@ def take_up_config(path, config):
         if stored.get(name) != config.get(name):
             old, new = (str(values.get(name)) for values in (stored, config))
             old, new = (text if len(text) <= 60 else text[:60] + '…' for text in (old, new))
-            raise ValueError(f'{path}: {name} is {old} there and {new} now; start a new run with another --out, or change it '
-                             'back')
+            of_data = name == 'baselines' or name.endswith(('_images', '_subjects'))
+            raise ValueError(f'{path}: {name} is {old} there and {new} now; '
+                             + ('have images or masks changed? Bring them back' if of_data else 'change it back')
+                             + ', or start a new run with another --out')
     moved = {**stored, **{name: config[name] for name in WHERE if name in config}}
     if moved != stored:
         write_config(path, moved)

@@ -197,6 +197,8 @@ def test_default_cases_of_a_gpu_are_small_and_large_images_in_small_and_large_ba
     (['--precision', 'tf32'], '--precision tf32: the CPU has no tensor cores'),
     (['--device', 'tpu'], "argument --device: invalid choice: 'tpu'"),
     (['--case', '2:16:2'], "argument --case: '2:16:2' is no case"),
+    (['--case', '2:16x0:2'], "argument --case: '2:16x0:2' is no case"),
+    (['--growth', '--layers'], '--growth is a table of its own'),
     (['--rounds', '0'], "argument --rounds: '0' is not a whole number"),
     (['--against', 'torch'], '--against torch: PyTorch cannot be imported')])
 def test_bad_requests_end_in_one_line(main, monkeypatch, capsys, arguments, problem):

@@ -692,3 +692,9 @@ def test_real_files():
     assert len(samples) == 1940 and len({sample.subject for sample in samples}) == 37
     image, mask = read_pair(samples[0])
     assert image.shape == mask.shape == (139, 192) and mask.any()
+
+
+def test_a_folder_that_takes_no_files_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.os, 'access', lambda path, mode: False)
+    with pytest.raises(PermissionError, match='run: nothing can be written there; choose another --out'):
+        data.make_folder(tmp_path / 'run', '--out')

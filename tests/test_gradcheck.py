@@ -626,3 +626,9 @@ def test_table_has_one_line_per_gradient_and_details_only_of_wrong_ones():
         '    complex step: 1 of 9 differ',
         'ReLU    protocol                                    WRONG',
         '    protocol: dy was written into']
+
+
+def test_a_negative_seed_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        gradcheck.main(['--seed', '-1'])
+    assert capsys.readouterr().err.splitlines()[-1].endswith('--seed is -1; expected 0 or more')

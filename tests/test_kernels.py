@@ -207,3 +207,9 @@ def test_kernels_are_off_by_default_and_serve_no_other_arrays(xp_with_kernels, r
         assert not kernels.serve(x)
         MaxPool2D(2).forward(x)
         assert getattr(xp_with_kernels, 'launched', []) == []
+
+
+def test_adam_refuses_to_move_a_copy(xp_with_kernels, rng):
+    w, g, m, v = (xp_with_kernels.asarray(values(rng, 6, 4)) for _ in range(4))
+    with pytest.raises(ValueError, match='copies of them would be moved'):
+        kernels.adam(w.T, g.T, m.T, v.T, (0.9, 0.999), 1e-3, 1e-8)

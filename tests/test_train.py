@@ -604,7 +604,7 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
     predicted = run_example('--model', tmp_path / 'run' / 'best.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'masks',
                             '--submission', tmp_path / 'submission.csv', name='predict.py')
     assert predicted.returncode == 1 and 'Traceback' not in predicted.stderr
-    assert 'skipped: ' in predicted.stderr and '1 of 13 images could not be read, or their masks: 9_1' in predicted.stderr
+    assert 'skipped: ' in predicted.stderr and '1 of 13 images skipped or not scored: 9_1' in predicted.stderr
     assert '12 images predicted' in predicted.stdout and 'mean training mask' in predicted.stdout
     mask = numpy.array(Image.open(tmp_path / 'masks' / '1_1_mask.png'))
     assert mask.shape == (24, 36) and set(numpy.unique(mask)) <= {0, 255} and (tmp_path / 'masks' / '1_1_overlay.png').exists()
@@ -621,7 +621,7 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
     assert smeared.returncode == 1 and 'predicted, but not scored: ' in smeared.stderr and '--mask-threshold' in smeared.stderr
     assert '12 images predicted' in smeared.stdout and (tmp_path / 'smeared' / '1_1_mask.png').exists()
     scored = run_example(*options, '--output', tmp_path / 'scored', '--mask-threshold', 128, name='predict.py')
-    assert 'not scored' not in scored.stderr and 'skipped' in scored.stderr
+    assert 'predicted, but not scored' not in scored.stderr and 'skipped' in scored.stderr
 
     looked = run_example('--model', tmp_path / 'run' / 'best.npz', '--image', tmp_path / 'data' / 'train' / '1_1.tif',
                          '--output', tmp_path / 'look', '--pixel', '3,4', name='look_inside.py')
@@ -678,13 +678,13 @@ def test_resume_refuses_other_options_and_changed_images_in_one_line(tmp_path, r
         assert message.format(tmp_path / 'run') in capsys.readouterr().err.splitlines()[-1]
     for suffix in '', '_mask':
         (tmp_path / 'data' / f'1_1{suffix}.tif').unlink()
-    with pytest.raises(ValueError, match='config.json: .* there and .* now; start a new run'):
+    with pytest.raises(ValueError, match='config.json: .* there and .* now; have images or masks changed. Bring them back, or start a new run'):
         main('--resume', tmp_path / 'run')
     with pytest.raises(FileNotFoundError, match='no run to resume'):
         main('--resume', tmp_path / 'missing')
     path = tmp_path / 'run' / 'config.json'
     config = json.loads(path.read_text())
-    for name, value, message in (('size', 3, 'config.json: cannot be read'), ('data', 3, 'config.json: cannot be read'),
+    for name, value, message in (('size', 3, 'config.json: cannot be read'), ('loss', 'x', "config.json: loss is 'x'; expected one of dice,"), ('data', 3, 'config.json: cannot be read'),
                                  ('batch_size', 'x', "config.json: batch_size is 'x'; expected one of type int")):
         path.write_text(json.dumps({**config, name: value}))
         with pytest.raises(ValueError, match=message):
@@ -712,6 +712,7 @@ def test_folders_that_cannot_be_made_and_files_that_are_folders_are_told_in_one_
             ('train_unet.py', ['--data', tmp_path / 'data', '--out', tmp_path / 'file'], 'cannot be made a folder (File exists); choose another --out'),
             ('train_unet.py', ['--data', tmp_path / 'data', '--folds', 2, '--split', tmp_path, '--out', tmp_path / 'run'], f'{tmp_path}: cannot be read (Is a directory)'),
             ('train_unet.py', ['--size', '3'], "'3' is not of the form HxW"),
+            ('predict.py', ['--model', 'X', '--input', 'X', '--output', 'X', '--mask-threshold', 'nan'], "'nan' is not a positive number"),
             ('predict.py', ['--model', tmp_path, '--input', tmp_path, '--output', tmp_path / 'masks'], f'{tmp_path}: is a folder')):
         done = run_example(*arguments, name=name)
         assert done.returncode != 0 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -931,7 +932,7 @@ def test_bad_arguments_give_one_line_and_a_failing_exit_status(arguments, messag
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--median-filter', 4], '--median-filter is 4; expected an odd size from 3 up'), (['--patience', 3], '--patience needs --inner-share'),
+    (['--median-filter', 4], '--median-filter is 4; expected an odd size from 3 to 99'), (['--patience', 3], '--patience needs --inner-share'),
     (['--fold', 2], '--fold is 2 and --folds not given; expected --fold from 1 to --folds'), (['--split', 'X'], '--split needs --folds'),
     (['--folds', 2, '--fold', 3], '--fold is 3 and --folds 2'), (['--nerve-share', 1.5], 'is not a share between 0 and 1'),
     (['--folds', 2, '--validation-share', 0.5], '--validation-share has no meaning with --folds'),
