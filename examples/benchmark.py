@@ -1,6 +1,6 @@
 """Measure how fast the U-Net trains and predicts on this machine.
 
-    python examples/benchmark.py                                  four networks, about a minute
+    python examples/benchmark.py                                  four networks, about two minutes
     python examples/benchmark.py --case 32:96x128:16 --layers     one network, each layer by itself
     python examples/benchmark.py --growth                         time against image size and batch
     python examples/benchmark.py --against torch                  beside PyTorch, if it is installed
@@ -139,7 +139,7 @@ def run_case(case, args, ceilings, torch):
     if on_cpu:
         libraries = ['nervenet', 'torch'] if torch else ['nervenet']
         memory = [f'{library} {memory_in_fresh_process(library, case, args.norm)}' for library in libraries]
-        print(f'  peak memory of a training step: {", ".join(memory)}')
+        print(f'  peak memory of three training steps: {", ".join(memory)}')
     if args.layers and 'nervenet' in times:
         with skipping('layers'):
             model.to(args.device)
@@ -314,7 +314,7 @@ def time_layers(model, job, clock):
     counts as the norm's forward; that ReLU then has none.
     """
     (now, between), calls, hidden = clock, [], []
-    multiply_adds, normalize_relu = {}, kernels.normalize_relu
+    counted, normalize_relu = {}, kernels.normalize_relu
 
     def marked_kernel(x, *channels):
         start = now()
@@ -330,11 +330,11 @@ def time_layers(model, job, clock):
                 result = getattr(type(layer), method)(layer, *inputs, **options)
                 end = now()
                 if method == 'forward':
-                    multiply_adds[name] = layer.multiply_adds(inputs[0].shape)
+                    counted[name] = layer.multiply_adds(inputs[0].shape)
                 outputs = [array for array in (result if isinstance(result, tuple) else [result]) if array is not None]
                 products = 1 if method == 'forward' else len(outputs) + 1           # backward: dweight, and dx if it is wanted
                 touched = 0 if result is inputs[0] else sum(array.nbytes for array in (*inputs, *outputs))
-                calls.append(((name, method), start, end, products * 2 * multiply_adds.get(name, 0), touched))
+                calls.append(((name, method), start, end, products * 2 * counted.get(name, 0), touched))
                 return result
             setattr(layer, method, marked)          # an attribute of the object hides the method of its class
             hidden.append((layer, method))
@@ -380,7 +380,7 @@ def layer_rate(seconds, operations, touched, how, ceilings):
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 def memory_in_fresh_process(library, case, norm):
-    """Return the peak memory of a training step as text, measured in a process that does nothing else."""
+    """Return the peak memory of three training steps as text, measured in a process that does nothing else."""
     base, (H, W), N = case
     result = subprocess.run([sys.executable, __file__, '--case', f'{base}:{H}x{W}:{N}', '--norm', norm or 'none',
                              '--memory-of', library], capture_output=True, text=True)
@@ -390,7 +390,7 @@ def memory_in_fresh_process(library, case, norm):
 
 
 def measure_memory(library, case, norm):
-    """Run one training step and return by how much it raised the peak resident memory, as text."""
+    """Run three training steps and return by how much it raised the peak resident memory, as text."""
     if not os.path.exists('/proc/self/status'):
         return 'not measured (this needs /proc, so Linux)'
     x, target = make_batch(case, 'float32')

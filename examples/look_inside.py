@@ -58,7 +58,7 @@ def main(arguments=None):
     field = rows[0], columns[0], rows[1] - rows[0] + 1, columns[1] - columns[0] + 1
     pixel = row - 1, column - 1, 3, 3
     shown = [figures.overlay(image, probability > 0.5), figures.heat(image, abs(dimage))]
-    shown = [figures.rectangle(figures.rectangle(picture, field, size), pixel, size, figures.VERMILLION) for picture in shown]
+    shown = [figures.rectangle(figures.rectangle(picture, field, size, figures.SKY), pixel, size, figures.VERMILLION) for picture in shown]
     figures.save(figures.grid([shown], column_titles=['prediction, and the receptive field of one pixel', 'gradient of its logit with respect to the image'],
                  title=f'What output pixel ({row}, {column}) depends on'), args.output / 'depends.png')
     print(f'pixel ({row}, {column}): probability {probability[row, column]:.3f}, receptive field {field[2]}x{field[3]} pixels')

@@ -46,6 +46,8 @@ def main(arguments=None):
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice:
         raise DataError(f'{twice}: two images of this name would have one output; predict them into two folders')
+    if args.submission and args.submission.resolve() == args.output.resolve():
+        raise DataError(f'{args.submission}: is the folder of --output too; choose another --submission')
     if args.submission and args.submission.exists():
         raise DataError(f'{args.submission}: exists already; choose another --submission')
     refuse_content(args.output, '--output')               # its masks would mix with those of another model
@@ -158,7 +160,7 @@ def parse(arguments):
     parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
     parser.add_argument('--precision', choices=['fp32', 'tf32'], default=None,
                         help='of matrix products on a GPU; by default tf32 where the GPU has it')
-    stored = parser.add_argument_group('from probabilities to a mask', 'Each default was chosen on the validation subjects of the '
+    stored = parser.add_argument_group('from probabilities to a mask', 'Each default was chosen on the validation or inner subjects of the '
                                        'training run and is stored in the model file.')
     stored.add_argument('--threshold', type=float, metavar='P', help='a pixel is nerve where its probability is above P')
     stored.add_argument('--minimal-area', type=float, metavar='SHARE',

@@ -51,6 +51,8 @@ LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 
           'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}
 OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
+NO_SUBJECTS = ('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on both '
+               'sides of the split and the scores are too good to be true: give --subject-pattern.')
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
 
 
@@ -63,8 +65,6 @@ def main(arguments=None):
     if before != (args.device, args.precision):
         print(f'So far the run was computed on the {before[0]} in {before[1]}, now it is on the {args.device} in {args.precision}, which '
               'rounds otherwise: not bit for bit.')
-    if args.leaky_split_by_image:
-        print(LEAKS)
 
     if args.data is None:
         reader = Phantom(subjects=200, frames=5, seed=args.seed, size=args.size)
@@ -72,12 +72,13 @@ def main(arguments=None):
         print('data:        synthetic ultrasound; give --data DIR for scans')
     else:
         reader = Reader(args.size, args.mask_threshold)
+        if args.resume and not args.data.exists():
+            raise DataError(f'{args.data}: no such folder; if the images lie elsewhere now: --resume {args.resume} --data DIR')
         samples = find_samples(args.data, args.subject_pattern)
     if args.median_filter:
         reader = Filtered(reader, lambda image: median_filter(image, args.median_filter))
-    if is_split_by_image(samples):
-        print('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on\n'
-              '         both sides of the split and the scores are too good to be true: give --subject-pattern.')
+    if note(args, samples):
+        print(note(args, samples))
     if args.leaky_split_by_image:
         samples = each_image_alone(samples)
 
@@ -94,7 +95,8 @@ def cross_validate(args, samples, reader):
     by = BY_IMAGE if args.leaky_split_by_image else BY_SUBJECT
     positive = holds_foreground(samples, reader)
     if args.resume:
-        folds = None                                        # the split is in the folder
+        folds = None                                        # the split is in the folder, and must fit before anything is written
+        read_split(args.out / 'split.json', samples, args.folds, by)
     elif args.split:
         folds = read_split(args.split, samples, args.folds, by)
     else:
@@ -111,7 +113,7 @@ def cross_validate(args, samples, reader):
                 if args.fold:
                     raise
                 print(f'skipped: {error}')
-    print('\n' + (whole.summarize(args.folds, LEAKS if args.leaky_split_by_image else '') or 'No fold is complete yet.'))
+    print('\n' + (whole.summarize(args.folds, note(args, samples)) or 'No fold is complete yet.'))
 
 
 def train(args, path, reader, training_samples, validation_samples, fold=None):
@@ -183,7 +185,14 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
 
     draw(run, model, validation, baselines)
     chosen = choose(run, args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
-    print('\n' + run.summarize(baselines, chosen['last.npz'], LEAKS if args.leaky_split_by_image else ''))
+    print('\n' + run.summarize(baselines, chosen['last.npz'], note(args, training_samples + validation_samples)))
+
+
+def note(args, samples):
+    """Return what is to be said, first of all, of scores of these samples; '' if nothing."""
+    if args.leaky_split_by_image:
+        return LEAKS
+    return NO_SUBJECTS if is_split_by_image(samples) else ''
 
 
 def choose(run, device, validation, inner, mean_training_mask):
@@ -238,6 +247,8 @@ def draw(run, model, validation, baselines):
 def preview(args, samples, reader):
     """Draw what augmentation makes of a few images that hold a nerve: the image, then four draws, the mask outlined."""
     transform, shown = augmentation(args), {}
+    if args.preview_augmentation.suffix.lower() != '.png':
+        raise DataError(f'--preview-augmentation: {args.preview_augmentation} is to be a picture; expected a name that ends in .png')
     if args.preview_augmentation.exists():
         raise DataError(f'--preview-augmentation: {args.preview_augmentation} exists already; choose another name')
     if transform == Augmentation():
@@ -363,19 +374,23 @@ def resumable(folder):
     if defaults.keys() - config.keys():
         raise ValueError(f'{folder / "config.json"}: lacks {", ".join(sorted(defaults.keys() - config.keys()))}; '
                          'it is not of this version')
-    config = {name: config[name] for name in defaults}
-    try:
-        height, width = map(int, config['size'])
-        paths = {name: config[name] and Path(config[name]) for name in ('data', 'split')}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{folder / "config.json"}: cannot be read ({error})') from None
-    for name in defaults.keys() - {'size', *paths}:
-        if None not in (defaults[name], config[name]) and type(config[name]) is not type(defaults[name]):
-            raise ValueError(f'{folder / "config.json"}: {name} is {config[name]!r}; expected one of type {type(defaults[name]).__name__}')
-    for name, choices in ('loss', LOSSES), ('optimizer', OPTIMIZERS), ('augment', AUGMENTATIONS):
-        if config[name] not in choices:
-            raise ValueError(f'{folder / "config.json"}: {name} is {config[name]!r}; expected one of {", ".join(choices)}')
-    return {**config, 'size': (height, width), **paths}
+    parser, options = build_parser(), {}
+
+    def refuse(message):
+        raise ValueError(f'{folder / "config.json"}: {message}')
+
+    parser.error = refuse                                   # what was stored is read as if it had been typed
+    for name, default in defaults.items():
+        value, option = config[name], '--' + name.replace('_', '-')
+        if isinstance(value, bool):
+            typed = [option] if value else [] if default is False else ['--no-' + option[2:]]
+        else:
+            text = 'x'.join(map(str, value)) if isinstance(value, list) else str(value)
+            typed = [] if value is None else [f'{option}={text}']
+        options[name] = getattr(parser.parse_args(typed), name) if typed else value
+    if options['size'] is None or options['epochs'] is None:
+        refuse('lacks the size or the epochs of the run')
+    return options
 
 
 def build_parser():
@@ -434,7 +449,7 @@ def build_parser():
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
     training.add_argument('--epochs', type=whole, metavar='N',
-                          help='how often every training image is seen; default: 15 on scans, 5 on synthetic ultrasound')
+                          help='how often as many images as there are for training are drawn; default: 15 on scans, 5 on synthetic ultrasound')
     training.add_argument('--patience', type=whole, metavar='N',
                           help='stop after so many epochs without a better one on the inner subjects')
     training.add_argument('--seed', type=seed, default=0, metavar='N',
@@ -442,7 +457,7 @@ def build_parser():
     training.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto',
                           help='where to compute; a run may go on elsewhere than it began')
     training.add_argument('--precision', choices=['fp32', 'tf32'], help='of matrix products on a GPU: tf32 reads its factors rounded to 10 '
-                          'bits, several times faster; default: tf32 where the GPU has it')
+                          'bits; default: tf32 where the GPU has it')
     training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder; default: runs/ and the date and time')
     training.add_argument('--resume', type=Path, metavar='RUN',
                           help='go on with the run or the cross-validation in this folder, bit for bit')

@@ -1,6 +1,6 @@
 """Which array module an array belongs to, and how arrays move between host and device.
 
-Every function of this library is written once, against `xp`, the module its input belongs to:
+Nearly every function of this library is written once, against `xp`, the module its input belongs to:
 
     xp = get_array_module(x)        # numpy on the CPU, cupy on the GPU
     y = xp.maximum(x, 0)
@@ -42,7 +42,7 @@ def to_cpu(array):
 def move(array, device):
     """Return `array` on `device`, 'cpu' or 'gpu'; one that is already there comes back itself.
 
-    Raises RuntimeError if 'gpu' is asked for and CuPy is not installed.
+    Raises RuntimeError if 'gpu' is asked for and CuPy is not installed, ValueError for another device.
     """
     if device not in ('cpu', 'gpu'):
         raise ValueError(f"device is {device!r}; expected 'cpu' or 'gpu'")
@@ -61,7 +61,7 @@ def copied_ahead(batches, device):
     A batch is a tuple; its NumPy arrays arrive as arrays of `device`, anything else as it is. On the CPU nothing is copied.
 
     A GPU works through a list of orders, a *stream*, while the host goes on writing orders. Copies get a stream of their own, so
-    that they run beside the computation, and three rules keep the two apart. Each is an event, a mark in a stream that something
+    that they run beside the computation, and three rules keep the two apart. Each rests on an event, a mark in a stream that something
     else can wait for:
 
     - A copy that runs beside the host must read memory that the system cannot move, *pinned* memory. There are two sets of it, in
@@ -211,7 +211,7 @@ def set_precision(device, precision=None):
     """Choose how products of float32 matrices are computed, and return it: 'fp32' or 'tf32'.
 
     The tensor cores of a GPU read float32 numbers as TF32: with 10 of the 23 bits behind the point, so that a factor is off by up
-    to 2⁻¹¹, 5·10⁻⁴ of itself. They add up in float32. Training is used to worse noise than that, and it is several times faster;
+    to 2⁻¹¹, 5·10⁻⁴ of itself. They add up in float32. Training is used to worse noise than that, and tensor cores are made for it;
     so None takes it where the chip has it (compute capability 8.0 and up), on the GPU. On the CPU there is 'fp32' alone. float64
     is not affected. Raises RuntimeError for 'tf32' where there is none.
     """

@@ -409,7 +409,7 @@ class Loader:
     reader      a Reader: size, mask threshold, memory
     shuffle     a new order each epoch, drawn from `default_rng([seed, epoch])`; else the order of `samples`
     positive_share  the share of drawn samples whose mask holds foreground, whatever it is in `samples`; needs shuffle.
-                An epoch keeps its number of images: of the kind asked for more often than it is there, some come twice,
+                An epoch keeps its number of images: of the kind asked for more often than it is there, some come again,
                 of the other some do not come, others each epoch
     transform   `transform(images, masks, rngs) -> images, masks`, applied to each batch: images (N, H, W, 1) float32 in
                 [0, 1], masks (N, H, W, 1) float32 0/1, and for each sample a Generator of its own,

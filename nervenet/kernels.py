@@ -3,7 +3,7 @@
     with nervenet.kernels.use_kernels():            # float32 arrays on a GPU only; everything else is computed as always
         train_step(…)
 
-They do in one operation what CuPy does in three to twelve, which matters where starting an operation takes longer than the
+They do in one operation what CuPy does in three to some twenty-seven, which matters where starting an operation takes longer than the
 operation. They compile, and a C++ compiler's version of them gives the right numbers; but as long as they have not been measured
 on a GPU, plain CuPy operations are the default.
 """

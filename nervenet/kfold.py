@@ -24,7 +24,7 @@ import numpy
 from . import figures
 from .checkpoint import atomic_write
 from .data import DataError, make_folder, natural_key, refuse_content
-from .train import claim, read_config, summaries, take_up_config, write_config
+from .train import HARD_SCORES, SCORES, claim, summaries, take_up_config, write_config
 
 BY_SUBJECT = 'subject'
 BY_IMAGE = 'image: leaks, frames of one subject are on both sides'
@@ -35,7 +35,7 @@ LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of t
 # --- Who is in which fold ---------------------------------------------------------------------------------------------
 
 def folds_by_subject(samples, positive, folds, seed):
-    """Return `folds` lists of subjects, balanced in images and in the share of positive ones; `positive` is (N,) bool.
+    """Return `folds` lists of subjects, balanced in images and in positive images; `positive` is (N,) bool.
 
     Let n and p be a subject's images and positive images as shares of all, and N and P those of a fold so far. A fold's
     imbalance is N² + P²: over all folds the sum is least when all are equal. A subject adds
@@ -157,8 +157,8 @@ class CrossValidation:
             if join and (self.path / 'config.json').exists():
                 take_up_config(self.path / 'config.json', json.loads(json.dumps(config)))
             else:
-                refuse_content(self.path, '--out', but=begun,
-                               or_else=f', or go on with the cross-validation in it: --resume {self.path}')
+                refuse_content(self.path, '--out', but=begun, or_else=f', or go on with the cross-validation in it: --resume {self.path}'
+                               if (self.path / 'config.json').exists() else '')
                 deal(self.split)
                 write_config(self.path / 'config.json', config)
 
@@ -181,9 +181,7 @@ class CrossValidation:
                 return None
             missing = ', '.join(str(number) for number in range(1, folds + 1) if number not in complete)
             count = f'{len(complete)} of {folds} folds' + (f'; not complete yet: {missing}' if missing else '')
-            histories = [read_history(self.fold(number) / 'history.csv') for number in complete]
-            baselines = [read_config(self.fold(number))['baselines'] for number in complete]
-            chosen = [json.loads((self.fold(number) / 'settings.json').read_text())['last.npz'] for number in complete]
+            histories, baselines, chosen = zip(*(read_fold(self.fold(number)) for number in complete))
             text = summaries(histories, baselines, chosen, f'{note}\n{count}' if note else count)
             mean = {name: {score: float(numpy.mean([each[name][score] for each in baselines])) for score in scores}
                     for name, scores in baselines[0].items()}
@@ -204,8 +202,29 @@ def claimed(folder):
         release()
 
 
-def read_history(path):
-    """Return the rows of a history.csv as dicts of name → number."""
-    with open(path, newline='') as file:
-        return [{name: (int if name == 'epoch' else float)(value) for name, value in row.items()}
-                for row in csv.DictReader(file)]
+def read_fold(folder):
+    """Return (history, baselines, chosen) of a complete fold, as `summaries` takes them.
+
+    Raises ValueError, naming the file, if one is missing or lacks a score: a summary never leaves one out.
+    """
+    def check(scores, names):
+        for name in names:
+            float(scores[name])
+
+    path = folder / 'history.csv'
+    try:
+        with open(path, newline='') as file:
+            history = [{name: (int if name == 'epoch' else float)(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        check(history[-1], [f'{part}_{name}' for part in ('train', 'validation') for name in ('loss', *SCORES)])
+        path = folder / 'config.json'
+        baselines = json.loads(path.read_text())['baselines']
+        for scores in baselines.values():
+            check(scores, HARD_SCORES)
+        path = folder / 'settings.json'
+        chosen = json.loads(path.read_text())['last.npz']
+        for key in chosen.keys() & {'flip average', 'validation'}:
+            check(chosen[key], HARD_SCORES)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path}: is missing or damaged ({type(error).__name__}: {" ".join(str(error).split())}); delete {folder}, and go on '
+                         'to train that fold again') from error
+    return history, baselines, chosen

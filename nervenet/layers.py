@@ -131,7 +131,7 @@ class Layer:
         return self
 
     def add_parameter(self, name, array):
-        """Register a parameter; until the first backward its gradient is zero."""
+        """Register a parameter; its gradient starts at zero."""
         self.params[name], self.grads[name] = array, numpy.zeros_like(array)
 
 
@@ -251,8 +251,9 @@ class MaxPool2D(Layer):
 
     def backward(self, dy):
         x, y = self.take()
-        if isinstance(x, tuple):                                               # what the kernel kept: a shape, and argmax
-            return kernels.max_pool_backward(dy, y, self.kernel_size, x)
+        if isinstance(x, tuple):                                               # what the kernel kept
+            shape, argmax = x, y
+            return kernels.max_pool_backward(dy, argmax, self.kernel_size, shape)
         xp = get_array_module(x)
         dx = empty(x.shape, dy)
         H_used, W_used = self.kernel_size * y.shape[1], self.kernel_size * y.shape[2]

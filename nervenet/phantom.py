@@ -494,7 +494,7 @@ def main(arguments=None):
         write(args.out, args.subjects, args.frames, args.seed, args.size, lambda text: print(text, flush=True))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         sys.exit(f'nervenet.phantom: {error}')
     print(f'\n{args.subjects * args.frames} images and their masks are in {args.out / "train"}. Train on them:\n\n'
           f'    python examples/train_unet.py --data {args.out}')

@@ -32,6 +32,7 @@ except ImportError:                     # Windows: there, nobody is kept from tr
 WHERE = 'data', 'device', 'precision'     # of a config: where the data lie and what computes; a run may go on elsewhere
 SCORES = ('soft_dice_pooled', 'soft_dice_per_image', 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy',
           'foreground_share')
+HARD_SCORES = 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'        # of masks
 
 
 def train_step(model, loss, optimizer, x, target, max_norm=None, observe=None):
@@ -73,8 +74,8 @@ def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
     extra cost, not the score of the network at the end.
 
     Raises FloatingPointError, naming the batch, when logits or loss are no finite numbers. On the CPU that is at once, for logits
-    before the step that would spoil the parameters, and the first layer at fault is named too; on a GPU, where looking at each
-    step would make the host wait, at the end of the epoch.
+    before the step that would spoil the parameters, and the first layer at fault is named too. On a GPU, where looking at each
+    step would make the host wait, only the losses are looked at, at the end of the epoch.
     """
     model.train()
     device = model.device
@@ -272,8 +273,8 @@ class RunFolder:
         if resume and (self.path / 'config.json').exists():
             take_up_config(self.path / 'config.json', self.config)
         else:
-            refuse_content(self.path, '--out', but=['config.json.partial'],
-                           or_else=f', or go on with the run in it: --resume {self.path}')
+            refuse_content(self.path, '--out', but=['config.json.partial'], or_else=f', or go on with the run in it: --resume {self.path}'
+                           if (self.path / 'config.json').exists() else '')
             write_config(self.path / 'config.json', config)
 
     def write(self, name, text):
@@ -363,8 +364,9 @@ def take_up_config(path, config):
             old, new = (str(values.get(name)) for values in (stored, config))
             old, new = (text if len(text) <= 60 else text[:60] + '…' for text in (old, new))
             of_data = name == 'baselines' or name.endswith(('_images', '_subjects'))
-            raise ValueError(f'{path}: {name} is {old} there and {new} now; '
-                             + ('have images or masks changed? Bring them back' if of_data else 'change it back')
+            raise ValueError(f'{path}: '
+                             + ('the baselines are others now' if name == 'baselines' else f'{name} is {old} there and {new} now')
+                             + ('; have images or masks changed? Bring them back' if of_data else '; change it back')
                              + ', or start a new run with another --out')
     moved = {**stored, **{name: config[name] for name in WHERE if name in config}}
     if moved != stored:
@@ -402,8 +404,7 @@ def summaries(histories, baselines, chosen, note=''):
                      ('validation', 'with threshold, minimal area and flip average chosen on the inner subjects')):
         scores = [each[key] for each in chosen if key in each]
         if len(scores) == len(chosen):                      # a mean over some of the folds would look like one over all
-            hard = 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'
-            text += '\n' + summary([{f'validation_{name}': each[name] for name in hard} for each in scores], [],
+            text += '\n' + summary([{f'validation_{name}': each[name] for name in HARD_SCORES} for each in scores], [],
                                    f'Scores on validation subjects after the last epoch, {how}')
     return text
 

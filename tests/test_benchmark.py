@@ -48,7 +48,7 @@ def test_a_case_on_the_cpu_prints_its_table_and_every_layer(main):
     assert 'U-Net base 2, 16×16, batch 2: 0.00 GF per image and forward' in printed
     assert line_of(printed, 'ms per image').split() == 'ms per image forward train step predict GF/s (of peak): train, predict'.split()
     assert re.fullmatch(r'nervenet( +\d+\.\d\d){3}   \d+ \(\d+%\), \d+ \(\d+%\)', line_of(printed, 'nervenet  '))
-    assert re.fullmatch(r'peak memory of a training step: nervenet (\d+ MiB|not measured \(this needs /proc, so Linux\))',
+    assert re.fullmatch(r'peak memory of three training steps: nervenet (\d+ MiB|not measured \(this needs /proc, so Linux\))',
                         line_of(printed, 'peak memory'))
     assert re.fullmatch(r'stem\.conv1 +\d+\.\d\d +\d+\.\d\d +\d+\.\d% +\d+ +\d+', line_of(printed, 'stem.conv1'))
     assert re.fullmatch(r'ups\.3\.concat +\d+\.\d\d +\d+\.\d\d +\d+\.\d%', line_of(printed, 'ups.3.concat'))

@@ -150,9 +150,10 @@ def complete(whole, number, loss):
     """Make a fold look complete."""
     folder = whole.fold(number)
     folder.mkdir()
-    names = ('loss', 'accuracy', 'iou_pooled', 'iou_per_image', 'soft_dice_pooled', 'soft_dice_per_image', 'dice_pooled', 'dice_per_image')
+    names = ('loss', 'accuracy', 'iou_pooled', 'iou_per_image', 'soft_dice_pooled', 'soft_dice_per_image', 'dice_pooled', 'dice_per_image',
+             'foreground_share')
     columns = ['epoch', *(f'{part}_{name}' for part in ('train', 'validation') for name in names)]
-    rows = [[epoch, *[loss] * 16] for epoch in (1, 2)]
+    rows = [[epoch, *[loss] * 18] for epoch in (1, 2)]
     (folder / 'history.csv').write_text('\n'.join(','.join(map(str, row)) for row in [columns, *rows]) + '\n')
     scores = dict.fromkeys(names[1:], loss / 2)
     (folder / 'config.json').write_text(json.dumps({'baselines': {'empty mask': scores}}))
@@ -173,6 +174,17 @@ def test_summary_is_made_of_the_folds_that_are_complete_and_says_which_are_missi
     assert text.count('average hard dice:') == 2
     (whole.fold(3) / 'settings.json').write_text('{"last.npz": {}}')       # a mean over some of the folds would look like one over all
     assert whole.summarize(3).count('average hard dice:') == 1
+    before = (whole.path / 'summary.txt').read_bytes()
+    for name, content in (('settings.json', '{}'), ('settings.json', '{'), ('settings.json', '{"last.npz": {"flip average": {}}}'),
+                          ('history.csv', ''), ('history.csv', 'epoch,train_loss\n1,2\n'), ('history.csv', 'epoch\n1,2\n'),
+                          ('config.json', '{}'), ('config.json', '{"baselines": 3}'), ('config.json', '{"baselines": {"empty mask": {}}}')):
+        path = whole.fold(3) / name
+        kept = path.read_text()
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f'fold_3/{name}: is missing or damaged .*; delete .*fold_3, and go on'):
+            whole.summarize(3)
+        path.write_text(kept)
+    assert (whole.path / 'summary.txt').read_bytes() == before
     for line in ('hard dice: [0.7500, 0.2500]', 'average hard dice: 0.5000 ± 0.2500', 'average hard dice: 0.2500 ± 0.1250', 'empty mask: hard dice 0.2500 ± 0.1250'):
         assert line in text
     assert sorted(os.listdir(whole.path)) == ['config.json', 'curves.png', 'fold_1', 'fold_2', 'fold_3', 'split.json', 'summary.txt']

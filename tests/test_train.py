@@ -381,7 +381,7 @@ def test_resuming_names_both_values_of_what_differs(loaders, tmp_path):
 
 def test_a_foreign_folder_is_refused_and_nothing_in_it_is_touched(tmp_path):
     (tmp_path / 'download.partial').write_text('mine')
-    with pytest.raises(FileExistsError, match='choose another --out, or go on with the run in it: --resume'):
+    with pytest.raises(FileExistsError, match='choose another --out$'):
         RunFolder(tmp_path, {})
     assert os.listdir(tmp_path) == ['download.partial']
 
@@ -678,14 +678,14 @@ def test_resume_refuses_other_options_and_changed_images_in_one_line(tmp_path, r
         assert message.format(tmp_path / 'run') in capsys.readouterr().err.splitlines()[-1]
     for suffix in '', '_mask':
         (tmp_path / 'data' / f'1_1{suffix}.tif').unlink()
-    with pytest.raises(ValueError, match='config.json: .* there and .* now; have images or masks changed. Bring them back, or start a new run'):
+    with pytest.raises(ValueError, match='config.json: .*; have images or masks changed. Bring them back, or start a new run'):
         main('--resume', tmp_path / 'run')
     with pytest.raises(FileNotFoundError, match='no run to resume'):
         main('--resume', tmp_path / 'missing')
     path = tmp_path / 'run' / 'config.json'
     config = json.loads(path.read_text())
-    for name, value, message in (('size', 3, 'config.json: cannot be read'), ('loss', 'x', "config.json: loss is 'x'; expected one of dice,"), ('data', 3, 'config.json: cannot be read'),
-                                 ('batch_size', 'x', "config.json: batch_size is 'x'; expected one of type int")):
+    for name, value, message in (('size', 3, "config.json: argument --size: '3' is not of the form HxW"), ('loss', 'x', "argument --loss: invalid choice: 'x'"), ('data', 3, 'no such folder; if the images lie elsewhere now: --resume .* --data DIR'), ('epochs', 0, "argument --epochs: '0' is not a whole"),
+                                 ('batch_size', 'x', "argument --batch-size: 'x' is not a whole")):
         path.write_text(json.dumps({**config, name: value}))
         with pytest.raises(ValueError, match=message):
             main('--resume', tmp_path / 'run')
@@ -854,6 +854,28 @@ def test_a_split_by_image_says_that_it_leaks(tmp_path, rng, main, capsys):
         main('--data', tmp_path / 'data', *TINY, '--folds', 2, '--split', tmp_path / 'run' / 'split.json', '--out', tmp_path / 'new')
 
 
+def test_scores_without_known_subjects_begin_with_a_warning(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'all', rng)
+    for path in list((tmp_path / 'all').iterdir()):
+        folder = tmp_path / 'data' / ('masks' if path.stem.endswith('_mask') else 'images')
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name.replace('_mask', ''))
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--out', tmp_path / 'run')
+    assert capsys.readouterr().out.splitlines()[1].startswith('WARNING: no subject is known')
+    for path in (tmp_path / 'run', tmp_path / 'run' / 'fold_2'):
+        assert (path / 'summary.txt').read_text().startswith('WARNING: no subject is known')
+
+
+def test_a_refused_resume_changes_nothing(tmp_path, rng, main):
+    write_pairs(tmp_path / 'data', rng)
+    write_pairs(tmp_path / 'other', rng, subjects=5)
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--fold', 1, '--out', tmp_path / 'run')
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+    with pytest.raises(ValueError, match='split.json: no fold has subject 4'):
+        main('--resume', tmp_path / 'run', '--data', tmp_path / 'other')
+    assert before == {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+
+
 def test_preview_draws_augmented_pairs_and_stops(tmp_path, rng, main, capsys):
     write_pairs(tmp_path / 'data', rng)
     options = ['--data', tmp_path / 'data', *TINY, '--preview-augmentation', tmp_path / 'pairs.png', '--out', tmp_path / 'run']
@@ -866,6 +888,8 @@ def test_preview_draws_augmented_pairs_and_stops(tmp_path, rng, main, capsys):
         main(*options[:-4], '--preview-augmentation', tmp_path / 'other.png', '--augment', 'none')
     with pytest.raises(ValueError, match='pairs.png exists already'):
         main(*options)
+    with pytest.raises(ValueError, match='pairs.jpg is to be a picture; expected a name that ends in .png'):
+        main(*options[:-4], '--preview-augmentation', tmp_path / 'pairs.jpg')
     main(*options[:-4], '--preview-augmentation', tmp_path / 'new' / 'pairs.png')
     assert (tmp_path / 'new' / 'pairs.png').exists()
     with pytest.raises(OSError, match='cannot be made a folder .*; choose another --preview-augmentation'):

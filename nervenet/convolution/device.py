@@ -16,16 +16,14 @@ convolution at all places at once is a sum of KH products of `runs`, each from a
 
     sums[r] = Σ_i  runs[r + i·Wp] @ weight[i]           weight[i] (KW·C_in, C_out)
 
-Places whose window runs over the end of a row into the next one get a sum too, which nobody asked for: it is left behind when y is
-cut out of `sums`. That wastes a share of (KW − 1)/Wp. The other two functions are the same line, solved as in `plain`.
+Places whose window runs over the end of a row into the next one, or of an image, get a sum too, which nobody asked for: it is left
+behind when y is cut out of `sums`. That wastes a share of about (KW − 1)/Wp + (KH − 1)/Hp. The other two functions are the same line, solved as in `plain`.
 
 Where windows tile the image (1×1, and 2×2 with stride 2) one product does it all; other strides go to `plain`.
 
 cuBLAS reads two-dimensional arrays without copying them if they are contiguous, or the transpose of such a one, and only for those
-does CuPy offer TF32. A few images are treated at a time, which bounds the memory that all this takes.
+does CuPy offer TF32. With runs, a few images are treated at a time, which bounds the memory that all this takes.
 """
-
-import math
 
 from ..backend import get_array_module
 from . import patches, plain
