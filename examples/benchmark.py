@@ -601,7 +601,7 @@ def parse_case(text):
     return case
 
 
-def positive(text):
+def whole(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
     return int(text)
@@ -617,8 +617,8 @@ def parse(arguments):
     parser.add_argument('--kernels', action='store_true', help='on a GPU, use the kernels of nervenet/kernels.cu, which are off otherwise')
     parser.add_argument('--norm', choices=['none', 'batch'], default='none')
     parser.add_argument('--dtype', choices=['float32', 'float64'], default='float32')
-    parser.add_argument('--threads', type=positive, help='default: the cores this process may use')
-    parser.add_argument('--rounds', type=positive, help='of which the best counts (default 5), on a GPU the median (default 10)')
+    parser.add_argument('--threads', type=whole, help='default: the cores this process may use')
+    parser.add_argument('--rounds', type=whole, help='of which the best counts (default 5), on a GPU the median (default 10)')
     parser.add_argument('--growth', action='store_true', help='instead: time against image size and batch, for the first base')
     parser.add_argument('--layers', action='store_true', help='also time each layer of a training step')
     parser.add_argument('--against', choices=['torch'], help='also run the same network in PyTorch')

@@ -77,8 +77,8 @@ def main(arguments=None):
         samples = find_samples(args.data, args.subject_pattern)
     if args.median_filter:
         reader = Filtered(reader, lambda image: median_filter(image, args.median_filter))
-    if note(args, samples):
-        print(note(args, samples))
+    if said := note(args, samples):
+        print(said)
     if args.leaky_split_by_image:
         samples = each_image_alone(samples)
 
@@ -95,20 +95,18 @@ def cross_validate(args, samples, reader):
     by = BY_IMAGE if args.leaky_split_by_image else BY_SUBJECT
     positive = holds_foreground(samples, reader)
     if args.resume:
-        folds = None                                        # the split is in the folder, and must fit before anything is written
-        read_split(args.out / 'split.json', samples, args.folds, by)
+        folds = None                                        # the split is in the folder
     elif args.split:
         folds = read_split(args.split, samples, args.folds, by)
     else:
         folds = folds_by_subject(samples, positive, args.folds, args.seed)
     whole = CrossValidation(args.out, options(args), lambda path: write_split(path, samples, positive, folds, by),
-                            join=bool(args.resume or args.fold))
-    folds = read_split(whole.split, samples, args.folds, by)
+                            bool(args.resume or args.fold), lambda path: read_split(path, samples, args.folds, by))
     for number in [args.fold] if args.fold else range(1, args.folds + 1):
         print(f'\nFold {number} of {args.folds}' + (' is complete' if whole.is_complete(number) else ''))
         if not whole.is_complete(number):
             try:
-                train(args, whole.fold(number), reader, *sides(samples, folds, number), fold=number)
+                train(args, whole.fold(number), reader, *sides(samples, whole.folds, number), fold=number)
             except BlockingIOError as error:                # the other folds may be free
                 if args.fold:
                     raise
@@ -374,23 +372,22 @@ def resumable(folder):
     if defaults.keys() - config.keys():
         raise ValueError(f'{folder / "config.json"}: lacks {", ".join(sorted(defaults.keys() - config.keys()))}; '
                          'it is not of this version')
-    parser, options = build_parser(), {}
 
     def refuse(message):
         raise ValueError(f'{folder / "config.json"}: {message}')
 
-    parser.error = refuse                                   # what was stored is read as if it had been typed
+    parser, typed = build_parser(), []                      # what was stored is read as if it had been typed
+    parser.error = refuse
     for name, default in defaults.items():
         value, option = config[name], '--' + name.replace('_', '-')
         if isinstance(value, bool):
-            typed = [option] if value else [] if default is False else ['--no-' + option[2:]]
-        else:
-            text = 'x'.join(map(str, value)) if isinstance(value, list) else str(value)
-            typed = [] if value is None else [f'{option}={text}']
-        options[name] = getattr(parser.parse_args(typed), name) if typed else value
-    if options['size'] is None or options['epochs'] is None:
-        refuse('lacks the size or the epochs of the run')
-    return options
+            typed += [option] if value else [] if default is False else ['--no-' + option[2:]]
+        elif value is not None:
+            typed.append(f'{option}={"x".join(map(str, value)) if isinstance(value, list) else value}')
+        elif default is not None and name != 'norm':        # which has none
+            refuse(f'lacks a value of {name}')
+    options = vars(parser.parse_args(typed))
+    return {name: None if config[name] is None else options[name] for name in defaults}
 
 
 def build_parser():

@@ -61,8 +61,8 @@ def copied_ahead(batches, device):
     A batch is a tuple; its NumPy arrays arrive as arrays of `device`, anything else as it is. On the CPU nothing is copied.
 
     A GPU works through a list of orders, a *stream*, while the host goes on writing orders. Copies get a stream of their own, so
-    that they run beside the computation, and three rules keep the two apart. Each rests on an event, a mark in a stream that something
-    else can wait for:
+    that they run beside the computation, and three rules keep the two apart. Each rests on an event, a mark in a stream that
+    something else can wait for:
 
     - A copy that runs beside the host must read memory that the system cannot move, *pinned* memory. There are two sets of it, in
       turn; before the host writes into one again, it waits for the copy of two batches ago. So it never runs further ahead.
@@ -190,8 +190,8 @@ def select_device(request='auto', precision=None):
     """Turn 'auto', 'gpu' or 'cpu' into `(device, precision, reason)`.
 
     `device` is 'cpu' or 'gpu'; `precision` is what `set_precision` makes of the one asked for; `reason` is one line for the
-    terminal. 'auto' falls back to the CPU and says why. Raises RuntimeError if 'gpu' is asked for and does not work, saying why and what to install, and for a
-    precision that the device does not have.
+    terminal. 'auto' falls back to the CPU and says why. Raises RuntimeError if 'gpu' is asked for and does not work, saying why and
+    what to install, and for a precision that the device does not have.
     """
     if request not in ('auto', 'gpu', 'cpu'):
         raise ValueError(f"device is {request!r}; expected 'auto', 'gpu' or 'cpu'")

@@ -3,8 +3,8 @@
     with nervenet.kernels.use_kernels():            # float32 arrays on a GPU only; everything else is computed as always
         train_step(…)
 
-They do in one operation what CuPy does in three to some twenty-seven, which matters where starting an operation takes longer than the
-operation. They compile, and a C++ compiler's version of them gives the right numbers; but as long as they have not been measured
+They do in one operation what CuPy does in three to some twenty-seven, which matters where starting an operation takes longer than
+the operation. They compile, and a C++ compiler's version of them gives the right numbers; but as long as they have not been measured
 on a GPU, plain CuPy operations are the default.
 """
 
@@ -64,7 +64,10 @@ def max_pool_backward(dy, argmax, k, shape):
 
 
 def adam(w, g, m, v, betas, eta, epsilon):
-    """Move w, m and v in place by one step of Adam; g is the gradient. All have one shape. Raises ValueError unless w, m and v are contiguous."""
+    """Move w, m and v in place by one step of Adam; g is the gradient. All have one shape.
+
+    Raises ValueError unless w, m and v are contiguous.
+    """
     if not all(array.flags.c_contiguous for array in (w, m, v)):
         raise ValueError('w, m and v are not all contiguous: copies of them would be moved')
     beta1, beta2 = betas

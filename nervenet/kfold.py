@@ -24,7 +24,7 @@ import numpy
 from . import figures
 from .checkpoint import atomic_write
 from .data import DataError, make_folder, natural_key, refuse_content
-from .train import HARD_SCORES, SCORES, claim, summaries, take_up_config, write_config
+from .train import HARD_SCORES, SCORES, check_config, claim, move_config, or_go_on, summaries, write_config
 
 BY_SUBJECT = 'subject'
 BY_IMAGE = 'image: leaks, frames of one subject are on both sides'
@@ -144,23 +144,26 @@ class CrossValidation:
     folder belongs to the process that trains it (see RunFolder).
     """
 
-    def __init__(self, path, config, deal, join=False):
+    def __init__(self, path, config, deal, join=False, read=None):
         """Make the folder, or, with `join`, take up the one that is there if its config is the same.
 
-        `deal(path)` is called once, with the path of split.json, to write it. Raises FileExistsError for a folder that
-        is in use for something else, ValueError for another config.
+        `deal(path)` is called once, with the path of split.json, to write it; `read(path)`, if given, to read it, and what it
+        returns is kept as `folds`. Raises FileExistsError for a folder that is in use for something else, ValueError for another
+        config. A folder that is not taken up, because of that or because `read` raises, stays as it is.
         """
         self.path, self.split = Path(path), Path(path) / 'split.json'
         begun = {'split.json', 'split.json.partial', 'config.json.partial'}         # killed before the config was there
         make_folder(self.path, '--out')
+        path, config = self.path / 'config.json', json.loads(json.dumps(config))
         with claimed(self.path):
-            if join and (self.path / 'config.json').exists():
-                take_up_config(self.path / 'config.json', json.loads(json.dumps(config)))
+            joins = join and path.exists()
+            if joins:
+                check_config(path, config)
             else:
-                refuse_content(self.path, '--out', but=begun, or_else=f', or go on with the cross-validation in it: --resume {self.path}'
-                               if (self.path / 'config.json').exists() else '')
+                refuse_content(self.path, '--out', but=begun, or_else=or_go_on(self.path, 'cross-validation'))
                 deal(self.split)
-                write_config(self.path / 'config.json', config)
+            self.folds = read and read(self.split)
+            (move_config if joins else write_config)(path, config)
 
     def fold(self, number):
         """Return the path of a fold's run folder."""
@@ -214,7 +217,8 @@ def read_fold(folder):
     path = folder / 'history.csv'
     try:
         with open(path, newline='') as file:
-            history = [{name: (int if name == 'epoch' else float)(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            history = [{name: (int if name == 'epoch' else float)(value) for name, value in row.items()}
+                       for row in csv.DictReader(file)]
         check(history[-1], [f'{part}_{name}' for part in ('train', 'validation') for name in ('loss', *SCORES)])
         path = folder / 'config.json'
         baselines = json.loads(path.read_text())['baselines']
@@ -225,6 +229,6 @@ def read_fold(folder):
         for key in chosen.keys() & {'flip average', 'validation'}:
             check(chosen[key], HARD_SCORES)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path}: is missing or damaged ({type(error).__name__}: {" ".join(str(error).split())}); delete {folder}, and go on '
-                         'to train that fold again') from error
+        raise ValueError(f'{path}: is missing or damaged ({type(error).__name__}: {" ".join(str(error).split())}); delete {folder}, '
+                         'and go on to train that fold again') from error
     return history, baselines, chosen

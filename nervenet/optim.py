@@ -30,7 +30,8 @@ class Optimizer:
     """What all optimizers share: parameters, running averages by name, the number of steps, weight decay.
 
     `learning_rate` is a plain attribute, to be set by hand or by a schedule. Weight decay holds every parameter near 0
-    by adding λ·w, the gradient of λ/2·Σw², to g (AdamW does it in another way). Raises ValueError if a hyperparameter is out of its range.
+    by adding λ·w, the gradient of λ/2·Σw², to g (AdamW does it in another way). Raises ValueError if a hyperparameter is out of its
+    range.
     """
 
     averages = ()                                     # the names of the arrays kept for each parameter

@@ -271,10 +271,10 @@ class RunFolder:
         make_folder(self.path, '--out')
         self.release = weakref.finalize(self, claim(self.path))
         if resume and (self.path / 'config.json').exists():
-            take_up_config(self.path / 'config.json', self.config)
+            check_config(self.path / 'config.json', self.config)
+            move_config(self.path / 'config.json', self.config)
         else:
-            refuse_content(self.path, '--out', but=['config.json.partial'], or_else=f', or go on with the run in it: --resume {self.path}'
-                           if (self.path / 'config.json').exists() else '')
+            refuse_content(self.path, '--out', but=['config.json.partial'], or_else=or_go_on(self.path, 'run'))
             write_config(self.path / 'config.json', config)
 
     def write(self, name, text):
@@ -353,10 +353,15 @@ def read_config(folder):
     return config
 
 
-def take_up_config(path, config):
+def or_go_on(folder, what):
+    """Return how an error about `folder` may end: the way to go on with what lies in it, '' if it holds nothing of ours."""
+    return f', or go on with the {what} in it: --resume {folder}' if (folder / 'config.json').exists() else ''
+
+
+def check_config(path, config):
     """Raise ValueError, naming both values, if the config in the file `path` says another thing than `config`.
 
-    Where the folder lies and which versions are at work makes no difference; nor does what WHERE names, which is written anew.
+    Where the folder lies, which versions are at work and what WHERE names makes no difference.
     """
     stored = read_config(path.parent)
     for name in sorted((stored.keys() | config.keys()) - {'out', 'nervenet', 'numpy', *WHERE}):
@@ -368,6 +373,11 @@ def take_up_config(path, config):
                              + ('the baselines are others now' if name == 'baselines' else f'{name} is {old} there and {new} now')
                              + ('; have images or masks changed? Bring them back' if of_data else '; change it back')
                              + ', or start a new run with another --out')
+
+
+def move_config(path, config):
+    """Write into the config in the file `path` where, by `config`, it goes on: what WHERE names."""
+    stored = read_config(path.parent)
     moved = {**stored, **{name: config[name] for name in WHERE if name in config}}
     if moved != stored:
         write_config(path, moved)

@@ -678,14 +678,19 @@ def test_resume_refuses_other_options_and_changed_images_in_one_line(tmp_path, r
         assert message.format(tmp_path / 'run') in capsys.readouterr().err.splitlines()[-1]
     for suffix in '', '_mask':
         (tmp_path / 'data' / f'1_1{suffix}.tif').unlink()
-    with pytest.raises(ValueError, match='config.json: .*; have images or masks changed. Bring them back, or start a new run'):
+    with pytest.raises(ValueError, match='config.json: the baselines are others now; have images or masks changed. Bring them back, or start a new run'):
         main('--resume', tmp_path / 'run')
     with pytest.raises(FileNotFoundError, match='no run to resume'):
         main('--resume', tmp_path / 'missing')
     path = tmp_path / 'run' / 'config.json'
     config = json.loads(path.read_text())
-    for name, value, message in (('size', 3, "config.json: argument --size: '3' is not of the form HxW"), ('loss', 'x', "argument --loss: invalid choice: 'x'"), ('data', 3, 'no such folder; if the images lie elsewhere now: --resume .* --data DIR'), ('epochs', 0, "argument --epochs: '0' is not a whole"),
-                                 ('batch_size', 'x', "argument --batch-size: 'x' is not a whole")):
+    for name, value, message in (('size', 3, "config.json: argument --size: '3' is not of the form HxW"),
+                                 ('loss', 'x', "argument --loss: invalid choice: 'x'"),
+                                 ('data', 3, 'no such folder; if the images lie elsewhere now: --resume .* --data DIR'),
+                                 ('epochs', 0, "argument --epochs: '0' is not a whole"),
+                                 ('batch_size', 'x', "argument --batch-size: 'x' is not a whole"),
+                                 ('batch_size', None, 'config.json: lacks a value of batch_size'),
+                                 ('size', None, 'config.json: lacks a value of size')):
         path.write_text(json.dumps({**config, name: value}))
         with pytest.raises(ValueError, match=message):
             main('--resume', tmp_path / 'run')
@@ -871,8 +876,9 @@ def test_a_refused_resume_changes_nothing(tmp_path, rng, main):
     write_pairs(tmp_path / 'other', rng, subjects=5)
     main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--fold', 1, '--out', tmp_path / 'run')
     before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
-    with pytest.raises(ValueError, match='split.json: no fold has subject 4'):
-        main('--resume', tmp_path / 'run', '--data', tmp_path / 'other')
+    for options in (['--resume', tmp_path / 'run'], [*TINY, '--epochs', 1, '--folds', 2, '--fold', 2, '--out', tmp_path / 'run']):
+        with pytest.raises(ValueError, match='split.json: no fold has subject 4'):
+            main(*options, '--data', tmp_path / 'other')
     assert before == {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
 
 

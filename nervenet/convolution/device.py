@@ -17,7 +17,8 @@ convolution at all places at once is a sum of KH products of `runs`, each from a
     sums[r] = Σ_i  runs[r + i·Wp] @ weight[i]           weight[i] (KW·C_in, C_out)
 
 Places whose window runs over the end of a row into the next one, or of an image, get a sum too, which nobody asked for: it is left
-behind when y is cut out of `sums`. That wastes a share of about (KW − 1)/Wp + (KH − 1)/Hp. The other two functions are the same line, solved as in `plain`.
+behind when y is cut out of `sums`. That wastes a share of about (KW − 1)/Wp + (KH − 1)/Hp. The other two functions are the same
+line, solved as in `plain`.
 
 Where windows tile the image (1×1, and 2×2 with stride 2) one product does it all; other strides go to `plain`.
 
