@@ -42,11 +42,11 @@ import typing
 import numpy
 
 import nervenet
-from nervenet import kernels
-from nervenet.backend import free_memory, get_array_module, mark, move, peak_memory, seconds_between, select_device
+from nervenet.engine import kernels
+from nervenet.engine.backend import free_memory, get_array_module, mark, move, peak_memory, seconds_between, select_device
 from nervenet.losses import DiceLoss
 from nervenet.optim import Adam
-from nervenet.parallel import describe_blas, number_of_threads, parallel_for, set_threads
+from nervenet.engine.parallel import describe_blas, number_of_threads, parallel_for, set_threads
 from nervenet.train import predict, train_step
 
 GROWTH_BYTES = 4 * 2**30         # cases of the growth table that need more are left out

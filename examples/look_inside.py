@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy
 
-from nervenet import figures
-from nervenet.data import DataError, make_folder, read_image, refuse_content
+from nervenet.study import figures
+from nervenet.files import make_folder, refuse_content
+from nervenet.images.data import DataError, read_image
 from nervenet.layers import sigmoid
-from nervenet.segment import Segmenter
+from nervenet.study.segment import Segmenter
 
 
 def main(arguments=None):

@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
-from nervenet import figures
-from nervenet.backend import select_device
-from nervenet.checkpoint import atomic_write
-from nervenet.data import DataError, find_samples, make_folder, read_ahead, read_image, read_pair, refuse_content, resize_mask
+from nervenet.study import figures
+from nervenet.engine.backend import select_device
+from nervenet.files import atomic_write
+from nervenet.files import make_folder, refuse_content
+from nervenet.images.data import DataError, find_samples, read_ahead, read_image, read_pair, resize_mask
 from nervenet.metrics import SegmentationScores
-from nervenet.segment import Segmenter, describe
-from nervenet.submission import TEST_HEADER, encode, write_submission
-from nervenet.train import progress
+from nervenet.study.segment import Segmenter, describe
+from nervenet.study.submission import TEST_HEADER, encode, write_submission
+from nervenet.study.report import progress
 
 CLEAR_LINE = '\r\x1b[K'               # a progress bar may stand there
 COLUMNS = 'image', 'area', 'share', 'row', 'column', 'confidence', 'dice'

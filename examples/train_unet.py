@@ -32,20 +32,22 @@ from pathlib import Path
 import numpy
 
 import nervenet
-from nervenet import figures
-from nervenet.augment import FILL_MODES, ULTRASOUND, Augmentation, median_filter
-from nervenet.backend import select_device
-from nervenet.data import (DataError, Filtered, Loader, Reader, find_samples, holds_foreground, intensity_statistics,
-                           is_split_by_image, make_folder, split_by_subject)
-from nervenet.kfold import (BY_IMAGE, BY_SUBJECT, LEAKS, CrossValidation, each_image_alone, folds_by_subject, read_split,
-                            sides, write_split)
+from nervenet.study import figures
+from nervenet.images.augment import FILL_MODES, ULTRASOUND, Augmentation, median_filter
+from nervenet.engine.backend import select_device
+from nervenet.files import make_folder
+from nervenet.images.data import (DataError, Filtered, Loader, Reader, find_samples, holds_foreground,
+                                  intensity_statistics, is_split_by_image, split_by_subject)
+from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, LEAKS, CrossValidation, each_image_alone, folds_by_subject,
+                                  read_split, sides, write_split)
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.metrics import Baselines, SegmentationScores
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule
-from nervenet.phantom import Phantom
-from nervenet.segment import LARGEST_FILTER, Segmenter, Settings, choose_settings, score
-from nervenet.train import WHERE, Interrupted, RunFolder, fit, read_config, stopping_on_signals
-from nervenet.unet import padded_size
+from nervenet.images.phantom import Phantom
+from nervenet.study.segment import LARGEST_FILTER, Segmenter, Settings, choose_settings, score
+from nervenet.study.fit import Interrupted, fit, stopping_on_signals
+from nervenet.study.run_folder import WHERE, RunFolder, read_config
+from nervenet.networks.unet import padded_size
 
 LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
           'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}

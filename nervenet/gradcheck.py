@@ -33,7 +33,7 @@ import numpy
 
 from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, MaxPool2D, ReLU, Sigmoid
 from .losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
-from .unet import UNet
+from .networks.unet import UNet
 
 # The step h, and the largest relative error that passes. The inputs of a layer can be kept away from its kinks. In a
 # network, some ReLU may cross 0 within the step: a tiny step makes that rare, but costs digits.

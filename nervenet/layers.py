@@ -18,10 +18,11 @@ import math
 
 import numpy
 
-from . import convolution, kernels
-from .backend import device_of, generator_like, get_array_module, move
-from .memory import empty
-from .pixelwise import channel_moments, channel_sums, for_rows, in_blocks
+from . import convolution
+from .engine import kernels
+from .engine.backend import device_of, generator_like, get_array_module, move
+from .engine.memory import empty
+from .engine.pixelwise import channel_moments, channel_sums, for_rows, in_blocks
 
 
 class Layer:

@@ -13,7 +13,7 @@ Sums run over many pixels, so they accumulate in float64 whatever the dtype of t
 value from the device: the caller decides when to wait for it.
 """
 
-from .backend import get_array_module
+from .engine.backend import get_array_module
 from .layers import Layer, sigmoid
 
 

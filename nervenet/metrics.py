@@ -19,7 +19,12 @@ A Dice score says nothing by itself: a test part with many empty masks gives the
 
 import numpy
 
-from .backend import get_array_module, to_cpu
+from .engine.backend import get_array_module, to_cpu
+
+# What `SegmentationScores.compute` gives that a history records; and those of them that are of masks, not of probabilities.
+SCORES = ('soft_dice_pooled', 'soft_dice_per_image', 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy',
+          'foreground_share')
+HARD_SCORES = 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'
 
 
 def ratio(numerator, denominator):

@@ -20,10 +20,10 @@ import math
 
 import numpy
 
-from . import kernels
-from .backend import device_of, get_array_module, move
+from .engine import kernels
+from .engine.backend import device_of, get_array_module, move
 from .layers import check_match
-from .memory import empty
+from .engine.memory import empty
 
 
 class Optimizer:

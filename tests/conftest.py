@@ -15,7 +15,7 @@ import types
 import numpy
 import pytest
 
-from nervenet import backend
+from nervenet.engine import backend
 
 real_cupy = backend.cupy
 

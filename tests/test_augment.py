@@ -5,9 +5,9 @@ import math
 import numpy
 import pytest
 
-from nervenet import backend
-from nervenet.augment import (FILL_MODES, ULTRASOUND, Augmentation, affine, median_filter, positions, resample,
-                              smooth_field, spline_basis)
+from nervenet.engine import backend
+from nervenet.images.augment import (FILL_MODES, ULTRASOUND, Augmentation, affine, median_filter, positions,
+                                     resample, smooth_field, spline_basis)
 
 EVERYTHING = dataclasses.replace(ULTRASOUND, vertical_flip=True)
 ONE_EACH = {'rotation_range': 20, 'width_shift_range': 0.2, 'height_shift_range': 0.3, 'shear_range': 15,

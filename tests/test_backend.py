@@ -4,7 +4,7 @@ import numpy
 import pytest
 from conftest import stand_in
 
-from nervenet import backend
+from nervenet.engine import backend
 
 
 def test_the_array_decides_the_module(xp):

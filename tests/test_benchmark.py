@@ -12,8 +12,8 @@ import pytest
 from conftest import stand_in
 from test_kernels import library, xp_with_kernels        # fixtures
 
-from nervenet import backend, kernels
-from nervenet.parallel import set_threads
+from nervenet.engine import backend, kernels
+from nervenet.engine.parallel import set_threads
 
 ROOT = Path(__file__).parents[1]
 

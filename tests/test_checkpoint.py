@@ -11,8 +11,9 @@ import numpy
 import pytest
 
 from nervenet import ReLU, UNet
-from nervenet.backend import to_cpu
-from nervenet.checkpoint import CheckpointError, atomic_write, load, load_checkpoint, save
+from nervenet.engine.backend import to_cpu
+from nervenet.files import atomic_write
+from nervenet.study.checkpoint import CheckpointError, load, load_checkpoint, save
 from nervenet.optim import Adam
 
 
@@ -149,7 +150,8 @@ def test_what_a_file_cannot_hold_is_refused_before_anything_is_written(tmp_path,
 
 KILLED_WHILE_SAVING = '''
 import os, random, signal, sys, time, zipfile
-from nervenet import UNet, checkpoint
+from nervenet import UNet
+from nervenet.study import checkpoint
 
 path, kills = sys.argv[1], int(sys.argv[2])
 model = UNet(base_channels=8, depth=2)          # 130 KB

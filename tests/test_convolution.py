@@ -6,7 +6,8 @@ import threading
 import numpy
 import pytest
 
-from nervenet import backend, convolution, memory, parallel
+from nervenet import convolution
+from nervenet.engine import backend, memory, parallel
 from nervenet.convolution import device, im2col, patches, plain, winograd_1d, winograd_2d
 
 TOLERANCE = {'float64': 1e-10, 'float32': 1e-4}

@@ -7,9 +7,10 @@ import numpy
 import pytest
 from PIL import Image
 
-from nervenet import data
-from nervenet.data import (DataError, Loader, Reader, Sample, find_samples, holds_foreground, intensity_statistics,
-                           is_split_by_image, read_image, read_mask, read_pair, resize, resize_mask, split_by_subject)
+from nervenet.images import data
+from nervenet.images.data import (DataError, Loader, Reader, Sample, find_samples, holds_foreground,
+                                  intensity_statistics, is_split_by_image, read_image, read_mask, read_pair, resize,
+                                  resize_mask, split_by_subject)
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data'
 GREY = numpy.arange(6 * 5, dtype=numpy.uint8).reshape(6, 5) * 8            # 0 to 232, no two equal
@@ -692,9 +693,3 @@ def test_real_files():
     assert len(samples) == 1940 and len({sample.subject for sample in samples}) == 37
     image, mask = read_pair(samples[0])
     assert image.shape == mask.shape == (139, 192) and mask.any()
-
-
-def test_a_folder_that_takes_no_files_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.os, 'access', lambda path, mode: False)
-    with pytest.raises(PermissionError, match='run: nothing can be written there; choose another --out'):
-        data.make_folder(tmp_path / 'run', '--out')

@@ -4,10 +4,10 @@ import numpy
 import pytest
 from PIL import Image
 
-from nervenet import figures
-from nervenet.figures import (BLUE, HEAT, ORANGE, PAPER, SKY, VERMILLION, best_median_worst, curves, display_size,
-                              feature_maps, fold_curves, grid, heat, nice_ticks, overlay, picture, predictions,
-                              rectangle)
+from nervenet.study import figures
+from nervenet.study.figures import (BLUE, HEAT, ORANGE, PAPER, SKY, VERMILLION, best_median_worst, curves,
+                                    display_size, feature_maps, fold_curves, grid, heat, nice_ticks, overlay,
+                                    picture, predictions, rectangle)
 
 ONE_PANEL = (('loss', 'Loss'),)
 

@@ -12,10 +12,9 @@ import nervenet
 from nervenet import gradcheck
 from nervenet.convolution import plain
 from nervenet.gradcheck import LAYER, NETWORK, check_layer, check_loss, check_network, suite, table
-from nervenet.layers import (BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, MaxPool2D, ReLU, Sigmoid,
-                             sigmoid)
+from nervenet.layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, MaxPool2D, ReLU, Sigmoid, sigmoid
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
-from nervenet.unet import DoubleConv, Down, UNet, Up
+from nervenet.networks.unet import DoubleConv, Down, UNet, Up
 
 BUGS = {}                       # name → (class, arguments, shapes of the inputs, the gradients that are wrong)
 

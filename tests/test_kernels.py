@@ -14,7 +14,8 @@ import subprocess
 import numpy
 import pytest
 
-from nervenet import MaxPool2D, UNet, backend, kernels
+from nervenet import MaxPool2D, UNet
+from nervenet.engine import backend, kernels
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.optim import Adam, AdamW
 from nervenet.train import train_step

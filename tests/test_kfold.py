@@ -9,9 +9,9 @@ import numpy
 import pytest
 
 from nervenet import DataError
-from nervenet.data import Sample, find_samples
-from nervenet.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_image_alone, folds_by_subject, read_split, sides,
-                            write_split)
+from nervenet.images.data import Sample, find_samples
+from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_image_alone, folds_by_subject,
+                                  read_split, sides, write_split)
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / 'shared' / 'data'
@@ -208,7 +208,7 @@ def test_a_cross_validation_is_joined_only_under_the_same_config(tmp_path):
 
 STARTED_AT_ONCE = '''
 import sys, time
-from nervenet.kfold import CrossValidation, folds_by_subject, read_split, write_split
+from nervenet.study.kfold import CrossValidation, folds_by_subject, read_split, write_split
 sys.path.insert(0, sys.argv[2])
 from test_kfold import make
 samples, positive = make({str(n): (n, 1) for n in range(1, 30)})

@@ -1,7 +1,8 @@
 import numpy
 import pytest
 
-from nervenet import (BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, MaxPool2D, ReLU, Sigmoid, backend, convolution, pixelwise)
+from nervenet import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, MaxPool2D, ReLU, Sigmoid, convolution
+from nervenet.engine import backend, pixelwise
 
 LAYERS = {
     'relu': (lambda rng: ReLU(), [(2, 5, 6, 3)]),

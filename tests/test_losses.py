@@ -3,7 +3,7 @@ import math
 import numpy
 import pytest
 
-from nervenet import backend
+from nervenet.engine import backend
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 
 LOSSES = {

@@ -4,9 +4,9 @@ import threading
 import numpy
 import pytest
 
-from nervenet import backend, memory
-from nervenet.memory import empty, scratch
-from nervenet.parallel import parallel_for, set_threads
+from nervenet.engine import backend, memory
+from nervenet.engine.memory import empty, scratch
+from nervenet.engine.parallel import parallel_for, set_threads
 
 LARGE = (5, memory.LEAST_BYTES // 4)                    # of float32: five times the least size that is pooled
 

@@ -3,7 +3,7 @@ import itertools
 import numpy
 import pytest
 
-from nervenet import backend
+from nervenet.engine import backend
 from nervenet.losses import DiceLoss
 from nervenet.metrics import Baselines, SegmentationScores, ratio
 

@@ -4,7 +4,7 @@ import tracemalloc
 import numpy
 import pytest
 
-from nervenet import backend
+from nervenet.engine import backend
 from nervenet.optim import SGD, Adam, AdamW, ConstantSchedule, CosineSchedule, clip_gradients
 
 OPTIMIZERS = {

@@ -10,8 +10,8 @@ import time
 import numpy
 import pytest
 
-from nervenet import parallel
-from nervenet.parallel import parallel_for, set_threads
+from nervenet.engine import parallel
+from nervenet.engine.parallel import parallel_for, set_threads
 
 
 def wait_until(condition):
@@ -279,7 +279,7 @@ def test_a_forked_child_and_the_end_of_the_program_are_clean():
     program = '''
 import os, threading, warnings
 warnings.simplefilter('ignore', DeprecationWarning)     # Python warns of forking beside threads; here it must work
-from nervenet.parallel import parallel_for, set_threads
+from nervenet.engine.parallel import parallel_for, set_threads
 set_threads(3)
 barrier = threading.Barrier(3)
 parallel_for(range(3), lambda block: barrier.wait(10))

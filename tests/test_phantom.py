@@ -8,9 +8,10 @@ import numpy
 import pytest
 from PIL import Image
 
-from nervenet import data, phantom
-from nervenet.data import Loader, find_samples, intensity_statistics, read_pair, split_by_subject
-from nervenet.phantom import Phantom, make_frame
+from nervenet import phantom as command
+from nervenet.images import data, phantom
+from nervenet.images.data import Loader, find_samples, intensity_statistics, read_pair, split_by_subject
+from nervenet.images.phantom import Phantom, make_frame
 
 # Frame 9 of subject 3, seed 0, at 8×10, and what its mask holds at 96×128: area, sum of rows, sum of columns.
 GOLDEN = [[141, 159, 150, 159, 185, 186, 165, 148, 162, 161], [103, 86, 75, 93, 141, 176, 184, 130, 123, 145],
@@ -230,7 +231,7 @@ def test_bad_numbers_are_named(call, said):
 # --- The command line -------------------------------------------------------------------------------------------------
 
 def test_command_writes_a_set_that_can_be_read(tmp_path, capsys):
-    phantom.main(['--out', str(tmp_path / 'set'), '--subjects', '2', '--frames', '3', '--size', '42x58', '--seed', '5'])
+    command.main(['--out', str(tmp_path / 'set'), '--subjects', '2', '--frames', '3', '--size', '42x58', '--seed', '5'])
     printed = capsys.readouterr().out
     assert 'subject 2 of 2: 3 frames' in printed and f'examples/train_unet.py --data {tmp_path / "set"}' in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ['set']
@@ -249,18 +250,18 @@ def test_command_writes_a_set_that_can_be_read(tmp_path, capsys):
 
 
 def test_command_runs_as_a_module(tmp_path):
-    command = [sys.executable, '-W', 'error', '-m', 'nervenet.phantom',
+    arguments = [sys.executable, '-W', 'error', '-m', 'nervenet.phantom',
                '--out', str(tmp_path), '--subjects', '1', '--frames', '1']
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(phantom.__file__).parents[1])
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(command.__file__).parents[1])
     assert done.returncode == 0 and done.stderr == '' and len(list((tmp_path / 'train').iterdir())) == 2
 
 
 def test_command_refuses_a_folder_that_is_not_empty(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     with pytest.raises(SystemExit, match='exists and is not an empty folder; choose another --out'):
-        phantom.main(['--out', str(tmp_path)])
+        command.main(['--out', str(tmp_path)])
     with pytest.raises(SystemExit, match='is a file'):
-        phantom.main(['--out', str(tmp_path / 'notes.txt')])
+        command.main(['--out', str(tmp_path / 'notes.txt')])
     assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
 
 
@@ -268,14 +269,14 @@ def test_command_refuses_a_folder_that_is_not_empty(tmp_path):
                                            (['--seed', '-1'], 'seed is -1')])
 def test_command_refuses_bad_numbers(tmp_path, options, said):
     with pytest.raises(SystemExit, match=said):
-        phantom.main(['--out', str(tmp_path / 'set'), *options])
+        command.main(['--out', str(tmp_path / 'set'), *options])
     assert not (tmp_path / 'set').exists()
 
 
 @pytest.mark.parametrize('size', ['96', 'x128', '0x5', '4x-5', 'axb'])
 def test_command_refuses_a_bad_size(tmp_path, capsys, size):
     with pytest.raises(SystemExit):
-        phantom.main(['--out', str(tmp_path / 'set'), '--size', size])
+        command.main(['--out', str(tmp_path / 'set'), '--size', size])
     assert 'not of the form HxW' in capsys.readouterr().err
 
 
@@ -290,5 +291,5 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr(phantom, 'make_frame', fail_late)
     with pytest.raises(KeyboardInterrupt):
-        phantom.write(tmp_path / 'set', 2, 3, size=(10, 12), report=lambda text: None)
+        command.write(tmp_path / 'set', 2, 3, size=(10, 12), report=lambda text: None)
     assert list((tmp_path / 'set').iterdir()) == []

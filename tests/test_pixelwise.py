@@ -1,8 +1,8 @@
 import numpy
 import pytest
 
-from nervenet import backend, parallel, pixelwise
-from nervenet.pixelwise import channel_moments, channel_sums, in_blocks
+from nervenet.engine import backend, parallel, pixelwise
+from nervenet.engine.pixelwise import channel_moments, channel_sums, in_blocks
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 1), (1, 7, 9, 3), (3, 64, 64, 16), (2, 65, 67, 24), (1, 1, 1, 300), (2, 8, 8, 512)]
 

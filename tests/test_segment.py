@@ -3,8 +3,8 @@ import pytest
 
 import nervenet
 from nervenet import CheckpointError, UNet
-from nervenet.augment import median_filter
-from nervenet.segment import Segmenter, Settings, choose_settings, describe, score
+from nervenet.images.augment import median_filter
+from nervenet.study.segment import Segmenter, Settings, choose_settings, describe, score
 from nervenet.train import predict
 
 

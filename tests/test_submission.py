@@ -8,7 +8,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from nervenet.submission import TRAIN_HEADER, decode, encode, write_submission
+from nervenet.study.submission import TRAIN_HEADER, decode, encode, write_submission
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data' / 'kaggle_original'
 

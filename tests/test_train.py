@@ -15,14 +15,17 @@ import pytest
 from PIL import Image
 
 import nervenet
-from nervenet import BatchNorm2D, UNet, backend
-from nervenet.augment import ULTRASOUND
-from nervenet.data import Loader, Reader, find_samples
+from nervenet import BatchNorm2D, UNet
+from nervenet.engine import backend
+from nervenet.images.augment import ULTRASOUND
+from nervenet.images.data import Loader, Reader, find_samples
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.optim import SGD, Adam, AdamW
-from nervenet.segment import Segmenter, Settings, score
-from nervenet.train import (Interrupted, RunFolder, claim, evaluate, fit, predict, progress, read_config,
-                            stopping_on_signals, summaries, train_epoch, train_step)
+from nervenet.study.segment import Segmenter, Settings, score
+from nervenet.study.fit import Interrupted, fit, stopping_on_signals
+from nervenet.study.report import progress, summaries
+from nervenet.study.run_folder import RunFolder, claim, read_config
+from nervenet.train import evaluate, predict, train_epoch, train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -358,7 +361,7 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     run.release()
     RunFolder(tmp_path / 'run', {}, resume=True)
     release = claim(tmp_path)
-    held = subprocess.run([sys.executable, '-c', f'from nervenet.train import claim; claim({str(tmp_path)!r})'], capture_output=True,
+    held = subprocess.run([sys.executable, '-c', f'from nervenet.study.run_folder import claim; claim({str(tmp_path)!r})'], capture_output=True,
                           text=True, cwd=ROOT)
     assert 'is in use' in held.stderr
     release()
@@ -413,11 +416,12 @@ import itertools, os, random, shutil, signal, sys, time, zipfile
 from pathlib import Path
 import numpy
 from nervenet import UNet
-from nervenet.augment import ULTRASOUND
-from nervenet.data import Loader, Sample
+from nervenet.images.augment import ULTRASOUND
+from nervenet.images.data import Loader, Sample
 from nervenet.losses import DiceLoss
 from nervenet.optim import Adam
-from nervenet.train import RunFolder, fit
+from nervenet.study.fit import fit
+from nervenet.study.run_folder import RunFolder
 sys.path.insert(0, sys.argv[3])
 from test_train import assert_same_run
 

@@ -2,7 +2,8 @@ import numpy
 import pytest
 
 import nervenet
-from nervenet import BatchNorm2D, UNet, backend
+from nervenet import BatchNorm2D, UNet
+from nervenet.engine import backend
 
 ARCHITECTURES = {'norm': dict(norm='batch'), 'no norm': dict(norm=None), 'dropout': dict(dropout=0.3), 'shallow': dict(depth=1),
                  'colour, two classes': dict(in_channels=3, out_channels=2)}

@@ -18,7 +18,7 @@ import contextvars
 
 import numpy
 
-from ..backend import get_array_module
+from ..engine.backend import get_array_module
 from . import device, im2col, patches, winograd_1d, winograd_2d
 from . import plain as mathematics
 from .plain import output_size

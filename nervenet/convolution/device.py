@@ -26,7 +26,7 @@ cuBLAS reads two-dimensional arrays without copying them if they are contiguous,
 does CuPy offer TF32. With runs, a few images are treated at a time, which bounds the memory that all this takes.
 """
 
-from ..backend import get_array_module
+from ..engine.backend import get_array_module
 from . import patches, plain
 
 SCRATCH_BYTES = 2**28                   # of all that the images treated at once need besides their result

@@ -25,8 +25,8 @@ It serves every kernel, stride and padding, and rounds like the plain path.
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
-from ..memory import empty, scratch
-from ..parallel import cut, cut_images, parallel_for
+from ..engine.memory import empty, scratch
+from ..engine.parallel import cut, cut_images, parallel_for
 from . import plain
 from .strips import padded_strip, sum_in_parts
 

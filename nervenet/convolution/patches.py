@@ -14,8 +14,8 @@ import math
 
 import numpy
 
-from ..memory import empty, scratch
-from ..parallel import cut, parallel_for
+from ..engine.memory import empty, scratch
+from ..engine.parallel import cut, parallel_for
 from .strips import sum_in_parts
 
 BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still in the cache when it is rearranged

@@ -17,7 +17,7 @@ Shapes: x (N, H, W, C_in), weight (KH, KW, C_in, C_out), y (N, H_out, W_out, C_o
 (vertical, horizontal) of pixels, the same on both sides.
 """
 
-from ..backend import get_array_module
+from ..engine.backend import get_array_module
 
 
 def output_size(input_size, kernel_size, stride, padding):

@@ -1,7 +1,7 @@
 """Strips of padded images, and sums over them, for the fast paths beside this file."""
 
-from ..memory import empty, scratch
-from ..parallel import cut, parallel_for
+from ..engine.memory import empty, scratch
+from ..engine.parallel import cut, parallel_for
 
 PARTIAL_SUMS = 8                        # at most; a fixed number, because a sum's last bits depend on its order
 

@@ -28,8 +28,8 @@ numbers in Bᵀ and Aᵀ nearly cancel: in float32 the relative error is about 1
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
-from ..memory import empty, scratch
-from ..parallel import cut_images, parallel_for
+from ..engine.memory import empty, scratch
+from ..engine.parallel import cut_images, parallel_for
 from .plain import output_size
 from .strips import sum_in_parts
 

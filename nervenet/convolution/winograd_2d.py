@@ -28,8 +28,8 @@ the weight costs as much as it saves; and an image much smaller than a tile wast
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
-from ..memory import empty, scratch
-from ..parallel import cut, cut_images, parallel_for
+from ..engine.memory import empty, scratch
+from ..engine.parallel import cut, cut_images, parallel_for
 from .plain import output_size
 from .strips import sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows

@@ -21,8 +21,8 @@ from functools import lru_cache
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
-from .checkpoint import atomic_write
-from .metrics import ratio
+from ..files import atomic_write
+from ..metrics import ratio
 
 BLUE, VERMILLION, SKY, ORANGE = (0, 114, 178), (213, 94, 0), (86, 180, 233), (230, 159, 0)
 PAPER, INK, FAINT, LINE = (255, 255, 255), (40, 40, 40), (110, 110, 110), (228, 228, 228)

@@ -18,21 +18,20 @@ Reading: a file may be cut, damaged, or made by someone else on purpose. Nothing
 and no more memory is asked for than a few times the file's own size.
 """
 
-import contextlib
-import importlib
 import io
 import json
 import math
 import os
 import zipfile
-from pathlib import Path
 
 import numpy
 
-from .backend import to_cpu
+from ..engine.backend import to_cpu
+from ..files import atomic_write
+from ..networks import NETWORKS
 
 FORMAT, VERSION = 'nervenet checkpoint', 1
-MODELS = {'UNet': '.unet'}                  # class name → module: what a file may ask to be built
+MODELS = {network.__name__: network for network in NETWORKS.values()}       # what a file may ask to be built
 ARRAY = '__array__'                         # in the header, {ARRAY: 'extra/0'} stands for an array
 
 
@@ -51,11 +50,11 @@ def save(path, model, **extra):
     Raises CheckpointError if the file cannot be written (disk full, no such folder): then the old file is as it was.
     Raises TypeError, before anything is written, for a model or an extra that a file cannot hold.
     """
-    from . import __version__
+    from .. import __version__          # which is set after this file has been read
 
     name = type(model).__name__
     if name not in MODELS:
-        raise TypeError(f'cannot save a {name}: a file holds one of {", ".join(MODELS)} (nervenet.checkpoint.MODELS)')
+        raise TypeError(f'cannot save a {name}: a file holds one of {", ".join(MODELS)} (nervenet.networks.NETWORKS)')
     arrays = {}
     header = dict(format=FORMAT, version=VERSION, library=__version__, model=name, dtype=model.dtype.name,
                   config=_pack(model.config, arrays, 'config'), extra=_pack(extra, arrays, 'extra'))
@@ -94,33 +93,6 @@ def load_checkpoint(path):
         raise CheckpointError(f'{path}: is a folder; expected a model file, such as best.npz in a run folder') from None
     except Exception as error:      # a damaged archive fails in any of a dozen ways, each with an exception of its own
         raise CheckpointError(f'{path}: not a readable model file, cut short or damaged ({_reason(error)})') from error
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """Open a binary file for writing that takes the name `path` when the block ends, and vanishes if the block fails.
-
-    The new content lies in the same folder under a fixed name, `path` + '.partial': what a killed process leaves there
-    is overwritten by the next attempt. One process at a time may write a given path. Raises OSError.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + '.partial')
-    try:
-        with open(partial, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())         # the content must be on the disk before the name points to it
-        os.replace(partial, path)
-    except BaseException:                   # also Ctrl-C
-        partial.unlink(missing_ok=True)
-        raise
-    if os.name == 'posix':
-        with contextlib.suppress(OSError):  # some network folders refuse; the file itself is whole and on the disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)            # and so must be the new name
-            finally:
-                os.close(folder)
 
 
 def _pack(value, arrays, where):
@@ -194,9 +166,8 @@ def _build(header, state):
     if header['model'] not in MODELS:
         raise CheckpointError(f'holds a model of class {header["model"]!r}; known are {", ".join(MODELS)}')
     _check_claims(header, state)
-    model_class = getattr(importlib.import_module(MODELS[header['model']], __package__), header['model'])
     try:
-        model = model_class(**header['config'], dtype=header['dtype'])
+        model = MODELS[header['model']](**header['config'], dtype=header['dtype'])
         model.load_state_dict(state)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'its {header["model"]} cannot be built: {_reason(error)}') from error

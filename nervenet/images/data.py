@@ -15,7 +15,6 @@ Whatever is wrong with a folder or a file raises DataError, one line that names 
 out. Sizes are (H, W) in pixels; intensities lie in [0, 1], 0 black and 1 white, whatever the format of the file.
 """
 
-import os
 import re
 import threading
 import time
@@ -28,8 +27,8 @@ from pathlib import Path
 import numpy
 from PIL import Image, ImageOps
 
-from .backend import copied_ahead
-from .parallel import parallel_for
+from ..engine.backend import copied_ahead
+from ..engine.parallel import parallel_for
 
 SUFFIXES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'BMP'
@@ -294,27 +293,6 @@ def _grey(image):
     if image.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in image.info:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'black'), image.convert('RGBA'))
     return numpy.array(image.convert('L')), 255
-
-
-# --- Folders for what comes out ---------------------------------------------------------------------------------------
-
-def make_folder(path, option):
-    """Make the folder `path`, and those it lies in, unless it is there, to write into. Raises OSError, with a way out: `option`."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:                        # no permission, a file in the way, a disk that cannot be written
-        raise OSError(f'{path}: cannot be made a folder ({error.strerror}); choose another {option}') from error
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f'{path}: nothing can be written there; choose another {option}')
-
-
-def refuse_content(path, option, but=(), or_else=''):
-    """Raise FileExistsError if something lies in the folder `path` that would be mixed or overwritten, other than the names `but`."""
-    path = Path(path)
-    if path.is_file():
-        raise FileExistsError(f'{path}: is a file, not a folder; choose another {option}')
-    if path.is_dir() and {entry.name for entry in path.iterdir()} - set(but):
-        raise FileExistsError(f'{path}: exists and is not an empty folder; choose another {option}{or_else}')
 
 
 # --- Changing the size ------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from types import SimpleNamespace
 
 import numpy
 
-from .backend import generator_like, get_array_module
+from ..engine.backend import generator_like, get_array_module
 
 FILL_MODES = 'nearest', 'reflect', 'constant'
 

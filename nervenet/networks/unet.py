@@ -17,12 +17,13 @@ import math
 
 import numpy
 
-from . import convolution, kernels
-from .backend import get_array_module
-from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, MaxPool2D, ReLU, check_channels, positive
-from .memory import SLACK
-from .parallel import number_of_threads
-from .pixelwise import add
+from .. import convolution
+from ..engine import kernels
+from ..engine.backend import get_array_module
+from ..layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, MaxPool2D, ReLU, check_channels, positive
+from ..engine.memory import SLACK
+from ..engine.parallel import number_of_threads
+from ..engine.pixelwise import add
 
 SCRATCH_BYTES = 2**24             # about what the convolutions of one thread need to work in
 

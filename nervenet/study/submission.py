@@ -13,7 +13,7 @@ import io
 
 import numpy
 
-from .checkpoint import atomic_write
+from ..files import atomic_write
 
 TEST_HEADER = ('img', 'pixels')                  # a submission
 TRAIN_HEADER = ('subject', 'img', 'pixels')      # the competition's own file of training masks, train_masks.csv

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import numpy
 
+from ..files import atomic_write, make_folder, refuse_content
+from ..images.data import DataError, natural_key
+from ..metrics import HARD_SCORES, SCORES
 from . import figures
-from .checkpoint import atomic_write
-from .data import DataError, make_folder, natural_key, refuse_content
-from .train import HARD_SCORES, SCORES, check_config, claim, move_config, or_go_on, summaries, write_config
+from .report import summaries
+from .run_folder import check_config, claim, move_config, or_go_on, write_config
 
 BY_SUBJECT = 'subject'
 BY_IMAGE = 'image: leaks, frames of one subject are on both sides'

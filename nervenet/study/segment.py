@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy
 
-from .augment import median_filter
-from .backend import move, to_cpu
+from ..engine.backend import move, to_cpu
+from ..images.augment import median_filter
+from ..images.data import resize
+from ..metrics import SegmentationScores, ratio
+from ..train import predict
 from .checkpoint import CheckpointError, load_checkpoint
-from .data import resize
-from .metrics import SegmentationScores, ratio
-from .train import predict
 
 LARGEST_FILTER = 99                     # window of a median filter, in pixels
 

@@ -1,0 +1,1 @@
+"""How it gets fast, and where it runs: nobody needs this folder to understand the rest."""

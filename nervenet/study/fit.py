@@ -1,0 +1,79 @@
+"""Training to the end: epoch after epoch, each recorded, stopped between two batches when somebody asks for it."""
+
+import contextlib
+import os
+import signal
+import time
+
+import numpy
+
+from ..metrics import SCORES
+from ..train import evaluate, train_epoch
+from .report import progress
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, and did, between two batches."""
+
+
+@contextlib.contextmanager
+def stopping_on_signals():
+    """Yield a function that says whether Ctrl-C or SIGTERM has asked to stop; the second time they stop the process at once."""
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        set_handlers(before)
+        os.write(2, b'\nstopping after this batch; once more to stop at once\n')     # print may not run twice at a time
+
+    def set_handlers(handlers):
+        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    before = set_handlers({signal.SIGINT: ask, signal.SIGTERM: ask})
+    try:
+        yield lambda: bool(asked)
+    finally:
+        set_handlers(before)
+
+
+def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None, max_norm=None, inner=None, patience=None,
+        stop=lambda: False):
+    """Train until `epochs` epochs are done, scoring `validation` after each, and record everything in `run`, a RunFolder.
+
+    `training` and `validation` are Loaders; the number of an epoch decides their order and randomness. Yields a row after each
+    epoch: a dict of 'epoch', 'learning_rate', 'seconds', 'images_per_second', 'waited_seconds' (how long training waited for its
+    batches), 'train_…' and 'validation_…' for each of the scores.
+
+    inner     a Loader of subjects that neither other part holds: the best epoch is chosen on them instead of on `validation`,
+              whose scores then are honest; rows get 'inner_…' scores
+    patience  stop after so many epochs without a better one
+    stop      asked after each batch; once it returns True, Interrupted is raised
+
+    Epochs that `run` has already are not repeated: `RunFolder.restore` puts model and optimizer behind the last of them, and
+    since every draw follows from the seed, the epoch and the restored states, training goes on bit for bit as without a stop.
+    """
+    def watched(batches):
+        for batch in batches:
+            yield batch
+            if stop():
+                raise Interrupted
+
+    parts = {'validation': validation} | ({} if inner is None else {'inner': inner})
+    while len(run.history) < epochs and not (patience and run.epochs_since_best() >= patience):
+        epoch = len(run.history) + 1
+        start, part = time.perf_counter(), 'training'
+        try:
+            with numpy.errstate(over='ignore', invalid='ignore'):       # a diverged network gets one clear error, below
+                batches = progress(watched(training.epoch(epoch)), len(training), f'epoch {epoch}/{epochs}')
+                scores = {'train': train_epoch(model, loss, optimizer, batches, schedule, max_norm)}
+                speed, waited = len(training.samples) / (time.perf_counter() - start), training.waited_seconds
+                for part, loader in parts.items():
+                    scores[part] = evaluate(model, loss, watched(loader.epoch(epoch)))
+        except FloatingPointError as error:
+            kept = f'. The last good epoch is in {run.last}' if run.history else ''
+            raise FloatingPointError(f'epoch {epoch}, {part}: {error}{kept}') from error
+        row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
+               'images_per_second': round(speed, 1), 'waited_seconds': round(waited, 3),
+               **{f'{part}_{name}': values[name] for part, values in scores.items() for name in ('loss', *SCORES)}}
+        run.record(row, model, optimizer)
+        yield row

@@ -1,0 +1,101 @@
+"""What a run says in words and numbers: the progress of a loop, the table of epochs, the summary at the end."""
+
+import sys
+import time
+
+import numpy
+
+from ..metrics import HARD_SCORES
+
+
+def best_row(history):
+    """Return the first row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation.
+
+    Of equals, the one with the highest soft Dice: while no probability is above one half yet, all hard scores are 0.
+    """
+    part = 'inner' if 'inner_dice_pooled' in history[0] else 'validation'
+    return max(history, key=lambda row: (row[f'{part}_dice_pooled'], row[f'{part}_soft_dice_pooled']))
+
+
+def summaries(histories, baselines, chosen, note=''):
+    """Return the text of summary.txt for one run or several folds: the last epoch, and what inner subjects, if any, chose.
+
+    For each history `baselines` holds {name: scores}, and `chosen` what settings.json says of last.npz: the scores of the last
+    network on the validation subjects, 'flip average' with each prediction averaged with that of the mirrored image, 'validation'
+    with the settings that the inner subjects, if there are any, chose. `note` is what is to be said first.
+    """
+    text = note and note + '\n\n'
+    text += summary([history[-1] for history in histories], baselines)
+    if 'inner_dice_pooled' in histories[0][-1]:
+        rows = [best_row(history) for history in histories]
+        text += '\n' + summary(rows, [], 'Scores on validation subjects after the epoch that was best on the inner subjects: '
+                               + ', '.join(str(row['epoch']) for row in rows))
+    for key, how in (('flip average', 'each prediction averaged with that of the mirrored image'),
+                     ('validation', 'with threshold, minimal area and flip average chosen on the inner subjects')):
+        scores = [each[key] for each in chosen if key in each]
+        if len(scores) == len(chosen):                      # a mean over some of the folds would look like one over all
+            text += '\n' + summary([{f'validation_{name}': each[name] for name in HARD_SCORES} for each in scores], [],
+                                   f'Scores on validation subjects after the last epoch, {how}')
+    return text
+
+
+def summary(rows, baselines, title='Scores on validation subjects after the last epoch'):
+    """Return a list for each score, one value per row (a run, or one per fold), and of folds mean ± deviation; the same of baselines.
+
+    `dicecoefs` is the soft Dice coefficient; with a loss of DiceLoss alone it is about minus the loss.
+    """
+    columns = [('accuracies', 'accuracy', 'share of pixels that are right'),
+               ('losses', 'loss', 'validation loss, mean over batches weighted by their images'),
+               ('ious', 'iou_pooled', 'hard IoU, pooled'), ('ious per image', 'iou_per_image', 'hard IoU, mean over images'),
+               ('dicecoefs', 'soft_dice_pooled', 'soft Dice, pooled'),
+               ('soft dice per image', 'soft_dice_per_image', 'soft Dice, mean over images'),
+               ('hard dice', 'dice_pooled', 'hard Dice, pooled'),
+               ('hard dice per image', 'dice_per_image', 'hard Dice, mean over images')]
+    columns = [column for column in columns if f'validation_{column[1]}' in rows[0]]
+
+    def of_rows(column):
+        return [row[f'validation_{column}'] for row in rows]
+
+    def average(values):
+        return f'{numpy.mean(values):.4f}' + (f' ± {numpy.std(values):.4f}' if len(values) > 1 else '')
+
+    lines = [title, '']
+    for name, column, meaning in columns:
+        lines.append(f'{name}: [{", ".join(f"{value:.4f}" for value in of_rows(column))}]    ({meaning})')
+    if len(rows) > 1:
+        lines.append('')
+        for name, column, _ in columns:
+            lines.append(f'average {name}: {average(of_rows(column))}')
+    if baselines:
+        lines += ['', 'The same subjects without looking at the image', '']
+        for name in baselines[0]:
+            shown = {'hard dice': 'dice_pooled', 'per image': 'dice_per_image', 'iou': 'iou_pooled', 'accuracy': 'accuracy'}
+            lines.append(f'{name}: ' + ', '.join(f'{title} {average([scores[name][column] for scores in baselines])}'
+                                                 for title, column in shown.items()))
+    return '\n'.join(lines) + '\n'
+
+
+def progress(items, total, label, stream=None, seconds=30):
+    """Yield `items`, showing the share done, the speed and the time left.
+
+    On a terminal that is a bar, wiped at the end; elsewhere a plain line every so many `seconds`. `total` is how
+    many items there will be.
+    """
+    stream = sys.stderr if stream is None else stream
+    terminal, start = stream.isatty(), time.perf_counter()
+    shown = -1.0 if terminal else start                 # a terminal shows the first item at once
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.perf_counter()
+            if now - shown < (0.1 if terminal else seconds):
+                continue
+            shown, speed = now, done / (now - start)
+            left, filled = round((total - done) / speed), 30 * done // total
+            state = f'{done}/{total}  {speed:.1f} batches/s  {left // 60}:{left % 60:02d} left'
+            stream.write(f'\r{label} [{"█" * filled}{"·" * (30 - filled)}] {state} \x1b[K' if terminal else f'{label}  {state}\n')
+            stream.flush()
+    finally:                                            # also when the loop is left half-way
+        if terminal:
+            stream.write('\r\x1b[K')
+            stream.flush()
