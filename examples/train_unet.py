@@ -47,7 +47,7 @@ from nervenet.images.phantom import Phantom
 from nervenet.study.segment import LARGEST_FILTER, Segmenter, Settings, choose_settings, score
 from nervenet.study.fit import Interrupted, fit, stopping_on_signals
 from nervenet.study.run_folder import WHERE, RunFolder, read_config
-from nervenet.networks.unet import padded_size
+from nervenet.networks.blocks import padded_size
 
 LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
           'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}

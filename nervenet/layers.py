@@ -11,18 +11,43 @@ number, and dname for ∂L/∂name, which has the shape of `name`:
 Shapes: N images, H rows, W columns, C channels, in this order: x is (N, H, W, C). The channels of a pixel lie side by side in
 memory, so a layer that mixes channels is a matrix product over the last axis.
 
-The order is from the simplest layer up: ReLU, Sigmoid, Concat, MaxPool2D, Conv2D, ConvTranspose2D, BatchNorm2D, Dropout.
+Where every value is treated by itself, the formula is a plain function such as `relu` below, and `in_blocks(relu, x)` is relu(x),
+computed in pieces that stay in the cache, on all cores. Within `nervenet.plain()` it is relu(x) itself, and convolution and batch norm
+are computed by their plain formulas too.
+
+The order is from the simplest layer up: ReLU, LeakyReLU, Sigmoid, Concat, MaxPool2D, Conv2D, ConvTranspose2D, BatchNorm2D, Dropout.
 """
 
+import contextlib
+import contextvars
 import math
+from functools import partial
 
 import numpy
 
 from . import convolution
+from .checks import check_channels, check_match, positive
+from .convolution import Geometry
 from .engine import kernels
 from .engine.backend import device_of, generator_like, get_array_module, move
 from .engine.memory import empty
+from .engine.paths import only_plain
 from .engine.pixelwise import channel_moments, channel_sums, for_rows, in_blocks
+
+_inferring = contextvars.ContextVar('inference', default=False)
+
+
+@contextlib.contextmanager
+def inference():
+    """Within this context, and in this thread alone, every layer is in inference mode and keeps nothing. No layer is changed by it.
+
+    So any number of threads may predict with one model, whatever mode it is in.
+    """
+    token = _inferring.set(True)
+    try:
+        yield
+    finally:
+        _inferring.reset(token)
 
 
 class Layer:
@@ -33,10 +58,11 @@ class Layer:
     way from the outermost layer to an array.
 
     `training` decides how a layer behaves (batch norm, dropout); `keep_cache` decides whether forward keeps what backward
-    needs. A new layer is in training mode. `keeps_output` says whether that includes an array of the output's size.
+    needs. A new layer is in training mode. `keeps` says which arrays that are as large as input or output it keeps: accounting
+    of memory asks for it.
     """
 
-    keeps_output = True
+    keeps = ('output',)
 
     def __init__(self):
         self.params, self.grads, self.buffers, self.children = {}, {}, {}, {}
@@ -49,20 +75,39 @@ class Layer:
     def backward(self, dy):
         raise NotImplementedError(f'{type(self).__name__} has no backward')
 
+    @property
+    def training(self):
+        return self._training and not _inferring.get()
+
+    @training.setter
+    def training(self, value):
+        self._training = value
+
+    @property
+    def keep_cache(self):
+        return self._keep_cache and not _inferring.get()
+
+    @keep_cache.setter
+    def keep_cache(self, value):
+        self._keep_cache = value
+
     def keep(self, *values):
         """Keep what backward needs, unless nobody will ask for it."""
-        self.cache = values if self.keep_cache else None
+        if not _inferring.get():                                # else the layer stays as it is, in another thread's use perhaps
+            self.cache = values if self.keep_cache else None
 
     def take(self):
-        """Return what forward kept, and forget it, so that its memory is free as soon as backward is done with it.
-
-        A cache may also be a function that makes those values again.
-        """
+        """Return what forward kept, and forget it, so that its memory is free as soon as backward is done with it."""
         if self.cache is None:
             raise RuntimeError(f'{type(self).__name__}.backward has nothing to work on: call forward first, in training '
                                'mode or after eval(keep_cache=True); each forward serves one backward')
         values, self.cache = self.cache, None
-        return values() if callable(values) else values
+        return values
+
+    def forget(self):
+        """Drop what forward kept."""
+        if not _inferring.get():
+            self.cache = None
 
     def output_shape(self, *shapes):
         """Return the shape that forward gives for inputs of these shapes."""
@@ -71,6 +116,10 @@ class Layer:
     def multiply_adds(self, x):
         """Return how many multiply-adds the products of one forward take for an input of shape x."""
         return 0
+
+    def input_range(self, first, last, axis):
+        """Return the first and last input row (axis 0) or column (axis 1) that the output's from `first` to `last` depend on."""
+        return first, last
 
     def layers(self, prefix=''):
         """Yield (dotted prefix, layer) for this layer and all inside it, in definition order."""
@@ -97,7 +146,10 @@ class Layer:
             layer.grads = dict.fromkeys(layer.grads)
 
     def state_dict(self):
-        """Return parameters and buffers by dotted name: all that a trained model is."""
+        """Return parameters and buffers by dotted name: all that a trained model is.
+
+        The arrays are the live ones, which the next step changes: to keep this state, copy them (or the model, `copy.deepcopy`).
+        """
         return {prefix + name: array for prefix, layer in self.layers()
                 for name, array in (layer.params | layer.buffers).items()}
 
@@ -131,9 +183,39 @@ class Layer:
             layer.cache = None
         return self
 
+    def add_children(self, *names):
+        """Register the layers that are attributes of these names, in this order; None stands for no layer."""
+        self.children.update((name, getattr(self, name)) for name in names if getattr(self, name) is not None)
+
     def add_parameter(self, name, array):
         """Register a parameter; its gradient starts at zero."""
         self.params[name], self.grads[name] = array, numpy.zeros_like(array)
+
+
+@contextlib.contextmanager
+def forwards_replaced(model, replacement):
+    """Within this context the forward of each innermost layer is `replacement(name, layer, forward)`: to look on, or not to compute."""
+    innermost = [(prefix[:-1], layer) for prefix, layer in model.layers() if not layer.children]
+    try:
+        for name, layer in innermost:
+            layer.forward = replacement(name, layer, layer.forward)     # hides the method of the class
+        yield
+    finally:
+        for _, layer in innermost:
+            vars(layer).pop('forward', None)
+
+
+def relu(x, out=None):
+    """Return max(x, 0), element by element.
+
+    Complex numbers are compared by their real parts, so that the complex step of `gradcheck` passes through with its imaginary part.
+    """
+    return get_array_module(x).maximum(x, 0, out=out)
+
+
+def relu_gradient(dy, y, out=None):
+    """Return dy · (y > 0): where y moved with x, dy passes."""
+    return get_array_module(dy).multiply(dy, y > 0, out=out)
 
 
 class ReLU(Layer):
@@ -144,15 +226,48 @@ class ReLU(Layer):
     """
 
     def forward(self, x):
-        xp = get_array_module(x)
-        y = in_blocks(lambda y, x: xp.maximum(x, 0, out=y), x)
+        y = in_blocks(relu, x)
         self.keep(y)
         return y
 
     def backward(self, dy):
         y, = self.take()
-        xp = get_array_module(dy)
-        return in_blocks(lambda dx, dy, y: xp.multiply(dy, y > 0, out=dx), dy, y)
+        return in_blocks(relu_gradient, dy, y)
+
+
+def leaky_relu(x, negative_slope, out=None):
+    """Return x where x > 0, else negative_slope·x: for a slope from 0 to below 1 that is the larger of the two."""
+    return get_array_module(x).maximum(x, negative_slope * x, out=out)
+
+
+def leaky_relu_gradient(dy, y, negative_slope, out=None):
+    """Return dy where y > 0, else negative_slope·dy."""
+    xp, number = get_array_module(dy), dy.dtype.type
+    return xp.multiply(dy, xp.where(y > 0, number(1), number(negative_slope)), out=out)
+
+
+class LeakyReLU(Layer):
+    """y = x where x > 0, else negative_slope·x, element by element: a unit that is off still learns a little.
+
+    So dx = dy where x > 0, else negative_slope·dy; at the kink, x = 0, the latter. As for ReLU, y > 0 exactly where x > 0.
+    Source: Maas, Hannun & Ng 2013, "Rectifier nonlinearities improve neural network acoustic models". Raises ValueError for a slope
+    outside [0, 1).
+    """
+
+    def __init__(self, negative_slope=0.01):
+        super().__init__()
+        if not 0 <= negative_slope < 1:
+            raise ValueError(f'negative_slope is {negative_slope}; expected a number from 0 up to, not including, 1')
+        self.negative_slope = float(negative_slope)
+
+    def forward(self, x):
+        y = in_blocks(partial(leaky_relu, negative_slope=self.negative_slope), x)
+        self.keep(y)
+        return y
+
+    def backward(self, dy):
+        y, = self.take()
+        return in_blocks(partial(leaky_relu_gradient, negative_slope=self.negative_slope), dy, y)
 
 
 class Sigmoid(Layer):
@@ -182,6 +297,8 @@ class Concat(Layer):
     Every output channel is a copy of one input channel, so each input receives its own part of dy back: a copy too, since a view
     would keep all of dy in memory for as long as one part of it is needed.
     """
+
+    keeps = ()
 
     def forward(self, a, b):
         y = empty(self.output_shape(a.shape, b.shape), a)    # (N, H, W, A + B)
@@ -218,6 +335,8 @@ class MaxPool2D(Layer):
     so only it receives gradient; of equal maxima, the first in reading order does.
     """
 
+    keeps = 'input', 'output'
+
     def __init__(self, kernel_size=2):
         super().__init__()
         self.kernel_size = positive(kernel_size, 'kernel_size')
@@ -234,11 +353,11 @@ class MaxPool2D(Layer):
 
     def forward(self, x):
         xp, shape = get_array_module(x), self.output_shape(x.shape)
-        if kernels.serve(x) and self.kernel_size**2 <= 256:                     # argmax has 8 bits
+        if kernels.can_compute(x) and self.kernel_size**2 <= 256:               # the place of a maximum has 8 bits there
             y, argmax = kernels.max_pool(x, self.kernel_size)
-            self.keep(x.shape, argmax)
+            self.keep(x, y, argmax)
             return y
-        y = empty(shape, x)                                           # (N, H // k, W // k, C)
+        y = empty(shape, x)                                                    # (N, H // k, W // k, C)
 
         def largest(block):
             pixels = self.windows(x, block)
@@ -247,14 +366,13 @@ class MaxPool2D(Layer):
                 xp.maximum(y[block], pixel, out=y[block])
 
         for_rows(y, largest)
-        self.keep(x, y)
+        self.keep(x, y, None)
         return y
 
     def backward(self, dy):
-        x, y = self.take()
-        if isinstance(x, tuple):                                               # what the kernel kept
-            shape, argmax = x, y
-            return kernels.max_pool_backward(dy, argmax, self.kernel_size, shape)
+        x, y, argmax = self.take()                                             # x and y are kept by their neighbours anyway
+        if argmax is not None:
+            return kernels.max_pool_backward(dy, argmax, self.kernel_size, x.shape)
         xp = get_array_module(x)
         dx = empty(x.shape, dy)
         H_used, W_used = self.kernel_size * y.shape[1], self.kernel_size * y.shape[2]
@@ -277,59 +395,60 @@ class MaxPool2D(Layer):
             raise ValueError(f'an image of {H}×{W} is smaller than the {self.kernel_size}×{self.kernel_size} pooling window')
         return N, H // self.kernel_size, W // self.kernel_size, C
 
+    def input_range(self, first, last, axis):
+        return first * self.kernel_size, last * self.kernel_size + self.kernel_size - 1
+
 
 class Conv2D(Layer):
     """y = x ∗ weight + bias: (N, H, W, C_in) gives (N, H_out, W_out, C_out). See `convolution/plain.py` for the mathematics.
 
-    weight (KH, KW, C_in, C_out), bias (C_out,). `padding` is 'same' (k // 2 zeros on each side, odd kernels only; with stride
-    1 the size stays), or a number of pixels, or one for rows and one for columns; so are `kernel_size` and `stride`.
+    weight (KH, KW, C_in, C_out), bias (C_out,). `kernel_size`, `stride`, `padding` and `dilation` are those of
+    `convolution.Geometry`: numbers of pixels, or pairs for rows and columns; padding may be 'same'.
 
     Weights start as He et al. 2015 (arXiv:1502.01852) derive for layers followed by ReLU: normal with variance 2 / fan_in,
     fan_in = KH·KW·C_in being the number of terms in each output, so that the variance of the signal stays the same from layer
-    to layer. Biases start at 0. Raises ValueError for 'same' with an even kernel.
+    to layer. Biases start at 0. Raises ValueError for a geometry that cannot be.
     """
 
-    keeps_output = False
+    keeps = ('input',)
 
-    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding='same', bias=True, *,
+    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding='same', bias=True, *, dilation=1,
                  rng=None, dtype=numpy.float32):
         super().__init__()
-        self.kernel_size = KH, KW = pair(kernel_size, 'kernel_size')
-        self.stride = pair(stride, 'stride')
-        if padding == 'same':
-            if KH % 2 == 0 or KW % 2 == 0:
-                raise ValueError(f"padding='same' needs an odd kernel, got {KH}×{KW}; give the padding in pixels instead")
-            padding = KH // 2, KW // 2
-        self.padding = pair(padding, 'padding', least=0)
+        self.geometry = Geometry(kernel_size, stride, padding, dilation)
         C_in, C_out = positive(in_channels, 'in_channels'), positive(out_channels, 'out_channels')
-        self.add_parameter('weight', he_normal((KH, KW, C_in, C_out), KH * KW * C_in, rng, dtype))
+        shape = *self.geometry.kernel_size, C_in, C_out
+        self.add_parameter('weight', he_normal(shape, math.prod(shape[:3]), rng, dtype))
         if bias:
             self.add_parameter('bias', numpy.zeros(C_out, dtype))
 
     def forward(self, x):
         self.output_shape(x.shape)
         self.keep(x)
-        return convolution.forward(x, self.params['weight'], self.stride, self.padding, self.params.get('bias'))
+        return convolution.forward(x, self.params['weight'], self.geometry, self.params.get('bias'))
 
     def backward(self, dy, input_gradient=True):
         """Return dx; without `input_gradient` None, because nobody learns from the gradient of the images."""
         x, = self.take()
-        self.grads['weight'] = convolution.weight_gradient(x, dy, self.kernel_size, self.stride, self.padding)
+        self.grads['weight'] = convolution.weight_gradient(x, dy, self.geometry)
         if 'bias' in self.params:
             self.grads['bias'] = bias_gradient(dy)
         if not input_gradient:
             return None
         input_size = x.shape[1:3]
         del x                                                   # its memory may be free before that of dx is needed
-        return convolution.input_gradient(dy, self.params['weight'], input_size, self.stride, self.padding)
+        return convolution.input_gradient(dy, self.params['weight'], input_size, self.geometry)
 
     def output_shape(self, x):
         C_in, C_out = self.params['weight'].shape[2:]
         check_channels(x, C_in)
-        return (x[0], *convolution.output_size(x[1:3], self.kernel_size, self.stride, self.padding), C_out)
+        return (x[0], *self.geometry.output_size(x[1:3]), C_out)
 
     def multiply_adds(self, x):
         return self.params['weight'].size * math.prod(self.output_shape(x)[:3])                # each weight meets each output
+
+    def input_range(self, first, last, axis):
+        return self.geometry.input_range(first, last, axis)
 
 
 class ConvTranspose2D(Layer):
@@ -345,42 +464,80 @@ class ConvTranspose2D(Layer):
     output pixel is a sum over the channels of one input pixel. Raises ValueError if the stride is not the kernel size.
     """
 
-    keeps_output = False
+    keeps = ('input',)
 
     def __init__(self, in_channels, out_channels, kernel_size=2, stride=2, bias=True, *, rng=None, dtype=numpy.float32):
         super().__init__()
-        self.kernel_size = KH, KW = pair(kernel_size, 'kernel_size')
-        self.stride = pair(stride, 'stride')
-        if self.stride != self.kernel_size:
-            raise ValueError(f'a transposed convolution takes a stride equal to its kernel, got stride {self.stride} and '
-                             f'kernel {self.kernel_size}: its patches may neither overlap nor leave gaps')
-        self.padding = 0, 0
+        self.geometry = Geometry(kernel_size, stride)           # of the convolution whose way back this is
+        if self.geometry.stride != self.geometry.kernel_size:
+            raise ValueError(f'a transposed convolution takes a stride equal to its kernel, got stride {self.geometry.stride} and '
+                             f'kernel {self.geometry.kernel_size}: its patches may neither overlap nor leave gaps')
         C_in, C_out = positive(in_channels, 'in_channels'), positive(out_channels, 'out_channels')
-        self.add_parameter('weight', he_normal((KH, KW, C_out, C_in), C_in, rng, dtype))
+        self.add_parameter('weight', he_normal((*self.geometry.kernel_size, C_out, C_in), C_in, rng, dtype))
         if bias:
             self.add_parameter('bias', numpy.zeros(C_out, dtype))
 
     def forward(self, x):
-        _, H_out, W_out, _ = self.output_shape(x.shape)
+        size = self.output_shape(x.shape)[1:3]
         self.keep(x)
-        return convolution.input_gradient(x, self.params['weight'], (H_out, W_out), self.stride, self.padding,
-                                          self.params.get('bias'))
+        return convolution.input_gradient(x, self.params['weight'], size, self.geometry, self.params.get('bias'))
 
     def backward(self, dy):
         x, = self.take()
-        weight = self.params['weight']
-        self.grads['weight'] = convolution.weight_gradient(dy, x, self.kernel_size, self.stride, self.padding)
+        self.grads['weight'] = convolution.weight_gradient(dy, x, self.geometry)
         if 'bias' in self.params:
             self.grads['bias'] = bias_gradient(dy)
-        return convolution.forward(dy, weight, self.stride, self.padding)                     # (N, H, W, C_in)
+        return convolution.forward(dy, self.params['weight'], self.geometry)                  # (N, H, W, C_in)
 
     def output_shape(self, x):
         C_out, C_in = self.params['weight'].shape[2:]
         check_channels(x, C_in)
-        return x[0], x[1] * self.stride[0], x[2] * self.stride[1], C_out
+        SH, SW = self.geometry.stride
+        return x[0], x[1] * SH, x[2] * SW, C_out
 
     def multiply_adds(self, x):
         return self.params['weight'].size * math.prod(x[:3])                                  # each weight meets each input
+
+    def input_range(self, first, last, axis):
+        stride = self.geometry.stride[axis]
+        return first // stride, last // stride
+
+
+def normalized(x, mean, variance, eps):
+    """Return x̂ = (x − mean) / √(variance + eps) for x (N, H, W, C), mean and variance (C,), in the dtype of x."""
+    return (x - mean.astype(x.dtype)) / get_array_module(x).sqrt(variance + eps).astype(x.dtype)
+
+
+def normalized_gradient(dx_hat, x, mean, variance, eps):
+    """Return ∂L/∂x, (N, H, W, C), from ∂L/∂x̂, where mean and variance are those of x over all pixels.
+
+    A value x reaches x̂ in three ways: by itself, through the mean, and through the variance, which all M values of its channel
+    share. With σ = √(variance + eps), the derivatives of x̂ = (x − mean) / σ give, for each of the three,
+
+        by itself      ∂x̂/∂x = 1/σ
+        the mean       ∂x̂/∂mean = −1/σ                              ∂mean/∂x = 1/M
+        the variance   ∂x̂/∂variance = −½·(x − mean) / σ³            ∂variance/∂x = 2·(x − mean) / M
+
+    (That the mean also enters the variance adds nothing: Σ(x − mean) = 0.)
+    """
+    xp, M, axes = get_array_module(x), x.size // x.shape[3], (0, 1, 2)
+    centred, std = x - mean.astype(x.dtype), xp.sqrt(variance + eps).astype(x.dtype)
+    dmean = -(dx_hat / std).sum(axis=axes)                                      # (C,)
+    dvariance = -(dx_hat * centred).sum(axis=axes) / (2 * std**3)              # (C,)
+    return dx_hat / std + dmean / M + dvariance * 2 * centred / M
+
+
+def scaled_and_shifted(x, slope, shift, out=None):
+    """Return x·slope + shift."""
+    xp = get_array_module(x)
+    return xp.add(xp.multiply(x, slope, out=out), shift, out=out)
+
+
+def through_statistics(dy, x, factor, rest, slope, out=None):
+    """Return (dy + x·factor + rest)·slope."""
+    xp = get_array_module(x)
+    dx = xp.add(xp.multiply(x, factor, out=out), dy, out=out)
+    return xp.multiply(xp.add(dx, rest, out=out), slope, out=out)
 
 
 class BatchNorm2D(Layer):
@@ -390,86 +547,95 @@ class BatchNorm2D(Layer):
 
         x̂ = (x − mean) / √(variance + eps)        y = weight·x̂ + bias            weight, bias (C,)
 
-    In training, mean and variance are those of the batch, and running averages of them are kept for inference:
-    running ← (1 − momentum)·running + momentum·batch. The running variance is the unbiased one, Σ(x − mean)² / (M − 1); with
-    one value per channel there is none, and it keeps its old value.
-
-    Backward: moving one x moves its own x̂, and also the mean and the variance that all M values share. The second and third
-    term below are these two side effects: they take out of dy what would only move the mean or the length of x̂, which x̂
-    cannot do:
+    `normalized` and `normalized_gradient` above are that formula and its derivative, term by term, and within `nervenet.plain()`
+    they are what is computed. The fast way needs two walks over memory each way. Forward, y = x·slope + shift, with one number of
+    each for a channel. Backward, with dx̂ = dy·weight put into the three terms and what all pixels share taken out,
 
         dx = (dy − mean(dy) − x̂·mean(dy·x̂)) · weight / √(variance + eps)
 
-    In inference mean and variance are constants and the side effects vanish.
+    The second and third term are what went through the mean and the variance: they take out of dy what would only move the mean or
+    the length of x̂, which x̂ cannot do.
+
+    In training, mean and variance are those of the batch, and running averages of them are kept for inference:
+    running ← (1 − momentum)·running + momentum·batch. The running variance is the unbiased one, Σ(x − mean)² / (M − 1); with
+    one value per channel there is none, and it keeps its old value; x̂ is 0 then, whatever x is. In inference mean and variance are
+    constants, and nothing goes through them.
     """
+
+    keeps = ('input',)
 
     def __init__(self, channels, momentum=0.1, eps=1e-5, *, dtype=numpy.float32):
         super().__init__()
         C = positive(channels, 'channels')
-        self.momentum, self.eps = momentum, eps
+        if not 0 <= momentum <= 1:
+            raise ValueError(f'momentum is {momentum}; expected a number from 0 to 1, the weight of the newest batch')
+        if not 0 < eps < math.inf:
+            raise ValueError(f'eps is {eps}; it must be positive, or a channel of equal values would divide 0 by 0')
+        self.momentum, self.eps = float(momentum), float(eps)
         self.add_parameter('weight', numpy.ones(C, dtype))
         self.add_parameter('bias', numpy.zeros(C, dtype))
         self.buffers.update(running_mean=numpy.zeros(C, dtype), running_var=numpy.ones(C, dtype))
 
     def forward(self, x):
-        def normalize(y, x, slope, shift):
-            get_array_module(x).multiply(x, slope, out=y)
-            y += shift
-
-        return in_blocks(normalize, x, channels=self.slope_and_shift(x))
+        if only_plain():
+            statistics = self.statistics(x)
+            self.keep(x, *statistics)
+            return self.params['weight'] * normalized(x, *statistics, self.eps) + self.params['bias']
+        return in_blocks(scaled_and_shifted, x, channels=self.slope_and_shift(x))
 
     def backward(self, dy):
-        x, mean, scale = self.take()                                           # x̂ = (x − mean)·scale
-        xp = get_array_module(dy)
+        x, mean, variance = self.take()
+        if only_plain():
+            x_hat = normalized(x, mean, variance, self.eps)
+            self.grads['weight'], self.grads['bias'] = bias_gradient(dy * x_hat), bias_gradient(dy)
+            dx_hat = dy * self.params['weight']
+            if not self.training:
+                return dx_hat / get_array_module(x).sqrt(variance + self.eps).astype(x.dtype)
+            return normalized_gradient(dx_hat, x, mean, variance, self.eps)
+
+        mean, scale = self.mean_and_scale(mean, variance, dy)                  # x̂ = (x − mean)·scale
         dbias, dweight = channel_sums(dy, x)                                   # Σdy, Σdy·x
         dweight = (dweight - mean * dbias) * scale                             # Σdy·x̂
         self.grads['weight'], self.grads['bias'] = dweight.astype(dy.dtype), dbias.astype(dy.dtype)
-
         slope = self.params['weight'] * scale                                  # (C,): dy/dx at a fixed mean and variance
         if not self.training:
-            return in_blocks(lambda dx, dy, slope: xp.multiply(dy, slope, out=dx), dy, channels=(slope,))
-
+            return in_blocks(get_array_module(dy).multiply, dy, channels=(slope,))
         # The three terms in the bracket, sorted by what changes from pixel to pixel: dy + x·factor + rest.
         M = dy.size // dy.shape[3]
         factor = -scale * dweight / M
         rest = -dbias / M - mean * factor
+        return in_blocks(through_statistics, dy, x, channels=(factor.astype(dy.dtype), rest.astype(dy.dtype), slope))
 
-        def through_normalization(dx, dy, x, factor, rest, slope):
-            xp.multiply(x, factor, out=dx)
-            dx += dy
-            dx += rest
-            dx *= slope
+    def statistics(self, x):
+        """Return mean and variance (C,) that x is normalised with: its own in training, which also move the running ones."""
+        check_channels(x.shape, len(self.params['weight']))
+        if not self.training:
+            return self.buffers['running_mean'], self.buffers['running_var']
+        mean, variance = channel_moments(x)                                    # as all statistics in float64
+        self.update_running(mean, variance, x.size // x.shape[3])
+        return mean, variance
 
-        return in_blocks(through_normalization, dy, x, channels=(factor.astype(dy.dtype), rest.astype(dy.dtype), slope))
+    def mean_and_scale(self, mean, variance, x):
+        """Return mean and 1 / √(variance + eps), (C,) each in the dtype of x; of one value per channel the scale is 0, as x̂ is."""
+        scale = 1 / get_array_module(mean).sqrt(variance + self.eps)
+        one_value = self.training and x.size == x.shape[-1]
+        return mean.astype(x.dtype), (0 * scale if one_value else scale).astype(x.dtype)
 
     def slope_and_shift(self, x):
         """Return slope and shift, (C,) each, with which y = x·slope + shift, and keep what backward needs."""
-        check_channels(x.shape, len(self.params['weight']))
-        if self.training:
-            mean, variance = channel_moments(x)                                # (C,), as all statistics in float64
-            self.update_running(mean, variance, x.size // x.shape[3])
-        else:
-            mean, variance = self.buffers['running_mean'], self.buffers['running_var']
-        mean, scale, slope, shift = self.at(mean, variance, x.dtype)
-        self.keep(x, mean, scale)
-        return slope, shift
+        statistics = self.statistics(x)
+        self.keep(x, *statistics)
+        return self.as_slope_and_shift(*self.mean_and_scale(*statistics, x))
 
-    def at(self, mean, variance, dtype):
-        """Return mean, scale = 1 / √(variance + eps), slope and shift, (C,) each: y = (x − mean)·scale·weight + bias = x·slope + shift."""
-        mean, scale = mean.astype(dtype), (1 / get_array_module(mean).sqrt(variance + self.eps)).astype(dtype)
+    def running_slope_and_shift(self):
+        """Return slope and shift, (C,) each, of inference."""
+        mean, variance = self.buffers['running_mean'], self.buffers['running_var']
+        return self.as_slope_and_shift(*self.mean_and_scale(mean, variance, mean))
+
+    def as_slope_and_shift(self, mean, scale):
+        """Return slope and shift of y = weight·(x − mean)·scale + bias = x·slope + shift."""
         slope = self.params['weight'] * scale
-        return mean, scale, slope, self.params['bias'] - mean * slope
-
-    def folded_into(self, weight):
-        """Return (weight, bias) of the one convolution that does, in inference, what this norm does after one with `weight`.
-
-        There the norm is a fixed scale and shift of each channel. A convolution is linear and its output channels are the last axis
-        of the weight (KH, KW, C_in, C), so the scale can be done to the weight beforehand, and the norm costs nothing:
-
-            slope·(x ∗ weight) + shift  =  x ∗ (weight·slope) + shift
-        """
-        _, _, slope, shift = self.at(self.buffers['running_mean'], self.buffers['running_var'], weight.dtype)
-        return weight * slope, shift
+        return slope, self.params['bias'] - mean * slope
 
     def update_running(self, mean, variance, M):
         """Move the running statistics towards those of this batch, in place: the optimizer and checkpoints hold these arrays."""
@@ -478,7 +644,7 @@ class BatchNorm2D(Layer):
             statistics['running_var'] = variance * (M / (M - 1))
         for name, value in statistics.items():
             running = self.buffers[name]
-            running += self.momentum * (value.real.astype(running.dtype) - running)
+            running[...] = ((1 - self.momentum) * running + self.momentum * value.real).astype(running.dtype)
 
 
 class Dropout(Layer):
@@ -518,35 +684,3 @@ def he_normal(shape, fan_in, rng, dtype):
     """Return weights drawn from a normal distribution with variance 2 / fan_in, on the host, in double precision, then cast."""
     rng = numpy.random.default_rng() if rng is None else rng
     return (rng.standard_normal(shape) * math.sqrt(2 / fan_in)).astype(dtype)
-
-
-def check_match(own, given, what, whose):
-    """Raise ValueError unless the dicts `own` and `given` hold arrays of the same shapes under the same names."""
-    problems = ([f'{name} is missing' for name in own.keys() - given.keys()]
-                + [f'{name} is unknown' for name in given.keys() - own.keys()]
-                + [f'{name} has shape {numpy.shape(given[name])}, expected {numpy.shape(own[name])}'
-                   for name in own.keys() & given.keys() if numpy.shape(given[name]) != numpy.shape(own[name])])
-    if problems:
-        more = f'; and {len(problems) - 3} more' if len(problems) > 3 else ''
-        raise ValueError(f'{what} does not fit {whose}: {"; ".join(sorted(problems)[:3])}{more}')
-
-
-def check_channels(shape, channels):
-    """Raise ValueError unless `shape` is (N, H, W, channels)."""
-    if len(shape) != 4 or shape[3] != channels:
-        raise ValueError(f'input has shape {shape}, expected (N, H, W, {channels}): the channels come last')
-
-
-def positive(value, name, least=1):
-    """Return `value` as an int. Raises ValueError unless it is a whole number of at least `least`."""
-    if int(value) != value or value < least:
-        raise ValueError(f'{name} is {value}, expected a whole number of at least {least}')
-    return int(value)
-
-
-def pair(value, name, least=1):
-    """Return `value` as (vertical, horizontal): a number stands for both."""
-    values = (value, value) if numpy.isscalar(value) else tuple(value)
-    if len(values) != 2:
-        raise ValueError(f'{name} is {value}, expected a number or a pair (vertical, horizontal)')
-    return positive(values[0], name, least), positive(values[1], name, least)

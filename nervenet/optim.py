@@ -20,9 +20,9 @@ import math
 
 import numpy
 
+from .checks import check_match
 from .engine import kernels
 from .engine.backend import device_of, get_array_module, move
-from .layers import check_match
 from .engine.memory import empty
 
 
@@ -182,7 +182,7 @@ class Adam(Optimizer):
         beta1, beta2 = self.betas
         correction1, correction2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
         eta, eps = float(self.learning_rate) * correction2 / correction1, self.eps * correction2
-        if kernels.serve(w, g, m, v):
+        if kernels.can_compute(w, g, m, v):
             kernels.adam(w, g, m, v, self.betas, eta, eps)
             return
         m *= beta1

@@ -3,12 +3,10 @@
 Everything this library computes comes together in the few lines of `train_step`; the rest of this file repeats them and keeps score.
 """
 
-import contextlib
-
 import numpy
 
 from .engine.backend import get_array_module, move, to_cpu
-from .layers import sigmoid
+from .layers import forwards_replaced, inference, sigmoid
 from .metrics import SegmentationScores
 from .optim import clip_gradients
 
@@ -18,6 +16,7 @@ def train_step(model, loss, optimizer, x, target, max_norm=None, observe=None):
 
     `max_norm` bounds the norm of the whole gradient; `observe` is passed on to the model's forward.
     """
+    model.drop_gradients()                                              # those of the last step: room for what backward will need
     value = loss.forward(model.forward(x, observe), target)
     model.backward(loss.backward(), input_gradient=False)
     if max_norm is not None:
@@ -28,21 +27,8 @@ def train_step(model, loss, optimizer, x, target, max_norm=None, observe=None):
 
 def predict(model, x):
     """Return the foreground probabilities (N, H, W, C_out), in [0, 1], of the images x (N, H, W, C_in) in inference mode."""
-    with inference(model):
+    with inference():
         return sigmoid(model.forward(x))
-
-
-@contextlib.contextmanager
-def inference(*layers):
-    """Within this context the layers are in inference mode and keep nothing; afterwards each is as it was, caches included."""
-    before = [(layer, layer.training, layer.keep_cache, layer.cache) for outer in layers for _, layer in outer.layers()]
-    for layer in layers:
-        layer.eval()
-    try:
-        yield
-    finally:
-        for layer, training, keep_cache, cache in before:
-            layer.training, layer.keep_cache, layer.cache = training, keep_cache, cache
 
 
 def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
@@ -94,14 +80,8 @@ def first_not_finite(model, x):
             return y
         return function
 
-    innermost = [(prefix[:-1], layer) for prefix, layer in model.layers() if not layer.children]
-    try:
-        for name, layer in innermost:
-            layer.forward = watched(name, layer, layer.forward)         # hides the method of the class
+    with forwards_replaced(model, watched):
         model.forward(x)
-    finally:
-        for _, layer in innermost:
-            del layer.forward
     return found[0] if found else 'no layer'
 
 
@@ -121,7 +101,7 @@ def evaluate(model, loss, batches):
     """Return the scores of the model on every batch, in inference mode: a dict of name → float, 'loss' among them."""
     device = model.device
     scores, losses, images = SegmentationScores(), [], []
-    with inference(model, loss):
+    with inference():
         for x, target in batches:
             logits = model.forward(move(x, device))
             target = move(target, device)

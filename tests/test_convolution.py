@@ -7,25 +7,26 @@ import numpy
 import pytest
 
 from nervenet import convolution
-from nervenet.engine import backend, memory, parallel
-from nervenet.convolution import device, im2col, patches, plain, winograd_1d, winograd_2d
+from nervenet.convolution import Geometry, im2col, patches, plain, runs, winograd_1d, winograd_2d
+from nervenet.engine import backend, memory, parallel, paths
 
 TOLERANCE = {'float64': 1e-10, 'float32': 1e-4}
 
 
-def problem(rng, N, H, W, C_in, C_out, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dtype='float64'):
-    """Return random x, weight, dy and the arguments (stride, padding) of one convolution."""
-    size = plain.output_size((H, W), kernel_size, stride, padding)
+def problem(rng, N, H, W, C_in, C_out, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=1, dtype='float64'):
+    """Return random x, weight, dy and the geometry of one convolution."""
+    geometry = Geometry(kernel_size, stride, padding, dilation)
+    size = geometry.output_size((H, W))
     arrays = [rng.standard_normal(shape).astype(dtype)
               for shape in ((N, H, W, C_in), (*kernel_size, C_in, C_out), (N, *size, C_out))]
-    return *arrays, (stride, padding)
+    return *arrays, geometry
 
 
 def three(path, x, weight, dy, geometry):
     """Return the three results of one path, by name."""
-    return {'forward': path.forward(x, weight, *geometry),
-            'input_gradient': path.input_gradient(dy, weight, x.shape[1:3], *geometry),
-            'weight_gradient': path.weight_gradient(x, dy, weight.shape[:2], *geometry)}
+    return {'forward': path.forward(x, weight, geometry),
+            'input_gradient': path.input_gradient(dy, weight, x.shape[1:3], geometry),
+            'weight_gradient': path.weight_gradient(x, dy, geometry)}
 
 
 def assert_close(results, expected, dtype, context):
@@ -67,6 +68,12 @@ SHAPES = [
     dict(N=2, H=11, W=13, C_in=6, C_out=7, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0)),   # some left over
     dict(N=1, H=9, W=8, C_in=2, C_out=3, kernel_size=(3, 2), stride=(3, 2), padding=(0, 0)),
     dict(N=2, H=9, W=9, C_in=2, C_out=3, kernel_size=(2, 2), stride=(3, 3), padding=(0, 0)),     # some never met
+    dict(N=2, H=13, W=17, C_in=6, C_out=7, padding=(2, 3), dilation=(2, 3)),
+    dict(N=2, H=13, W=17, C_in=3, C_out=40, padding=(0, 4), dilation=(1, 5)),                    # few channels: tap by tap
+    dict(N=1, H=15, W=16, C_in=32, C_out=32, padding='same', dilation=(4, 1)),
+    dict(N=2, H=16, W=17, C_in=6, C_out=5, kernel_size=(2, 4), stride=(2, 1), padding=(1, 2), dilation=(3, 2)),
+    dict(N=2, H=9, W=7, C_in=5, C_out=4, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0), dilation=(2, 2)),   # holes: no tiles
+    dict(N=2, H=8, W=6, C_in=5, C_out=4, kernel_size=(1, 1), padding=(0, 0), dilation=(3, 3)),   # one tap is never dilated
 ]
 
 
@@ -98,7 +105,7 @@ def test_im2col_serves_every_shape(rng, shape):
 
 
 THREE_BY_THREE = [shape for shape in SHAPES
-                  if not shape.keys() & {'kernel_size', 'stride'} and max(shape.get('padding', (1, 1))) <= 2]
+                  if not shape.keys() & {'kernel_size', 'stride', 'dilation'} and max(shape.get('padding', (1, 1))) <= 2]
 
 
 @pytest.mark.parametrize('path', [winograd_1d, winograd_2d])
@@ -130,9 +137,9 @@ def path(request):
 
 
 def test_the_face_picks_each_path(path):
-    shape = {'kernel_size': (3, 3), 'stride': (1, 1), 'padding': (1, 1)} | PATHS[path]
-    assert convolution._path(numpy.zeros(1), shape["kernel_size"], shape["stride"], shape["padding"], (shape['H'], shape['W']),
-                             shape['N'], shape['C_in'], shape['C_out']) is path
+    x, weight, dy, geometry = problem(numpy.random.default_rng(0), **PATHS[path])
+    for pair in (x, weight), (dy, weight), (x, dy):
+        assert convolution._path(pair, geometry, x.shape[1:3], *weight.shape[2:]) is path
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
@@ -177,12 +184,12 @@ def test_results_are_fresh_arrays(rng, path):
 def test_bias_is_added_to_every_pixel(rng, path, dtype):
     x, weight, dy, geometry = problem(rng, **PATHS[path], dtype=dtype)
     bias, dbias = rng.standard_normal(weight.shape[3]).astype(dtype), rng.standard_normal(weight.shape[2]).astype(dtype)
-    for context in (contextlib.nullcontext(), convolution.use_plain()):
+    for context in (contextlib.nullcontext(), paths.plain()):
         with context:
-            results = {'forward': convolution.forward(x, weight, *geometry, bias=bias),
-                       'input_gradient': convolution.input_gradient(dy, weight, x.shape[1:3], *geometry, bias=dbias)}
-        expected = {'forward': plain.forward(x, weight, *geometry) + bias,
-                    'input_gradient': plain.input_gradient(dy, weight, x.shape[1:3], *geometry) + dbias}
+            results = {'forward': convolution.forward(x, weight, geometry, bias=bias),
+                       'input_gradient': convolution.input_gradient(dy, weight, x.shape[1:3], geometry, bias=dbias)}
+        expected = {'forward': plain.forward(x, weight, geometry) + bias,
+                    'input_gradient': plain.input_gradient(dy, weight, x.shape[1:3], geometry) + dbias}
         assert_close(results, expected, dtype, path)
 
 
@@ -195,37 +202,37 @@ def test_large_images_are_cut_into_strips_without_a_seam(rng):
 @pytest.mark.parametrize('channels', [4, 40])
 def test_input_gradient_is_the_adjoint_of_forward(rng, channels):
     x, weight, dy, geometry = problem(rng, N=4, H=19, W=27, C_in=channels, C_out=channels + 8)
-    y, dx = convolution.forward(x, weight, *geometry), convolution.input_gradient(dy, weight, (19, 27), *geometry)
-    dweight = convolution.weight_gradient(x, dy, (3, 3), *geometry)
+    y, dx = convolution.forward(x, weight, geometry), convolution.input_gradient(dy, weight, (19, 27), geometry)
+    dweight = convolution.weight_gradient(x, dy, geometry)
     assert (y * dy).sum() == pytest.approx((x * dx).sum(), rel=1e-10) == (weight * dweight).sum()
 
 
-def test_within_use_plain_only_the_plain_path_runs(rng, path, monkeypatch):
+def test_within_plain_only_the_plain_path_runs(rng, path, monkeypatch):
     arguments = problem(rng, **PATHS[path])
     for name in ('forward', 'input_gradient', 'weight_gradient'):
         monkeypatch.setattr(path, name, lambda *arguments: pytest.fail('a fast path ran'))
     expected = three(plain, *arguments)
-    with convolution.use_plain():
+    with paths.plain():
         results = three(convolution, *arguments)
-        with convolution.use_plain():
+        with paths.plain():
             pass
-        convolution.forward(arguments[0], arguments[1], *arguments[3])        # still plain after the inner one
+        convolution.forward(arguments[0], arguments[1], arguments[3])        # still plain after the inner one
     assert all(numpy.array_equal(results[name], expected[name]) for name in results)
     with pytest.raises(pytest.fail.Exception):
-        convolution.forward(arguments[0], arguments[1], *arguments[3])
+        convolution.forward(arguments[0], arguments[1], arguments[3])
 
 
 def test_complex_mixed_and_empty_arrays_take_the_plain_path(rng):
     x, weight, dy, geometry = problem(rng, N=2, H=12, W=16, C_in=8, C_out=8)
     step = x + 1e-30j * x                                                     # as in complex-step differentiation
-    assert numpy.array_equal(convolution.forward(step, weight, *geometry), plain.forward(step, weight, *geometry))
+    assert numpy.array_equal(convolution.forward(step, weight, geometry), plain.forward(step, weight, geometry))
     weight_too = weight + 1j * weight
-    expected = plain.forward(step, weight_too, *geometry)
-    assert numpy.array_equal(convolution.forward(step, weight_too, *geometry), expected)
+    expected = plain.forward(step, weight_too, geometry)
+    assert numpy.array_equal(convolution.forward(step, weight_too, geometry), expected)
     single = x.astype('float32')
-    assert numpy.array_equal(convolution.forward(single, weight, *geometry), plain.forward(single, weight, *geometry))
-    assert convolution.forward(x[:0], weight, *geometry).shape == (0, 12, 16, 8)
-    assert not convolution.weight_gradient(x[:0], dy[:0], (3, 3), *geometry).any()
+    assert numpy.array_equal(convolution.forward(single, weight, geometry), plain.forward(single, weight, geometry))
+    assert convolution.forward(x[:0], weight, geometry).shape == (0, 12, 16, 8)
+    assert not convolution.weight_gradient(x[:0], dy[:0], geometry).any()
 
 
 def on_device(xp, x, weight, dy, geometry):
@@ -240,10 +247,10 @@ def to_cpu(results):
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('shape', SHAPES, ids=name_of)
 def test_the_path_of_devices_serves_every_shape(rng, xp, shape, dtype, scratch_bytes, monkeypatch):
-    monkeypatch.setattr(device, 'SCRATCH_BYTES', scratch_bytes)
+    monkeypatch.setattr(runs, 'SCRATCH_BYTES', scratch_bytes)
     arguments = problem(rng, **shape, dtype=dtype)
     in_float64 = *(array.astype('float64') for array in arguments[:3]), arguments[3]
-    assert_close(to_cpu(three(device, *on_device(xp, *arguments))), three(plain, *in_float64), dtype, shape)
+    assert_close(to_cpu(three(runs, *on_device(xp, *arguments))), three(plain, *in_float64), dtype, shape)
 
 
 @pytest.mark.parametrize('shape', [PATHS[patches], PATHS[im2col], PATHS[winograd_1d], dict(N=2, H=9, W=11, C_in=3, C_out=4, stride=(2, 2))],
@@ -252,17 +259,17 @@ def test_the_path_of_devices_adds_the_bias_to_every_pixel(rng, xp, shape):
     x, weight, dy, geometry = problem(rng, **shape, dtype='float32')
     bias, dbias = rng.standard_normal(weight.shape[3]).astype('float32'), rng.standard_normal(weight.shape[2]).astype('float32')
     dx, dw, ddy, _ = on_device(xp, x, weight, dy, geometry)
-    results = {'forward': device.forward(dx, dw, *geometry, bias=xp.asarray(bias)),
-               'input_gradient': device.input_gradient(ddy, dw, x.shape[1:3], *geometry, bias=xp.asarray(dbias))}
-    expected = {'forward': plain.forward(x, weight, *geometry) + bias,
-                'input_gradient': plain.input_gradient(dy, weight, x.shape[1:3], *geometry) + dbias}
+    results = {'forward': runs.forward(dx, dw, geometry, bias=xp.asarray(bias)),
+               'input_gradient': runs.input_gradient(ddy, dw, x.shape[1:3], geometry, bias=xp.asarray(dbias))}
+    expected = {'forward': plain.forward(x, weight, geometry) + bias,
+                'input_gradient': plain.input_gradient(dy, weight, x.shape[1:3], geometry) + dbias}
     assert_close(to_cpu(results), expected, 'float32', shape)
 
 
 def test_the_path_of_devices_multiplies_two_contiguous_matrices_only(rng, gpu):
     """Others CuPy copies first, and batches of matrices it multiplies without TF32."""
     for shape in (PATHS[winograd_1d], PATHS[im2col], PATHS[patches], dict(N=2, H=9, W=12, C_in=5, C_out=7, kernel_size=(1, 1), padding=(0, 0))):
-        three(device, *on_device(gpu, *problem(rng, **shape, dtype='float32')))
+        three(runs, *on_device(gpu, *problem(rng, **shape, dtype='float32')))
     products = gpu.ledger.products
     assert len(products) == 3 * (3 + 5 + 1 + 1) and all(product == [(2, True), (2, True)] for product in products)
 
@@ -273,9 +280,9 @@ def test_the_path_of_devices_needs_no_more_memory_than_it_may(rng, gpu, monkeypa
     arguments = on_device(gpu, *problem(rng, **shape, dtype='float32'))
     one_image = 11 * 16 * (3 + 3 * 3 + 2 * 8) * 4
     for scratch_bytes, slices in (one_image // 2, 12), (5 * one_image, 3), (6 * one_image - 1, 3), (12 * one_image, 1):
-        monkeypatch.setattr(device, 'SCRATCH_BYTES', scratch_bytes)
+        monkeypatch.setattr(runs, 'SCRATCH_BYTES', scratch_bytes)
         gpu.ledger.__init__()
-        device.forward(*arguments[:2], *arguments[3])
+        runs.forward(*arguments[:2], arguments[3])
         assert len(gpu.ledger.products) == 3 * slices, scratch_bytes
 
 
@@ -301,24 +308,68 @@ def test_device_arrays_take_their_own_path_in_float32_and_the_plain_one_in_float
     if xp is numpy:
         pytest.skip('these are no device arrays')
     ran = []
-    for module in (device, plain):
+    for module in (runs, plain):
         for name in ('forward', 'input_gradient', 'weight_gradient'):
             monkeypatch.setattr(module, name, lambda *arguments, module=module, name=name: ran.append((module, name)))
-    for dtype, module in (('float32', device), ('float64', plain)):
+    for dtype, module in (('float32', runs), ('float64', plain)):
         arguments = problem(rng, N=2, H=12, W=16, C_in=8, C_out=8, dtype=dtype)
         three(convolution, *on_device(xp, *arguments))
         assert ran == [(module, name) for name in ('forward', 'input_gradient', 'weight_gradient')]
         ran.clear()
-        with convolution.use_plain():
+        with paths.plain():
             three(convolution, *on_device(xp, *arguments))
         assert {module for module, _ in ran} == {plain}
         ran.clear()
 
 
+def test_a_dilated_kernel_is_a_larger_one_with_zeros_between_its_taps(rng):
+    x, weight, dy, geometry = problem(rng, N=2, H=13, W=11, C_in=3, C_out=4, padding=(2, 3), dilation=(2, 3))
+    spread = numpy.zeros((5, 7, 3, 4))
+    spread[::2, ::3] = weight
+    dense = Geometry((5, 7), 1, (2, 3))
+    numpy.testing.assert_allclose(convolution.forward(x, weight, geometry), plain.forward(x, spread, dense), atol=1e-12)
+    numpy.testing.assert_allclose(convolution.weight_gradient(x, dy, geometry), plain.weight_gradient(x, dy, dense)[::2, ::3], atol=1e-12)
+
+
+@pytest.mark.parametrize('arguments, expected', [
+    ((3,), ((3, 3), (1, 1), (0, 0), (1, 1))), (((5, 3), 2, 'same'), ((5, 3), (2, 2), (2, 1), (1, 1))),
+    (((5, 3), 1, 'same', (2, 4)), ((5, 3), (1, 1), (4, 4), (2, 4))), ((1, (1, 2), (0, 3)), ((1, 1), (1, 2), (0, 3), (1, 1)))])
+def test_a_geometry_takes_numbers_and_pairs(arguments, expected):
+    geometry = Geometry(*arguments)
+    assert (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation) == expected
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (dict(kernel_size=(2, 3), padding='same'), "padding='same' needs an odd kernel, got 2×3"),
+    (dict(kernel_size=3, padding='valid'), "padding is 'valid'; expected 'same'"), (dict(kernel_size=0), 'kernel_size is 0'),
+    (dict(kernel_size=3, stride=0.5), 'stride is 0.5'), (dict(kernel_size=3, dilation=0), 'dilation is 0'),
+    (dict(kernel_size=3, padding=-1), 'padding is -1'), (dict(kernel_size=(3, 3, 3)), 'a number or a pair'),
+    (dict(kernel_size=float('nan')), 'kernel_size is nan')])
+def test_a_geometry_that_cannot_be_is_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        Geometry(**arguments)
+
+
+@pytest.mark.parametrize('axis', [0, 1])
+def test_an_output_depends_on_the_inputs_in_its_range_alone(rng, axis):
+    x, weight, _, geometry = problem(rng, N=1, H=30, W=31, C_in=2, C_out=3, kernel_size=(3, 2), stride=(2, 3), padding=(3, 1), dilation=(2, 4))
+    y = plain.forward(x, weight, geometry)
+    for position in range(y.shape[1 + axis]):
+        first, last = geometry.input_range(position, position, axis)
+        moved = set()
+        for place in range(x.shape[1 + axis]):
+            other = x.copy()
+            other[(slice(None),) * (1 + axis) + (place,)] += 1
+            if (plain.forward(other, weight, geometry) != y).take(position, axis=1 + axis).any():
+                moved.add(place)
+        within = range(max(first, 0), min(last, x.shape[1 + axis] - 1) + 1)
+        assert moved <= set(within) and (not moved or {min(moved), max(moved)} <= {within[0], within[-1]} or first < 0 or last >= len(x))
+
+
 def test_an_image_smaller_than_the_kernel_is_refused(rng):
     x, weight, _, _ = problem(rng, N=1, H=3, W=3, C_in=2, C_out=2)
     with pytest.raises(ValueError, match='an input of 2×3 with padding'):
-        convolution.forward(x[:, :2], weight, (1, 1), (0, 0))
+        convolution.forward(x[:, :2], weight, Geometry(3))
 
 
 def test_no_path_needs_scratch_as_large_as_the_batch(rng, path):

@@ -16,10 +16,9 @@ the rows of the image do. BLAS multiplies by a transposed matrix as fast, and th
 the speed.
 
 The gradient to the weight is the same line solved for `weight`: columnsᵀ @ dy, summed over the strips. The gradient to
-the input, at stride 1, is again a convolution: pixel (r, c) was met by tap (i, j) of the output (r − i, c − j), so it
-collects dy through the kernel turned by 180°, with C_in and C_out exchanged and padding k − 1 − p.
+the input, at stride 1, is again a convolution, with the kernel turned by 180°: see `Geometry.turned`.
 
-It serves every kernel, stride and padding, and rounds like the plain path.
+It serves every geometry, and rounds like the plain path.
 """
 
 import numpy
@@ -27,7 +26,9 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut, cut_images, parallel_for
+from ..engine.paths import note
 from . import plain
+from .geometry import turn
 from .strips import padded_strip, sum_in_parts
 
 COLUMN_BYTES = 512 * 1024               # of one strip; they must stay in a core's own cache (1 MiB) beside the weight
@@ -36,21 +37,22 @@ FEW_CHANNELS = 5                        # of the input: fewer are copied tap by 
 CHANNELS = 128                          # wide enough for a product to run at full speed
 
 
-def columns_of(x, images, rows, kernel_size, stride, padding, W_out):
+def columns_of(x, images, rows, geometry, W_out):
     """Return the windows of output rows `rows` as a matrix (n·rows·W_out, KH·KW·C), in scratch memory."""
-    (KH, KW), (SH, SW), (PH, PW) = kernel_size, stride, padding
+    (KH, KW), (SH, SW), (DH, DW) = geometry.kernel_size, geometry.stride, geometry.dilation
+    (EH, EW), (PH, PW) = geometry.extent, geometry.padding
     height, width = rows.stop - rows.start, W_out
-    strip = padded_strip(x, images, rows.start * SH - PH, -PW, (height - 1) * SH + KH, (width - 1) * SW + KW)
+    strip = padded_strip(x, images, rows.start * SH - PH, -PW, (height - 1) * SH + EH, (width - 1) * SW + EW)
     n, _, _, C = strip.shape
     a, b, c, d = strip.strides
     if C < FEW_CHANNELS:
         # Few values lie side by side in a window, many in a row of the image: copy what one tap meets along each row.
-        taps = as_strided(strip, (KH, KW, C, n, height, width), (b, c, d, a, b * SH, c * SW))
+        taps = as_strided(strip, (KH, KW, C, n, height, width), (b * DH, c * DW, d, a, b * SH, c * SW))
         columns = scratch('columns', taps.shape, x.dtype)
         columns[...] = taps
         return columns.reshape(KH * KW * C, n * height * width).T
-    # The KW pixels of a window's row lie side by side in memory: they are copied as one run of KW·C values.
-    windows = as_strided(strip, (n, height, width, KH, KW * C), (a, b * SH, c * SW, b, d))
+    # Undilated, the KW pixels of a window's row lie side by side in memory, and NumPy copies them as one run of KW·C values.
+    windows = as_strided(strip, (n, height, width, KH, KW, C), (a, b * SH, c * SW, b * DH, c * DW, d))
     columns = scratch('columns', windows.shape, x.dtype)
     columns[...] = windows
     return columns.reshape(n * height * width, KH * KW * C)
@@ -64,19 +66,21 @@ def rows_per_block(W_out, row_values, itemsize):
     return -(-max(LEAST_PIXELS, COLUMN_BYTES // (row_values * itemsize)) // W_out)
 
 
-def forward(x, weight, stride, padding, bias=None):
+def forward(x, weight, geometry, bias=None):
     """Return y (N, H_out, W_out, C_out); see `plain.forward`."""
     KH, KW, C_in, C_out = weight.shape
-    H_out, W_out = plain.output_size(x.shape[1:3], (KH, KW), stride, padding)
+    H_out, W_out = geometry.output_size(x.shape[1:3])
     y = empty((len(x), H_out, W_out, C_out), x)
     matrix = weight.reshape(-1, C_out)                                       # (KH·KW·C_in, C_out)
     strips = cut_images(len(x), H_out, rows_per_block(W_out, KH * KW * C_in, x.itemsize))
     # Where the image is small and the channels are many, blocks also share the output channels.
     channels = cut(C_out, CHANNELS if len(strips) < 8 else C_out)
+    if len(channels) > 1:
+        note('im2col, blocks share the output channels')
 
     def work(block):
         (images, rows), out = block
-        columns = columns_of(x, images, rows, (KH, KW), stride, padding, W_out)
+        columns = columns_of(x, images, rows, geometry, W_out)
         within = y[images, rows, :, out].reshape(len(columns), -1)           # a view, unless blocks share the channels
         product = numpy.matmul(columns, matrix[:, out], out=within)          # (n·rows·W_out, channels)
         if bias is not None:
@@ -88,20 +92,20 @@ def forward(x, weight, stride, padding, bias=None):
     return y
 
 
-def input_gradient(dy, weight, input_size, stride, padding, bias=None):
+def input_gradient(dy, weight, input_size, geometry, bias=None):
     """Return dx (N, H, W, C_in); see `plain.input_gradient`."""
-    KH, KW, C_in, C_out = weight.shape
-    (PH, PW), pixels = padding, dy.size // C_out
-    if tuple(stride) == (1, 1) and PH < KH and PW < KW and pixels > C_in:
-        turned = numpy.ascontiguousarray(weight[::-1, ::-1].swapaxes(2, 3))  # (KH, KW, C_out, C_in)
-        return forward(dy, turned, stride, (KH - 1 - PH, KW - 1 - PW), bias)
+    (C_in, C_out), turned = weight.shape[2:], geometry.turned()
+    pixels = dy.size // C_out
+    if turned and pixels > C_in:
+        return forward(dy, turn(weight), turned, bias)
     # Elsewhere turning the weight would cost more than it saves, or a stride leaves holes: the plain sum, in blocks.
+    note('im2col, plain sums in blocks')
     dx = empty((len(dy), *input_size, C_in), dy)
 
     def work(block):
         images, channels = block
-        part = plain.input_gradient(dy[images], weight[:, :, channels], input_size, stride, padding)
-        dx[images, :, :, channels] = part if bias is None else part + bias[channels]
+        part_of_bias = None if bias is None else bias[channels]
+        dx[images, :, :, channels] = plain.input_gradient(dy[images], weight[:, :, channels], input_size, geometry, part_of_bias)
 
     images = cut(len(dy), max(1, 256 * len(dy) // pixels))
     channels = cut(C_in, CHANNELS if len(images) < 8 else C_in)
@@ -109,14 +113,14 @@ def input_gradient(dy, weight, input_size, stride, padding, bias=None):
     return dx
 
 
-def weight_gradient(x, dy, kernel_size, stride, padding):
+def weight_gradient(x, dy, geometry):
     """Return dweight (KH, KW, C_in, C_out); see `plain.weight_gradient`."""
-    (KH, KW), (N, _, _, C_in), (_, H_out, W_out, C_out) = kernel_size, x.shape, dy.shape
+    (KH, KW), (N, _, _, C_in), (_, H_out, W_out, C_out) = geometry.kernel_size, x.shape, dy.shape
     strips = cut_images(N, H_out, rows_per_block(W_out, KH * KW * min(C_in, CHANNELS), x.itemsize))
 
     def term(strip, within):
         images, rows = strip
-        columns = columns_of(x[..., within], images, rows, kernel_size, stride, padding, W_out)
+        columns = columns_of(x[..., within], images, rows, geometry, W_out)
         return columns.T @ dy[images, rows].reshape(-1, C_out)               # (KH·KW·C, pixels) @ (pixels, C_out)
 
     return sum_in_parts((KH, KW, C_in, C_out), x, strips, cut(C_in, CHANNELS), term)

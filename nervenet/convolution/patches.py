@@ -22,10 +22,10 @@ BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still i
 LEAST_PIXELS = 128                      # a product reads the whole weight for them
 
 
-def fits(kernel_size, stride, padding, input_size):
-    """Say whether windows tile the image: stride equals kernel, no padding, nothing left over."""
-    return (tuple(kernel_size) == tuple(stride) and tuple(padding) == (0, 0)
-            and all(length % k == 0 for length, k in zip(input_size, kernel_size)))
+def fits(geometry, input_size):
+    """Say whether windows tile the image: stride equals extent, no holes, no padding, nothing left over."""
+    return (geometry.kernel_size == geometry.stride == geometry.extent and geometry.padding == (0, 0)
+            and all(length % k == 0 for length, k in zip(input_size, geometry.kernel_size)))
 
 
 def _rows_of_windows(x, kernel_size):
@@ -49,7 +49,7 @@ def _matrix(windows, block):
     return windows.reshape(-1, math.prod(windows.shape[2:]))
 
 
-def forward(x, weight, stride, padding, bias=None):
+def forward(x, weight, geometry, bias=None):
     """Return y (N, H/KH, W/KW, C_out); see `plain.forward`."""
     KH, KW, _, C_out = weight.shape
     windows = _rows_of_windows(x, (KH, KW))                                  # (rows, W/KW, KH, KW, C_in)
@@ -66,7 +66,7 @@ def forward(x, weight, stride, padding, bias=None):
     return y
 
 
-def input_gradient(dy, weight, input_size, stride, padding, bias=None):
+def input_gradient(dy, weight, input_size, geometry, bias=None):
     """Return dx (N, H, W, C_in); see `plain.input_gradient`."""
     KH, KW, C_in, C_out = weight.shape
     dx = empty((len(dy), *input_size, C_in), dy)
@@ -86,10 +86,10 @@ def input_gradient(dy, weight, input_size, stride, padding, bias=None):
     return dx
 
 
-def weight_gradient(x, dy, kernel_size, stride, padding):
+def weight_gradient(x, dy, geometry):
     """Return dweight (KH, KW, C_in, C_out); see `plain.weight_gradient`."""
     C_in, C_out = x.shape[3], dy.shape[3]
-    windows = _rows_of_windows(x, kernel_size)
+    windows = _rows_of_windows(x, geometry.kernel_size)
     rows = dy.reshape(len(windows), -1, C_out)
 
     strips = _blocks(windows)
@@ -98,4 +98,4 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
     def term(block, within):
         return _matrix(windows[..., within], block).T @ rows[block].reshape(-1, C_out)
 
-    return sum_in_parts((*kernel_size, C_in, C_out), x, strips, channels, term)
+    return sum_in_parts((*geometry.kernel_size, C_in, C_out), x, strips, channels, term)

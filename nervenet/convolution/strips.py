@@ -2,6 +2,7 @@
 
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut, parallel_for
+from ..engine.paths import note
 
 PARTIAL_SUMS = 8                        # at most; a fixed number, because a sum's last bits depend on its order
 
@@ -35,6 +36,10 @@ def sum_in_parts(shape, x, strips, channels, term, finish=lambda total: total):
     """
     groups = cut(len(strips), -(-len(strips) * len(channels) // PARTIAL_SUMS))
     dweight = empty(shape, x)
+    if any(len(strips[group]) > 1 for group in groups):
+        note('sums of several strips')
+    if len(groups) > 1:
+        note('partial sums')
 
     def work(block):
         within, group = block

@@ -30,7 +30,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut_images, parallel_for
-from .plain import output_size
+from .geometry import turn
 from .strips import sum_in_parts
 
 BT = numpy.array([[4, 0, -5, 0, 1, 0],
@@ -113,11 +113,11 @@ def blocks_of(N, H_out, width, channels):
     return cut_images(N, -(-H_out // 4), BLOCK_VALUES // (width * channels))
 
 
-def forward(x, weight, stride, padding, bias=None):
+def forward(x, weight, geometry, bias=None):
     """Return y (N, H_out, W_out, C_out) for a 3×3 kernel at stride 1; see `plain.forward`."""
     x = numpy.ascontiguousarray(x)
     (N, H, W, C_in), C_out = x.shape, weight.shape[3]
-    H_out, W_out = output_size((H, W), (3, 3), (1, 1), padding)
+    (H_out, W_out), padding = geometry.output_size((H, W)), geometry.padding
     width = W_out + 2
     U = (G.astype(x.dtype) @ weight.reshape(3, -1)).reshape(6, 3 * C_in, C_out)
     y = empty((N, H_out, W_out, C_out), x)
@@ -138,13 +138,12 @@ def forward(x, weight, stride, padding, bias=None):
     return y
 
 
-def input_gradient(dy, weight, input_size, stride, padding, bias=None):
+def input_gradient(dy, weight, input_size, geometry, bias=None):
     """Return dx (N, H, W, C_in): dy convolved with the kernel turned by 180°; see `plain.input_gradient`."""
-    turned = numpy.ascontiguousarray(weight[::-1, ::-1].swapaxes(2, 3))      # (3, 3, C_out, C_in)
-    return forward(dy, turned, stride, (2 - padding[0], 2 - padding[1]), bias)
+    return forward(dy, turn(weight), geometry.turned(), bias)
 
 
-def weight_gradient(x, dy, kernel_size, stride, padding):
+def weight_gradient(x, dy, geometry):
     """Return dweight (3, 3, C_in, C_out); see `plain.weight_gradient`."""
     x, dy = numpy.ascontiguousarray(x), numpy.ascontiguousarray(dy)
     (N, H_out, W_out, C_out), C_in = dy.shape, x.shape[3]
@@ -152,7 +151,7 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
 
     def term(block, within):
         images, tiles = block
-        V = transform_rows(BT, x, images, tiles, padding, width, 'V').reshape(6, -1, C_in)
+        V = transform_rows(BT, x, images, tiles, geometry.padding, width, 'V').reshape(6, -1, C_in)
         # Zero in the last two columns of each row, so that the windows that do not exist count for nothing.
         Z = transform_rows(AT.T, dy, images, tiles, (0, 0), width, 'Z').reshape(6, -1, C_out)
         return sum(V[:, pixels].reshape(6, -1, 3 * C_in).swapaxes(1, 2) @ Z[:, windows]

@@ -30,7 +30,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut, cut_images, parallel_for
-from .plain import output_size
+from ..engine.paths import note
 from .strips import sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
@@ -68,13 +68,13 @@ def transform_weight(matrix, weight):
     return U
 
 
-def convolve(x, weight, padding, turned=False, bias=None):
+def convolve(x, weight, geometry, turned=False, bias=None):
     """Return y (N, H_out, W_out, C_out): x convolved with weight or, C_in and C_out exchanged, the turned weight."""
     x, matrix = numpy.ascontiguousarray(x), G
     if turned:
         matrix, weight = G[:, ::-1], weight.swapaxes(2, 3)                   # the reversed columns turn the kernel
     (N, H, W, C_in), C_out = x.shape, weight.shape[3]
-    H_out, W_out = output_size((H, W), (3, 3), (1, 1), padding)
+    (H_out, W_out), padding = geometry.output_size((H, W)), geometry.padding
     R, columns = -(-H_out // 4), -(-W_out // 4)
     few = N * R * columns <= FEW_TILES
     tiles_per_block = FEW_TILES if few else max(LEAST_TILES, TILE_VALUES // max(C_in, C_out))
@@ -86,6 +86,7 @@ def convolve(x, weight, padding, turned=False, bias=None):
         return transform_weight(matrix, weight[..., out])                    # (36, C_in, some of C_out)
 
     # With few tiles, U would be larger than all else: each block then makes its panels as it uses them.
+    note('winograd_2d, few tiles' if few else 'winograd_2d, many tiles')
     U = None if few else parallel_for(panels, panel)
 
     def work(block):
@@ -109,17 +110,17 @@ def convolve(x, weight, padding, turned=False, bias=None):
     return y
 
 
-def forward(x, weight, stride, padding, bias=None):
+def forward(x, weight, geometry, bias=None):
     """Return y (N, H_out, W_out, C_out) for a 3×3 kernel at stride 1; see `plain.forward`."""
-    return convolve(x, weight, padding, bias=bias)
+    return convolve(x, weight, geometry, bias=bias)
 
 
-def input_gradient(dy, weight, input_size, stride, padding, bias=None):
+def input_gradient(dy, weight, input_size, geometry, bias=None):
     """Return dx (N, H, W, C_in): dy convolved with the kernel turned by 180°; see `plain.input_gradient`."""
-    return convolve(dy, weight, (2 - padding[0], 2 - padding[1]), turned=True, bias=bias)
+    return convolve(dy, weight, geometry.turned(), turned=True, bias=bias)
 
 
-def weight_gradient(x, dy, kernel_size, stride, padding):
+def weight_gradient(x, dy, geometry):
     """Return dweight (3, 3, C_in, C_out); see `plain.weight_gradient`."""
     x, dy = numpy.ascontiguousarray(x), numpy.ascontiguousarray(dy)
     (N, H_out, W_out, C_out), C_in = dy.shape, x.shape[3]
@@ -131,7 +132,7 @@ def weight_gradient(x, dy, kernel_size, stride, padding):
 
     def term(block, within):
         images, tiles = block
-        V = transform_tiles(BT, x[..., within], images, tiles, padding, columns, 'V').swapaxes(1, 2)
+        V = transform_tiles(BT, x[..., within], images, tiles, geometry.padding, columns, 'V').swapaxes(1, 2)
         Z = transform_tiles(AT.T, dy, images, tiles, (0, 0), columns, 'Z')
         dweight = numpy.empty((3, 3, V.shape[1], C_out), x.dtype)
         for piece in cut(V.shape[1], max(32, PIECE // (V.shape[2] * C_out))):

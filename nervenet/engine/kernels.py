@@ -17,6 +17,7 @@ import numpy
 
 from . import backend
 from .memory import empty
+from .paths import only_plain
 
 SOURCE = Path(__file__).with_name('kernels.cu')
 THREADS = 256                           # of a block: a whole number of the groups of 32 in which a GPU runs threads
@@ -26,7 +27,7 @@ _on = contextvars.ContextVar('kernels of our own', default=False)
 
 @contextlib.contextmanager
 def use_kernels():
-    """Within this context the kernels serve whatever they can."""
+    """Within this context the kernels compute whatever they can."""
     token = _on.set(True)
     try:
         yield
@@ -34,9 +35,9 @@ def use_kernels():
         _on.reset(token)
 
 
-def serve(*arrays):
-    """Say whether the kernels are on and these arrays are for them: float32, on a GPU, not empty."""
-    return _on.get() and backend.get_array_module(*arrays) is not numpy and all(
+def can_compute(*arrays):
+    """Say whether the kernels are on, within reach, and these arrays are for them: float32, on a GPU, not empty."""
+    return _on.get() and not only_plain() and backend.get_array_module(*arrays) is not numpy and all(
         array.dtype == numpy.float32 and array.size for array in arrays)
 
 

@@ -5,12 +5,11 @@ Memory is slow: an operation on a number in the cache costs a tenth of fetching 
 more. So cut the values into blocks small enough to stay in the cache from one operation to the next, and let the
 formula work in the block of the result:
 
-    def normalize(out, x, mean, scale, bias):
-        numpy.subtract(x, mean, out)
-        out *= scale
-        out += bias
+    def normalize(x, mean, scale, out=None):
+        return numpy.multiply(numpy.subtract(x, mean, out=out), scale, out=out)
 
-    y = in_blocks(normalize, x, channels=(mean, scale, bias))
+    normalize(x, mean, scale)                               the plain formula
+    in_blocks(normalize, x, channels=(mean, scale))         the same, bit for bit, in blocks
 
 The operations are the same; only the walk over memory changes, and `parallel_for` shares the blocks among the cores.
 
@@ -32,6 +31,7 @@ import numpy
 from .backend import get_array_module
 from .memory import empty, scratch
 from .parallel import cut_images, parallel_for
+from .paths import only_plain
 
 BLOCK_VALUES = 2**18            # 1 MiB of float32
 ROW_VALUES = 2**12              # values in a row, at most, where pixels are joined
@@ -39,22 +39,25 @@ CHAIN = 128                     # values added in a row before their sum goes on
 
 
 def in_blocks(formula, *arrays, channels=()):
-    """Return the array that `formula(out, *arrays, *channels)` writes: arrays and result (N, H, W, C), channels (C,).
+    """Return `formula(*arrays, *channels)`, a new array: arrays and result (N, H, W, C) of one dtype, channels (C,).
 
-    The formula treats every value by itself. It is called with blocks of the arrays, and with `channels` repeated to fit.
+    The formula treats every value by itself, and writes its result into the array `out` if it is given one. It is called with
+    blocks of the arrays, and with `channels` repeated to fit.
     """
+    if only_plain():
+        return formula(*arrays, *channels)
     y = empty(arrays[0].shape, arrays[0])
     if not _are_real_numpy(arrays):
-        formula(y, *arrays, *channels)
+        formula(*arrays, *channels, out=y)
         return y
-    flat, repeated, blocks = _cut([y, *arrays], channels)
-    parallel_for(blocks, lambda block: formula(*(array[block] for array in flat), *repeated))
+    flat, repeated, blocks = _cut([*arrays, y], channels)
+    parallel_for(blocks, lambda block: formula(*(array[block] for array in flat[:-1]), *repeated, out=flat[-1][block]))
     return y
 
 
 def add(a, b):
     """Return a + b, both (N, H, W, C)."""
-    return in_blocks(lambda y, a, b: get_array_module(a).add(a, b, out=y), a, b)
+    return in_blocks(get_array_module(a).add, a, b)
 
 
 def for_rows(x, work):

@@ -9,7 +9,7 @@ many operations it is asked for. So a convolution with stride 1 is written as KH
 In this list the pixel j columns right of another is j places further, and the one i rows below is i·Wp places further. So the KW
 pixels of one row of a window lie side by side, and put into one row of a matrix they are
 
-    runs (N·Hp·Wp − KW + 1, KW·C)           run r = pixels r, r + 1, …, r + KW − 1
+    runs (N·Hp·Wp − KW + 1, KW·C)           run r = pixels r, r + 1, …, r + KW − 1    (dilated: r, r + dilation, …)
 
 which is KW times the image, not KH·KW times. The window that begins at pixel r is the runs r, r + Wp, r + 2·Wp, …, and the
 convolution at all places at once is a sum of KH products of `runs`, each from another row on, which costs no copy:
@@ -28,6 +28,7 @@ does CuPy offer TF32. With runs, a few images are treated at a time, which bound
 
 from ..engine.backend import get_array_module
 from . import patches, plain
+from .geometry import turn
 
 SCRATCH_BYTES = 2**28                   # of all that the images treated at once need besides their result
 
@@ -39,35 +40,36 @@ def images_at_once(x, padding, values):
     return [slice(start, min(start + step, N)) for start in range(0, N, step)]
 
 
-def runs_of(padded, kernel_size):
-    """Return (runs, starts): the runs (…, KW·C) of the padded images (n, Hp, Wp, C), and at how many of them a window may begin."""
-    (KH, KW), (n, Hp, Wp, C) = kernel_size, padded.shape
+def runs_of(padded, geometry):
+    """Return (runs, starts, step): the runs (…, KW·C) of the padded images (n, Hp, Wp, C); at how many of them a window may begin;
+    and how much further the run for the next row of taps lies."""
+    (_, KW), (DH, DW), (EH, EW), (n, Hp, Wp, C) = geometry.kernel_size, geometry.dilation, geometry.extent, padded.shape
     pixels = padded.reshape(n * Hp * Wp, C)
-    length = len(pixels) - KW + 1
-    runs = get_array_module(padded).concatenate([pixels[j:j + length] for j in range(KW)], axis=1)
-    return runs, length - (KH - 1) * Wp
+    length = len(pixels) - EW + 1
+    runs = get_array_module(padded).concatenate([pixels[j * DW:j * DW + length] for j in range(KW)], axis=1)
+    return runs, length - (EH - 1) * Wp, DH * Wp
 
 
-def forward(x, weight, stride, padding, bias=None):
+def forward(x, weight, geometry, bias=None):
     """Return y (N, H_out, W_out, C_out); see `plain.forward`."""
     KH, KW, C_in, C_out = weight.shape
-    if patches.fits((KH, KW), stride, padding, x.shape[1:3]):
+    if patches.fits(geometry, x.shape[1:3]):
         return forward_of_tiles(x, weight, bias)
-    if tuple(stride) != (1, 1):
-        return plus(plain.forward(x, weight, stride, padding), bias)
-    H_out, W_out = plain.output_size(x.shape[1:3], (KH, KW), stride, padding)
+    if geometry.stride != (1, 1):
+        return plain.forward(x, weight, geometry, bias)
+    H_out, W_out = geometry.output_size(x.shape[1:3])
     xp = get_array_module(x)
     y = xp.empty((len(x), H_out, W_out, C_out), x.dtype)
     rows = weight.reshape(KH, KW * C_in, C_out)
-    for images in images_at_once(x, padding, C_in + KW * C_in + 2 * C_out):  # padded image, runs, sums and what is added to them
-        padded = plain.pad(x[images], padding)
+    for images in images_at_once(x, geometry.padding, C_in + KW * C_in + 2 * C_out):  # padded image, runs, sums and what is added to them
+        padded = plain.pad(x[images], geometry.padding)
         n, Hp, Wp, _ = padded.shape
-        runs, starts = runs_of(padded, (KH, KW))
+        runs, starts, step = runs_of(padded, geometry)
         places = xp.empty((n, Hp, Wp, C_out), x.dtype)
         sums = places.reshape(n * Hp * Wp, C_out)[:starts]                   # a view; the few places after it stay unread
         xp.matmul(runs[:starts], rows[0], out=sums)                          # (starts, KW·C_in) @ (KW·C_in, C_out)
         for i in range(1, KH):
-            sums += runs[i * Wp:i * Wp + starts] @ rows[i]
+            sums += runs[i * step:i * step + starts] @ rows[i]
         wanted = places[:, :H_out, :W_out]
         if bias is None:
             y[images] = wanted
@@ -76,39 +78,36 @@ def forward(x, weight, stride, padding, bias=None):
     return y
 
 
-def input_gradient(dy, weight, input_size, stride, padding, bias=None):
+def input_gradient(dy, weight, input_size, geometry, bias=None):
     """Return dx (N, H, W, C_in); see `plain.input_gradient`. At stride 1 it is a convolution, as in `im2col`."""
-    KH, KW, _, _ = weight.shape
-    PH, PW = padding
-    if patches.fits((KH, KW), stride, padding, input_size):
+    if patches.fits(geometry, input_size):
         return input_gradient_of_tiles(dy, weight, bias)
-    if tuple(stride) == (1, 1) and PH < KH and PW < KW:
-        turned = get_array_module(dy).ascontiguousarray(weight[::-1, ::-1].swapaxes(2, 3))     # (KH, KW, C_out, C_in)
-        return forward(dy, turned, stride, (KH - 1 - PH, KW - 1 - PW), bias)
-    return plus(plain.input_gradient(dy, weight, input_size, stride, padding), bias)
+    if turned := geometry.turned():
+        return forward(dy, turn(weight), turned, bias)
+    return plain.input_gradient(dy, weight, input_size, geometry, bias)
 
 
-def weight_gradient(x, dy, kernel_size, stride, padding):
+def weight_gradient(x, dy, geometry):
     """Return dweight (KH, KW, C_in, C_out); see `plain.weight_gradient`.
 
     dy is laid out like the places of forward, with zeros at the places that were left behind: what nobody asked for moved nothing.
     """
-    (KH, KW), C_in, (_, H_out, W_out, C_out) = kernel_size, x.shape[3], dy.shape
-    if patches.fits(kernel_size, stride, padding, x.shape[1:3]):
-        return weight_gradient_of_tiles(x, dy, kernel_size)
-    if tuple(stride) != (1, 1):
-        return plain.weight_gradient(x, dy, kernel_size, stride, padding)
+    (KH, KW), C_in, (_, H_out, W_out, C_out) = geometry.kernel_size, x.shape[3], dy.shape
+    if patches.fits(geometry, x.shape[1:3]):
+        return weight_gradient_of_tiles(x, dy, geometry.kernel_size)
+    if geometry.stride != (1, 1):
+        return plain.weight_gradient(x, dy, geometry)
     xp = get_array_module(x)
     dweight = xp.zeros((KH, KW * C_in, C_out), x.dtype)
-    for images in images_at_once(x, padding, C_in + KW * C_in + C_out):      # padded image, runs and dplaces
-        padded = plain.pad(x[images], padding)
+    for images in images_at_once(x, geometry.padding, C_in + KW * C_in + C_out):      # padded image, runs and dplaces
+        padded = plain.pad(x[images], geometry.padding)
         n, Hp, Wp, _ = padded.shape
-        runs, starts = runs_of(padded, kernel_size)
+        runs, starts, step = runs_of(padded, geometry)
         dplaces = xp.zeros((n, Hp, Wp, C_out), x.dtype)
         dplaces[:, :H_out, :W_out] = dy[images]
         dsums = dplaces.reshape(n * Hp * Wp, C_out)[:starts]
         for i, drow in enumerate(dweight):
-            drow += runs[i * Wp:i * Wp + starts].T @ dsums                   # (KW·C_in, starts) @ (starts, C_out)
+            drow += runs[i * step:i * step + starts].T @ dsums                   # (KW·C_in, starts) @ (starts, C_out)
     return dweight.reshape(KH, KW, C_in, C_out)
 
 
