@@ -10,8 +10,13 @@ measured: move one number θ a little and see how far the loss L moves. Two ways
 L is Σ dy·y with a random dy, so that no error hides behind a symmetry: with a dy of ones, a concat that swaps its two
 gradients passes. For the same reason weights are random, images are not square, and numbers of channels differ.
 
-In a layer, every element of every input and parameter is moved by itself. In a network that would take too long: each
-array is moved as a whole, along a random direction d, and L must change by Σ gradient·d.
+In a small layer, every element of every input and parameter is moved by itself. In a wide one a few are, and all of them together
+along a random direction d, by which L must change by Σ gradient·d; in a network, where even that would take too long, each array is
+moved as a whole.
+
+There are many ways to compute the same, fast paths for one shape or another. The suite reaches each of them that a network of the
+examples takes, and its table says by which ones backward, and the forward before it, were computed. Finite differences are measured
+by the same ones; complex numbers take the plain mathematics, so the complex step also holds the two together.
 
 To check a layer of your own, build it with dtype float64:
 
@@ -31,13 +36,15 @@ from typing import NamedTuple
 
 import numpy
 
-from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, MaxPool2D, ReLU, Sigmoid
+from .engine.paths import paths_taken, plain
+from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, LeakyReLU, MaxPool2D, ReLU, Sigmoid, inference
 from .losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from .networks.unet import UNet
 
 # The step h, and the largest relative error that passes. The inputs of a layer can be kept away from its kinks. In a
 # network, some ReLU may cross 0 within the step: a tiny step makes that rare, but costs digits.
 LAYER = {'finite differences': (1e-5, 1e-7), 'complex step': (1e-30, 1e-11)}
+WIDE = {'finite differences': (1e-3, 1e-7), 'complex step': (1e-30, 1e-11)}      # sums of many numbers: rounding asks for a larger step
 NETWORK = {'finite differences': (1e-8, 1e-4), 'complex step': (1e-30, 1e-9)}
 
 
@@ -50,14 +57,17 @@ class Result(NamedTuple):
     error: float                # largest absolute difference / largest absolute value
     tolerance: float
     detail: str                 # which elements differ, and by how much
+    paths: frozenset = frozenset()      # names of the paths by which forward and backward were computed
 
     @property
     def ok(self):
         return bool(self.error <= self.tolerance)       # false for NaN
 
 
-def check_layer(layer, *inputs, rng, name=None, methods=LAYER):
+def check_layer(layer, *inputs, rng, name=None, methods=LAYER, directions=None):
     """Measure every element of every gradient of `layer` at `inputs`, float64 arrays; return a list of `Result`.
+
+    For a layer with more elements than one can wait for, `directions` says which to measure: `some_elements`, `one_random_direction`.
 
     The layer stays as it is. What is checked is a copy, with noise added to its parameters, because biases of exactly 0
     can put a ReLU on its kink. Each measurement starts from the same state, so a layer that draws random numbers draws
@@ -66,9 +76,10 @@ def check_layer(layer, *inputs, rng, name=None, methods=LAYER):
 
     The protocol is checked too: forward and backward may not write into an array that they were given or have returned;
     there must be a gradient of the right shape and dtype for every input and parameter; parameter gradients are
-    assigned, not added to what was there; the cache is freed. Raises ValueError if an array is not float64.
+    assigned, not added to what was there; the cache is freed; and where backward can leave out the gradient of the input
+    (`input_gradient=False`), that changes no other gradient. Raises ValueError if an array is not float64.
     """
-    return check(layer, inputs, rng, name, methods, every_element)
+    return check(layer, inputs, rng, name, methods, directions or every_element)
 
 
 def check_loss(loss, logits, target, *, rng, name=None, methods=LAYER):
@@ -91,6 +102,16 @@ def every_element(gradient, rng):
         direction = numpy.zeros(gradient.shape)
         direction[index] = 1
         yield f'element {index}', direction
+
+
+def some_elements(gradient, rng):
+    """Yield (what is moved, direction) for a random direction of all elements, for the first, the last and two more by themselves."""
+    yield from one_random_direction(gradient, rng)
+    for place in (0, gradient.size - 1, *rng.integers(gradient.size, size=2)):
+        direction = numpy.zeros(gradient.shape)
+        index = numpy.unravel_index(place, gradient.shape)
+        direction[index] = 1
+        yield f'element {tuple(map(int, index))}', direction
 
 
 def one_random_direction(gradient, rng):
@@ -143,7 +164,8 @@ def check(layer, inputs, rng, name, methods, directions):
 
     y = output(values)
     dy = rng.standard_normal(y.shape) if y.ndim else numpy.ones(())     # a loss is L itself
-    gradients, faults = claimed_gradients(layer, input_names, values, dy)
+    with paths_taken() as paths:
+        gradients, faults = claimed_gradients(layer, input_names, values, dy)
     results = [Result(name, 'protocol', '', numpy.inf, 0, fault) for fault in faults]
     moves = {key: list(directions(gradient, rng)) for key, gradient in gradients.items()}
     claims = {key: [(gradients[key] * direction).sum() for _, direction in moves[key]] for key in moves}
@@ -153,7 +175,8 @@ def check(layer, inputs, rng, name, methods, directions):
         for method, (h, tolerance) in methods.items():
             measured = [measure(key, direction, method, h) for _, direction in moves[key]]
             labels = [what for what, _ in moves[key]]
-            results.append(compare(name, gradient_name(key), method, claimed, measured, tolerance, labels, floor))
+            result = compare(name, gradient_name(key), method, claimed, measured, tolerance, labels, floor)
+            results.append(result._replace(paths=frozenset(paths)))
     return results
 
 
@@ -173,7 +196,8 @@ def claimed_gradients(layer, input_names, values, dy):
     dinputs = dinputs if isinstance(dinputs, tuple) else (dinputs,)
     gradients = dict(zip(input_names, dinputs)) | trial.gradients()
 
-    faults = [f'{key} was written into' for key in arrays if not numpy.array_equal(arrays[key], before[key])]
+    faults = unlike_without_input_gradient(layer, [arrays[key] for key in input_names], dy, trial) if y.ndim else []
+    faults += [f'{key} was written into' for key in arrays if not numpy.array_equal(arrays[key], before[key])]
     faults += ['the cache stays after backward' for _, part in trial.layers() if part.cache is not None][:1]
     if len(dinputs) != len(input_names):
         faults.append(f'backward returned {len(dinputs)} gradients for {len(input_names)} inputs')
@@ -186,6 +210,18 @@ def claimed_gradients(layer, input_names, values, dy):
             faults.append(f'{gradient_name(key)} was not assigned')
             del gradients[key]
     return gradients, faults
+
+
+def unlike_without_input_gradient(layer, inputs, dy, done):
+    """Return what goes wrong where the gradient of the input is left out, as training does; `done` is the layer after a full backward."""
+    if 'input_gradient' not in inspect.signature(layer.backward).parameters:
+        return []
+    trial = copy.deepcopy(layer)
+    trial.forward(*inputs)
+    dx, gradients = trial.backward(dy, input_gradient=False), trial.gradients()
+    faults = [f'd{key} differs without the gradient of the input' for key, gradient in done.gradients().items()
+              if gradient is None or not numpy.array_equal(gradient, gradients[key])]
+    return faults + ['backward(input_gradient=False) returned a gradient'] * (dx is not None)
 
 
 def describe(array):
@@ -230,10 +266,21 @@ def check_pooling_of_equal_values(layer, rng):
     return check_rule('MaxPool2D of equal values', layer.backward(dy), expected)
 
 
-def check_rule(name, dx, expected):
-    """Return the `Result` of comparing dx with what a rule demands, exactly."""
-    labels = [f'element {index}' for index in numpy.ndindex(dx.shape)]
-    return compare(name, 'dx', 'rule', dx.ravel(), expected.ravel(), 0.0, labels)
+def check_inference(model, x):
+    """In inference a network may take shortcuts that have no backward. Return one `Result`: what it makes of x, against the plain way."""
+    model, x = copy.deepcopy(model), x.copy()
+    model.forward(x)                                                    # running statistics of its own
+    with inference(), paths_taken() as paths:
+        y = model.forward(x)
+    with inference(), plain():
+        expected = model.forward(x)
+    return check_rule('U-Net, inference', y, expected, 'y', 1e-10)._replace(paths=frozenset(paths))
+
+
+def check_rule(name, result, expected, quantity='dx', tolerance=0.0):
+    """Return the `Result` of comparing an array with what a rule demands."""
+    labels = [f'element {index}' for index in numpy.ndindex(result.shape)]
+    return compare(name, quantity, 'rule', result.ravel(), expected.ravel(), tolerance, labels)
 
 
 def suite(rng):
@@ -255,6 +302,7 @@ def suite(rng):
     options = dict(rng=rng, dtype=float)
     yield check_layer(ReLU(), off_zero(2, 5, 4, 3), rng=rng)
     yield [check_relu_at_zero(ReLU(), rng)]
+    yield check_layer(LeakyReLU(0.2), off_zero(2, 5, 4, 3), rng=rng)
     yield check_layer(Sigmoid(), normal(2, 5, 4, 3), rng=rng)
     yield check_layer(Concat(), normal(2, 5, 4, 3), normal(2, 5, 4, 2), rng=rng)
     yield check_layer(MaxPool2D(2), distinct(2, 4, 6, 3), rng=rng)
@@ -270,6 +318,9 @@ def suite(rng):
                       name='Conv2D 2×4, stride 1×2, no padding')
     yield check_layer(Conv2D(2, 3, stride=(2, 3), padding=(0, 2), **options), normal(2, 6, 5, 2), rng=rng,
                       name='Conv2D, stride 2×3, padding 0×2')
+    yield check_layer(Conv2D(2, 3, (3, 2), (1, 2), (2, 1), dilation=(2, 3), **options), normal(2, 6, 7, 2), rng=rng,
+                      name='Conv2D 3×2, stride 1×2, padding 2×1, dilation 2×3')
+    yield check_layer(Conv2D(6, 5, dilation=2, **options), normal(2, 7, 6, 6), rng=rng, name='Conv2D, dilation 2')
     yield check_layer(ConvTranspose2D(3, 2, **options), normal(2, 3, 4, 3), rng=rng, name='ConvTranspose2D 2×2')
     yield check_layer(ConvTranspose2D(2, 3, (3, 2), (3, 2), bias=False, **options), normal(2, 3, 4, 2), rng=rng,
                       name='ConvTranspose2D 3×2, no bias')
@@ -278,6 +329,18 @@ def suite(rng):
     trained.forward(2 * normal(2, 5, 4, 3) + 1)
     yield check_layer(trained.eval(keep_cache=True), normal(2, 5, 4, 3), rng=rng, name='BatchNorm2D, inference')
     yield check_layer(Dropout(0.4, rng=rng), normal(2, 5, 4, 3), rng=rng)
+
+    # The same layers at sizes for which other paths are the fast ones: work in several blocks, sums in several parts.
+    wide = dict(rng=rng, methods=WIDE, directions=some_elements)
+    yield check_layer(Conv2D(1, 5, **options), normal(6, 96, 128, 1), name='Conv2D 1→5 on 96×128', **wide)
+    yield check_layer(Conv2D(9, 12, **options), normal(2, 22, 21, 9), name='Conv2D 9→12 on 22×21', **wide)
+    yield check_layer(Conv2D(16, 20, **options), normal(12, 34, 45, 16), name='Conv2D 16→20 on 34×45', **wide)
+    yield check_layer(Conv2D(34, 40, **options), normal(1, 10, 13, 34), name='Conv2D 34→40 on 10×13', **wide)
+    yield check_layer(Conv2D(33, 70, **options), normal(4, 21, 26, 33), name='Conv2D 33→70 on 21×26', **wide)
+    yield check_layer(Conv2D(140, 260, **options), normal(2, 3, 4, 140), name='Conv2D 140→260 on 3×4', **wide)
+    yield check_layer(Conv2D(24, 1, 1, **options), normal(3, 100, 60, 24), name='Conv2D 1×1, 24→1 on 100×60', **wide)
+    yield check_layer(ConvTranspose2D(36, 18, **options), normal(6, 24, 31, 36), name='ConvTranspose2D 36→18 on 24×31', **wide)
+    yield check_layer(BatchNorm2D(16, dtype=float), normal(2, 96, 100, 16), name='BatchNorm2D on 96×100', **wide)
 
     shape = 3, 5, 4, 2
     yield check_loss(DiceLoss(), normal(*shape), mask(*shape), rng=rng)
@@ -290,17 +353,19 @@ def suite(rng):
                         rng.random((2, 13, 19, 1)), rng=rng, name='U-Net, 13×19')
     yield check_network(UNet(2, 3, base_channels=2, depth=3, norm=None, dropout=0.3, **options),
                         rng.random((2, 8, 17, 2)), rng=rng, name='U-Net, no norm, dropout, 8×17')
+    yield [check_inference(UNet(1, 1, base_channels=3, depth=2, **options), rng.random((2, 12, 17, 1)))]
 
 
 def table(results):
     """Return the results as an aligned table, one line per gradient; below a wrong one, where it differs."""
     methods = [method for method in dict.fromkeys(result.method for result in results) if method]
-    rows, details = [('layer', 'quantity', *methods, 'verdict')], ['']
+    rows, details = [('layer', 'quantity', *methods, 'verdict', 'computed by')], ['']
     for layer, quantity in dict.fromkeys((result.layer, result.quantity) for result in results):
         group = [result for result in results if (result.layer, result.quantity) == (layer, quantity)]
         errors = {result.method: f'{result.error:.1e}' for result in group}
         rows.append((layer, quantity, *(errors.get(method, '') for method in methods),
-                     'ok' if all(result.ok for result in group) else 'WRONG'))
+                     'ok' if all(result.ok for result in group) else 'WRONG',
+                     ', '.join(sorted(set().union(*(result.paths for result in group))))))
         details.append(''.join(f'\n    {result.method or quantity}: {result.detail}'
                                for result in group if not result.ok))
     widths = [max(map(len, column)) for column in zip(*rows)]

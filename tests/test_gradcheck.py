@@ -3,16 +3,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import pytest
 
 import nervenet
-from nervenet import gradcheck
-from nervenet.convolution import plain
+from nervenet import SGD, gradcheck, predict, train_step
+from nervenet.convolution import im2col, patches, plain, strips, winograd_1d, winograd_2d
+from nervenet.engine.paths import paths_taken
 from nervenet.gradcheck import LAYER, NETWORK, check_layer, check_loss, check_network, suite, table
-from nervenet.layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, MaxPool2D, ReLU, Sigmoid, sigmoid
+from nervenet.layers import (BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, LeakyReLU, MaxPool2D, ReLU, Sigmoid,
+                             sigmoid)
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.networks.unet import DoubleConv, Down, UNet, Up
 
@@ -88,7 +91,7 @@ class ConvLosesACornerOfTheWeightGradient(RemembersItsInput, Conv2D):
     def backward(self, dy):
         dx, x = super().backward(dy), self.x.copy()
         x[:, 0, 0] = 0
-        self.grads['weight'] = plain.weight_gradient(x, dy, self.kernel_size, self.stride, self.padding)
+        self.grads['weight'] = plain.weight_gradient(x, dy, self.geometry)
         return dx
 
 
@@ -104,15 +107,45 @@ class ConvForgetsTheSecondImage(Conv2D):
 class ConvIgnoresItsStride(RemembersItsInput, Conv2D):
     def backward(self, dy):
         dx = super().backward(dy)
-        self.grads['weight'] = plain.weight_gradient(self.x, dy, self.kernel_size, (1, 1), self.padding)
+        self.grads['weight'] = plain.weight_gradient(self.x, dy, replace(self.geometry, stride=1))
         return dx
 
 
 @bug((2, 5, 5, 2), wrong={'dx', 'dweight'}, in_channels=2, out_channels=3, stride=(1, 2), dtype=float)
 class ConvSwapsItsStrides(Conv2D):
     def backward(self, dy):
-        self.stride = self.stride[::-1]
+        self.geometry = replace(self.geometry, stride=self.geometry.stride[::-1])
         return super().backward(numpy.ascontiguousarray(dy.swapaxes(1, 2)))
+
+
+@bug((2, 7, 6, 2), wrong={'dx', 'dweight'}, in_channels=2, out_channels=3, dilation=2, dtype=float)
+class ConvForgetsItsDilationInBackward(Conv2D):
+    def backward(self, dy):
+        self.geometry = replace(self.geometry, dilation=1, padding=1)
+        return super().backward(dy)
+
+
+@bug((2, 5, 4, 2), wrong={'protocol'}, in_channels=2, out_channels=3, dtype=float)
+class ConvForgetsItsBiasWhereNoInputGradientIsWanted(Conv2D):
+    def backward(self, dy, input_gradient=True):
+        dx = super().backward(dy, input_gradient)
+        if not input_gradient:
+            self.grads['bias'] = 0 * self.grads['bias']
+        return dx
+
+
+@bug((2, 5, 4, 3), wrong={'dx'}, negative_slope=0.2)
+class LeakyReLUForgetsItsSlope(LeakyReLU):
+    def backward(self, dy):
+        y, = self.take()
+        return dy * (y > 0)
+
+
+@bug((2, 5, 4, 3), wrong={'dx'}, negative_slope=0.2)
+class LeakyReLUTakesItsSlopeEverywhere(LeakyReLU):
+    def backward(self, dy):
+        self.take()
+        return self.negative_slope * dy
 
 
 @bug((2, 5, 4, 2), wrong={'protocol'}, in_channels=2, out_channels=3, dtype=float)
@@ -473,11 +506,49 @@ def test_bug_planted_in_a_network_is_caught(kind, broken, wrong, right, norm, me
     assert not right & wrong_quantities(results)
 
 
-@pytest.mark.parametrize('seed', range(2))
-def test_everything_passes(seed):
-    results = [result for results in suite(numpy.random.default_rng(seed)) for result in results]
+IN_PATHS = [        # module, what is replaced in its text, by what, a layer that takes this path, the shape of its input, what then is wrong
+    (winograd_2d, 'M[1, 1] += bias[start:stop]', 'M[1, 1] += bias[:stop - start]', lambda **o: Conv2D(33, 140, **o), (1, 10, 13, 33),
+     {'dbias'}),
+    (winograd_2d, 'panel(panels[i]) if few else U[i]', 'panel(panels[i]) if few else U[0]', lambda **o: Conv2D(33, 70, **o),
+     (4, 21, 26, 33), {'dx', 'dweight'}),
+    (winograd_2d, 'matrix, weight = G[:, ::-1], weight', 'matrix, weight = G, weight', lambda **o: Conv2D(34, 40, **o), (1, 10, 13, 34), {'dx'}),
+    (winograd_2d, 'dweight[:, :, piece] = ', 'dweight[:, :, piece] = 1.001 * ', lambda **o: Conv2D(33, 70, **o), (4, 21, 26, 33), {'dweight'}),
+    (strips, 'for strip in strips[group][1:]:', 'for strip in strips[group][2:]:', lambda **o: Conv2D(1, 5, **o), (6, 96, 128, 1), {'dweight'}),
+    (strips, 'dweight[:, :, within] += part', 'dweight[:, :, within] = part', lambda **o: Conv2D(1, 5, **o), (6, 96, 128, 1), {'dweight'}),
+    (im2col, 'product += bias[out]', 'product += bias[:len(bias[out])]', lambda **o: Conv2D(140, 260, **o), (2, 3, 4, 140), {'dbias'}),
+    (im2col, 'dy[images], weight[:, :, channels]', 'dy[images], weight[:, :, :len(weight[0, 0, channels])]', lambda **o: Conv2D(140, 260, **o),
+     (1, 3, 4, 140), {'dx'}),
+    (im2col, '(b * DH, c * DW, d, a, b * SH, c * SW)', '(b, c * DW, d, a, b * SH, c * SW)', lambda **o: Conv2D(2, 3, dilation=2, **o),
+     (2, 7, 6, 2), {'dx', 'dweight'}),
+    (winograd_1d, 'M[1].reshape(-1, width * C_out)[:, :W_out * C_out] +=', 'M[0].reshape(-1, width * C_out)[:, :W_out * C_out] +=',
+     lambda **o: Conv2D(9, 12, **o), (2, 22, 21, 9), {'dbias'}),
+    (patches, 'dpatches += numpy.tile(bias, KH * KW)', 'dpatches[:, :len(bias)] += bias', lambda **o: ConvTranspose2D(3, 2, **o), (2, 3, 4, 3),
+     {'dbias'})]
+
+
+@pytest.mark.parametrize('module, old, new, make, shape, wrong', IN_PATHS, ids=lambda value: value.strip() if isinstance(value, str) else '')
+def test_bug_planted_in_a_fast_path_is_caught(module, old, new, make, shape, wrong, rng, plant):
+    """By the suite's own way to measure wide layers: a few elements, and all along one direction."""
+    layer, x = make(rng=rng, dtype=float), rng.standard_normal(shape)
+    method = 'finite differences'                                       # which are measured on the fast path itself
+    measure = dict(methods={method: gradcheck.WIDE[method]}, directions=gradcheck.some_elements)
+    assert wrong_quantities(check_layer(layer, x, rng=numpy.random.default_rng(1), **measure)) == set()
+    plant(module, old, new)
+    assert wrong_quantities(check_layer(layer, x, rng=numpy.random.default_rng(1), **measure)) & wrong
+
+
+def test_everything_passes_and_every_path_that_a_network_of_the_examples_takes_is_among_it(rng):
+    with paths_taken() as checked:
+        results = [result for results in suite(numpy.random.default_rng(1)) for result in results]
     assert [result for result in results if not result.ok] == []
     assert {result.method for result in results} == {'finite differences', 'complex step', 'rule'}
+    with paths_taken() as used:
+        for base_channels, size, batch, norm in ((16, (96, 128), 8, 'batch'), (32, (96, 128), 4, None), (64, (128, 128), 1, 'batch')):
+            model = UNet(base_channels=base_channels, norm=norm, rng=rng)
+            x = rng.random((batch, *size, 1), dtype='float32')
+            train_step(model, DiceLoss(), SGD(model.parameters(), 0.1), x, (x > 0.5).astype('float32'))
+            predict(model, x)
+    assert used <= checked and {'winograd_1d', 'winograd_2d', 'im2col', 'patches', 'strips summed in groups'} <= used
 
 
 def test_suite_knows_every_layer_and_loss(monkeypatch):
@@ -495,8 +566,9 @@ def test_command_prints_a_table_and_succeeds():
                             env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
     assert result.returncode == 0 and not result.stderr
     lines = result.stdout.splitlines()
-    assert lines[1].split() == ['layer', 'quantity', 'finite', 'differences', 'complex', 'step', 'rule', 'verdict']
-    assert all(line.endswith('  ok') and line.index('ok') == lines[1].index('verdict') for line in lines[2:-1])
+    assert lines[1].split() == ['layer', 'quantity', 'finite', 'differences', 'complex', 'step', 'rule', 'verdict', 'computed', 'by']
+    assert all(line[lines[1].index('verdict'):].split()[0] == 'ok' for line in lines[2:-1])
+    assert [line.split()[-1] for line in lines if line.startswith('Conv2D 1×1  ')] == 3 * ['patches']
     assert {'ReLU', 'Concat', 'BatchNorm2D,', 'DiceLoss', 'U-Net,'} <= {line.split()[0] for line in lines[2:-1]}
     assert 'comparisons passed' in lines[-1]
 
@@ -504,9 +576,11 @@ def test_command_prints_a_table_and_succeeds():
 def test_command_fails_and_says_where_if_a_gradient_is_wrong(monkeypatch, capsys):
     backward = Sigmoid.backward
     monkeypatch.setattr(Sigmoid, 'backward', lambda layer, dy: 2 * backward(layer, dy))
+    monkeypatch.setattr(gradcheck, 'suite', lambda rng: [check_layer(layer, rng.standard_normal((2, 5, 4, 3)), rng=rng)
+                                                         for layer in (Sigmoid(), BatchNorm2D(3, dtype=float))])
     assert gradcheck.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
-    row, = (number for number, line in enumerate(lines) if line.endswith('WRONG'))
+    row, = (number for number, line in enumerate(lines) if 'WRONG' in line)
     assert lines[row].startswith('Sigmoid')
     assert 'finite differences: 120 of 120 differ; worst for element (' in lines[row + 1]
     assert 'backward says' in lines[row + 2] and 'measured' in lines[row + 2]
@@ -617,11 +691,11 @@ def test_random_direction_leans_towards_the_gradient(rng):
 
 def test_table_has_one_line_per_gradient_and_details_only_of_wrong_ones():
     results = [gradcheck.Result('Conv2D', 'dx', 'finite differences', 1e-9, 1e-7, 'hidden'),
-               gradcheck.Result('Conv2D', 'dx', 'complex step', 2e-3, 1e-11, '1 of 9 differ'),
+               gradcheck.Result('Conv2D', 'dx', 'complex step', 2e-3, 1e-11, '1 of 9 differ', frozenset(['strips', 'im2col'])),
                gradcheck.Result('ReLU', 'protocol', '', numpy.inf, 0, 'dy was written into')]
     assert table(results).splitlines() == [
-        'layer   quantity  finite differences  complex step  verdict',
-        'Conv2D  dx        1.0e-09             2.0e-03       WRONG',
+        'layer   quantity  finite differences  complex step  verdict  computed by',
+        'Conv2D  dx        1.0e-09             2.0e-03       WRONG    im2col, strips',
         '    complex step: 1 of 9 differ',
         'ReLU    protocol                                    WRONG',
         '    protocol: dy was written into']

@@ -198,14 +198,14 @@ def test_twenty_training_steps_with_kernels_equal_those_of_the_host(xp_with_kern
     assert set(getattr(xp_with_kernels, 'launched', NAMES)) == set(NAMES) - (set() if norm else {'normalize_relu'})
 
 
-def test_kernels_are_off_by_default_and_serve_no_other_arrays(xp_with_kernels, rng):
+def test_kernels_are_off_by_default_and_compute_no_other_arrays(xp_with_kernels, rng):
     x = xp_with_kernels.asarray(values(rng, 1, 4, 4, 2))
-    assert kernels.serve(x)
-    assert not kernels.serve(backend.to_cpu(x)) and not kernels.serve(x.astype('float64')) and not kernels.serve(x[:0])
+    assert kernels.can_compute(x)
+    assert not kernels.can_compute(backend.to_cpu(x)) and not kernels.can_compute(x.astype('float64')) and not kernels.can_compute(x[:0])
     token = kernels._on.set(False)
     with contextlib.ExitStack() as stack:
         stack.callback(kernels._on.reset, token)
-        assert not kernels.serve(x)
+        assert not kernels.can_compute(x)
         MaxPool2D(2).forward(x)
         assert getattr(xp_with_kernels, 'launched', []) == []
 

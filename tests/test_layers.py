@@ -1,16 +1,25 @@
+import contextlib
+import copy
+import pickle
+import threading
+
 import numpy
 import pytest
 
-from nervenet import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, MaxPool2D, ReLU, Sigmoid, convolution
+from nervenet import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, LeakyReLU, MaxPool2D, ReLU, Sigmoid, convolution, plain
+from nervenet.convolution import Geometry
 from nervenet.engine import backend, pixelwise
+from nervenet.layers import inference
 
 LAYERS = {
     'relu': (lambda rng: ReLU(), [(2, 5, 6, 3)]),
+    'leaky relu': (lambda rng: LeakyReLU(0.2), [(2, 5, 6, 3)]),
     'sigmoid': (lambda rng: Sigmoid(), [(2, 5, 6, 3)]),
     'concat': (lambda rng: Concat(), [(2, 5, 6, 3), (2, 5, 6, 4)]),
     'maxpool': (lambda rng: MaxPool2D(2), [(2, 5, 6, 3)]),
     'conv': (lambda rng: Conv2D(3, 4, rng=rng), [(2, 5, 6, 3)]),
     'conv, stride 2': (lambda rng: Conv2D(3, 4, (3, 5), stride=(2, 1), rng=rng), [(2, 5, 6, 3)]),
+    'conv, dilated': (lambda rng: Conv2D(3, 4, (3, 5), dilation=(2, 1), rng=rng), [(2, 5, 6, 3)]),
     'transposed conv': (lambda rng: ConvTranspose2D(3, 4, rng=rng), [(2, 5, 6, 3)]),
     'batch norm': (lambda rng: BatchNorm2D(3), [(2, 5, 6, 3)]),
     'dropout': (lambda rng: Dropout(0.4, rng=rng), [(2, 5, 6, 3)]),
@@ -121,15 +130,15 @@ def test_max_pooling_refuses_an_image_smaller_than_its_window():
 
 def test_convolution_against_the_definition(rng):
     """Every output computed by the sum in the docstring of `plain.py`, one scalar at a time."""
-    N, H, W, C_in, C_out, (KH, KW), (SH, SW), (PH, PW) = 2, 5, 7, 2, 3, (3, 2), (2, 1), (1, 2)
-    conv = Conv2D(C_in, C_out, (KH, KW), (SH, SW), (PH, PW), rng=rng, dtype=float)
+    N, H, W, C_in, C_out, (KH, KW), (SH, SW), (PH, PW), (DH, DW) = 2, 7, 9, 2, 3, (3, 2), (2, 1), (1, 2), (2, 3)
+    conv = Conv2D(C_in, C_out, (KH, KW), (SH, SW), (PH, PW), dilation=(DH, DW), rng=rng, dtype=float)
     conv.params['bias'][:] = rng.standard_normal(C_out)
     x = rng.standard_normal((N, H, W, C_in))
     y = conv.forward(x)
     for n, r, c, k in numpy.ndindex(y.shape):
         expected = conv.params['bias'][k]
         for i, j, channel in numpy.ndindex(KH, KW, C_in):
-            row, column = r * SH + i - PH, c * SW + j - PW
+            row, column = r * SH + i * DH - PH, c * SW + j * DW - PW
             if 0 <= row < H and 0 <= column < W:
                 expected += x[n, row, column, channel] * conv.params['weight'][i, j, channel, k]
         assert abs(y[n, r, c, k] - expected) < 1e-12
@@ -161,7 +170,7 @@ def test_transposed_convolution_paints_one_patch_per_pixel(rng):
     (lambda: Conv2D(1, 1, padding=-1), 'padding is -1'), (lambda: Conv2D(1, 1, (3, 3, 3)), 'expected a number or a pair'),
     (lambda: ConvTranspose2D(1, 1, 2, 1), 'stride equal to its kernel'), (lambda: Dropout(1.0), 'dropout probability is 1.0'),
     (lambda: Conv2D(3, 1).forward(numpy.zeros((1, 4, 4, 2))), r'\(1, 4, 4, 2\), expected \(N, H, W, 3\)'),
-    (lambda: Conv2D(1, 1, 5, padding=0).forward(numpy.zeros((1, 4, 4, 1))), 'an input of 4×4 .* smaller than the kernel 5×5')])
+    (lambda: Conv2D(1, 1, 5, padding=0).forward(numpy.zeros((1, 4, 4, 1))), 'an input of 4×4 .* smaller than the kernel, which spans 5×5')])
 def test_bad_arguments_are_refused_with_value_and_expectation(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -229,7 +238,7 @@ def test_complex_numbers_pass_through_forward(rng):
         y = layer.forward(*(x.astype(complex) + 1e-20j for x in inputs))
         assert y.dtype == complex and abs(y.imag).max() > 0 and abs(y.imag).max() < 1e-15
     weight = rng.standard_normal((3, 3, 2, 2)).astype(complex)
-    assert convolution.forward(rng.standard_normal((1, 4, 4, 2)), weight, (1, 1), (1, 1)).dtype == complex
+    assert convolution.forward(rng.standard_normal((1, 4, 4, 2)), weight, Geometry(3, padding=1)).dtype == complex
 
 
 @pytest.mark.parametrize('make, inputs', [(MaxPool2D, [(2, 13, 18, 3)]), (lambda: MaxPool2D(3), [(3, 13, 17, 2)]),
@@ -248,19 +257,99 @@ def test_work_shared_by_rows_gives_what_one_piece_gives(make, inputs, rng, monke
     assert all(numpy.array_equal(one, other) for one, other in zip(whole, results(), strict=True))
 
 
-@pytest.mark.parametrize('dtype, tolerance', [('float64', 1e-12), ('float32', 2e-5)])
-@pytest.mark.parametrize('channels', [(1, 4), (6, 5), (40, 44)])
-def test_a_norm_folded_into_a_convolution_gives_what_both_give(xp, rng, channels, dtype, tolerance):
-    conv, norm = Conv2D(*channels, bias=False, rng=rng, dtype=dtype), BatchNorm2D(channels[1], dtype=dtype)
-    for arrays in norm.params, norm.buffers:
-        for name in arrays:
-            arrays[name] = rng.uniform(0.5, 2, channels[1]).astype(dtype)
+def test_leaky_relu_lets_a_share_pass_below_zero_and_at_it():
+    layer = LeakyReLU(0.25)
+    assert layer.forward(numpy.array([-4.0, 0.0, 2.0])).tolist() == [-1, 0, 2]
+    assert layer.backward(numpy.array([8.0, 8.0, 8.0])).tolist() == [2, 2, 8]
+    for slope in (-0.1, 1.0, float('nan')):
+        with pytest.raises(ValueError, match='negative_slope is'):
+            LeakyReLU(slope)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_the_plain_formulas_give_what_the_fast_ones_give(name, rng):
+    layer, inputs = layer_and_inputs(name, numpy.random.default_rng(1))
+    same, _ = layer_and_inputs(name, numpy.random.default_rng(1))
+    dy = rng.standard_normal(layer.forward(*inputs).shape).astype('float32')
+    fast = [same.forward(*inputs), *run(same, inputs, dy), *same.buffers.values()]
+    same, _ = layer_and_inputs(name, numpy.random.default_rng(1))
+    with plain():
+        expected = [same.forward(*inputs), *run(same, inputs, dy), *same.buffers.values()]
+    for result, reference in zip(fast, expected, strict=True):
+        assert result.dtype == reference.dtype == numpy.float32
+        numpy.testing.assert_allclose(result, reference, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('mode', ['training', 'inference'])
+def test_the_plain_batch_norm_and_the_fast_one_agree(mode, rng, xp):
+    """On many values far from 0, of channels that differ, in float64: forward, all gradients, running statistics."""
     device = 'cpu' if xp is numpy else 'gpu'
-    conv.to(device).eval(), norm.to(device).eval()
-    x = xp.asarray(rng.standard_normal((2, 20, 27, channels[0])).astype(dtype))
-    before = backend.to_cpu(conv.params['weight']).copy()
-    weight, bias = norm.folded_into(conv.params['weight'])
-    y = backend.to_cpu(convolution.forward(x, weight, conv.stride, conv.padding, bias))
-    expected = backend.to_cpu(norm.forward(conv.forward(x)))
-    assert y.dtype == dtype and numpy.array_equal(backend.to_cpu(conv.params['weight']), before)
-    numpy.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * abs(expected).max())
+    norms = [BatchNorm2D(5, dtype=float) for _ in range(2)]
+    weight, bias, mean, var = rng.standard_normal((4, 5))
+    x, dy = 3 + [1, 2, 3, 4, 5] * rng.standard_normal((3, 40, 50, 5)), rng.standard_normal((3, 40, 50, 5))
+    results = []
+    for norm, context in zip(norms, (contextlib.nullcontext(), plain())):
+        norm.params.update(weight=weight.copy(), bias=bias.copy())
+        norm.buffers.update(running_mean=mean.copy(), running_var=1 + var**2)
+        norm.to(device)
+        if mode == 'inference':
+            norm.eval(keep_cache=True)
+        with context:
+            y = norm.forward(backend.move(x, device))
+            results.append([y, norm.backward(backend.move(dy, device)), *norm.grads.values(), *norm.buffers.values()])
+    for fast, reference in zip(*results):
+        numpy.testing.assert_allclose(backend.to_cpu(fast), backend.to_cpu(reference), rtol=1e-10, atol=1e-10)
+
+
+def test_batch_norm_of_one_value_per_channel_is_its_bias_however_large_the_value(rng):
+    x = (1e4 * rng.standard_normal((1, 1, 1, 6))).astype('float32')
+    for context in (contextlib.nullcontext(), plain()):
+        norm = BatchNorm2D(6)
+        norm.params.update(weight=rng.standard_normal(6).astype('float32'), bias=rng.standard_normal(6).astype('float32'))
+        with context:
+            assert numpy.array_equal(norm.forward(x)[0, 0, 0], norm.params['bias'])
+            assert not norm.backward(rng.standard_normal(x.shape).astype('float32')).any() and not norm.grads['weight'].any()
+
+
+def test_running_statistics_with_momentum_1_are_those_of_the_batch(rng):
+    norm = BatchNorm2D(3, momentum=1)
+    norm.forward((1e4 * rng.standard_normal((2, 9, 11, 3))).astype('float32'))
+    x = (7 + 1e-3 * rng.standard_normal((2, 9, 11, 3))).astype('float32')
+    norm.forward(x)
+    numpy.testing.assert_allclose(norm.buffers['running_mean'], x.mean(axis=(0, 1, 2), dtype=float), rtol=1e-7)
+    numpy.testing.assert_allclose(norm.buffers['running_var'], x.var(axis=(0, 1, 2), dtype=float, ddof=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize('arguments, said', [(dict(momentum=1.5), 'momentum is 1.5'), (dict(momentum=float('nan')), 'momentum is nan'),
+                                             (dict(eps=0), 'eps is 0'), (dict(channels=0), 'channels is 0')])
+def test_a_batch_norm_that_cannot_be_is_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        BatchNorm2D(**{'channels': 3} | arguments)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_layers_keep_what_they_say_and_survive_pickle_and_copy_after_a_forward(name, rng):
+    layer, inputs = layer_and_inputs(name, rng)
+    y = layer.forward(*inputs)
+    kept = {id(value) for value in layer.cache if value is not None}
+    assert ('input' in layer.keeps) == any(id(x) in kept for x in inputs)
+    assert ('output' in layer.keeps) == any(value.size == y.size for value in layer.cache
+                                            if isinstance(value, numpy.ndarray) and id(value) not in set(map(id, inputs)))
+    dy = rng.standard_normal(y.shape).astype('float32')
+    for other in pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer):
+        for result, expected in zip(run(other, inputs, dy), run(copy.deepcopy(layer), inputs, dy), strict=True):
+            assert numpy.array_equal(result, expected)
+
+
+def test_inference_holds_in_its_own_thread_and_changes_no_layer(rng):
+    norm, x = BatchNorm2D(3), rng.standard_normal((2, 4, 5, 3)).astype('float32')
+    y = norm.forward(x)
+    cache, seen = norm.cache, []
+    with inference():
+        assert not norm.training and not norm.keep_cache
+        norm.forward(x)
+        thread = threading.Thread(target=lambda: seen.append((norm.training, norm.keep_cache)))
+        thread.start()
+        thread.join()
+    assert norm.training and norm.keep_cache and norm.cache is cache and seen == [(True, True)]
+    assert norm.backward(y).shape == x.shape

@@ -76,7 +76,7 @@ def forward(x, weight, geometry, bias=None):
     # Where the image is small and the channels are many, blocks also share the output channels.
     channels = cut(C_out, CHANNELS if len(strips) < 8 else C_out)
     if len(channels) > 1:
-        note('im2col, blocks share the output channels')
+        note('shared output channels')
 
     def work(block):
         (images, rows), out = block
@@ -99,7 +99,7 @@ def input_gradient(dy, weight, input_size, geometry, bias=None):
     if turned and pixels > C_in:
         return forward(dy, turn(weight), turned, bias)
     # Elsewhere turning the weight would cost more than it saves, or a stride leaves holes: the plain sum, in blocks.
-    note('im2col, plain sums in blocks')
+    note('plain sums')
     dx = empty((len(dy), *input_size, C_in), dy)
 
     def work(block):

@@ -37,7 +37,7 @@ def sum_in_parts(shape, x, strips, channels, term, finish=lambda total: total):
     groups = cut(len(strips), -(-len(strips) * len(channels) // PARTIAL_SUMS))
     dweight = empty(shape, x)
     if any(len(strips[group]) > 1 for group in groups):
-        note('sums of several strips')
+        note('strips summed in groups')
     if len(groups) > 1:
         note('partial sums')
 

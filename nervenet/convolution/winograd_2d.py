@@ -86,7 +86,7 @@ def convolve(x, weight, geometry, turned=False, bias=None):
         return transform_weight(matrix, weight[..., out])                    # (36, C_in, some of C_out)
 
     # With few tiles, U would be larger than all else: each block then makes its panels as it uses them.
-    note('winograd_2d, few tiles' if few else 'winograd_2d, many tiles')
+    note('few tiles' if few else 'many tiles')
     U = None if few else parallel_for(panels, panel)
 
     def work(block):

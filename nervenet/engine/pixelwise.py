@@ -31,7 +31,7 @@ import numpy
 from .backend import get_array_module
 from .memory import empty, scratch
 from .parallel import cut_images, parallel_for
-from .paths import only_plain
+from .paths import note, only_plain
 
 BLOCK_VALUES = 2**18            # 1 MiB of float32
 ROW_VALUES = 2**12              # values in a row, at most, where pixels are joined
@@ -127,6 +127,8 @@ def _cut(arrays, channels=()):
         joined = next(number for number in range(max(1, ROW_VALUES // C), 0, -1) if pixels % number == 0)
     flat = [array.reshape(pixels // joined, joined * C) for array in arrays]
     rows = max(1, BLOCK_VALUES // (joined * C))
+    if len(flat[0]) > rows:
+        note('blocks of pixels')
     return (flat, [numpy.tile(vector, joined) for vector in channels],
             [slice(start, min(start + rows, len(flat[0]))) for start in range(0, len(flat[0]), rows)])
 

@@ -40,8 +40,9 @@ class UNet(Network):
     def __init__(self, in_channels=1, out_channels=1, base_channels=32, depth=4, norm='batch', dropout=0.0,
                  input_mean=0.0, input_std=1.0, *, rng=None, dtype=numpy.float32):
         self.depth, base_channels = positive(depth, 'depth'), positive(base_channels, 'base_channels')
-        super().__init__(dict(in_channels=in_channels, out_channels=out_channels, base_channels=base_channels, depth=self.depth, norm=norm,
-                              dropout=float(dropout), input_mean=input_mean, input_std=input_std), 2**self.depth, dtype)
+        config = dict(in_channels=in_channels, out_channels=out_channels, base_channels=base_channels, depth=self.depth, norm=norm,
+                      dropout=float(dropout), input_mean=input_mean, input_std=input_std)
+        super().__init__(config, multiple=2**self.depth, dtype=dtype)
         rng = numpy.random.default_rng() if rng is None else rng
         options = dict(norm=norm, rng=rng, dtype=dtype)
 

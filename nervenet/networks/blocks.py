@@ -1,0 +1,107 @@
+"""The parts that networks are built of: two convolutions, alone (DoubleConv), after a step down (Down), after a step up (Up)."""
+
+import numpy
+
+from ..engine.backend import get_array_module
+from ..layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Layer, MaxPool2D, ReLU
+from .fusing import in_sequence
+
+
+class DoubleConv(Layer):
+    """Twice: 3×3 convolution, norm (if any), ReLU. (N, H, W, C_in) gives (N, H, W, C_out).
+
+    A convolution that a norm follows has no bias: the norm would subtract it again. Raises ValueError for an unknown norm.
+    """
+
+    def __init__(self, in_channels, out_channels, norm='batch', *, rng=None, dtype=numpy.float32):
+        super().__init__()
+        if norm not in ('batch', None):
+            raise ValueError(f"norm is {norm!r}; expected 'batch' or None")
+
+        def convolution(channels):
+            return Conv2D(channels, out_channels, bias=norm is None, rng=rng, dtype=dtype)
+
+        self.conv1, self.conv2 = convolution(in_channels), convolution(out_channels)
+        self.norm1, self.norm2 = (BatchNorm2D(out_channels, dtype=dtype) if norm else None for _ in range(2))
+        self.relu1, self.relu2 = ReLU(), ReLU()
+        self.add_children('conv1', 'norm1', 'relu1', 'conv2', 'norm2', 'relu2')
+
+    def forward(self, x):
+        x = in_sequence(x, self.conv1, self.norm1, self.relu1)
+        return in_sequence(x, self.conv2, self.norm2, self.relu2)
+
+    def backward(self, dy, **options):
+        """Return dx; `options` are for the backward of the first convolution."""
+        return self.first_backward(self.second_backward(dy), **options)
+
+    def second_backward(self, dy):
+        dy = self.relu2.backward(dy)
+        dy = dy if self.norm2 is None else self.norm2.backward(dy)
+        return self.conv2.backward(dy)
+
+    def first_backward(self, dy, **options):
+        dy = self.relu1.backward(dy)
+        dy = dy if self.norm1 is None else self.norm1.backward(dy)
+        return self.conv1.backward(dy, **options)
+
+
+class Down(DoubleConv):
+    """2×2 max-pooling, then two convolutions: (N, H, W, C) gives (N, H/2, W/2, C_out)."""
+
+    def __init__(self, in_channels, out_channels, norm='batch', *, rng=None, dtype=numpy.float32):
+        super().__init__(in_channels, out_channels, norm, rng=rng, dtype=dtype)
+        self.pool = MaxPool2D(2)
+        self.children = {'pool': self.pool, **self.children}
+
+    def forward(self, x):
+        return super().forward(self.pool.forward(x))
+
+    def backward(self, dy):
+        return self.pool.backward(super().backward(dy))
+
+
+class Up(DoubleConv):
+    """Upsample x (N, H, W, 2C) to (N, 2H, 2W, C), join it with the skip (N, 2H, 2W, C), then two convolutions.
+
+    The join doubles the channels, which is why the first convolution maps 2C to C.
+
+    The join is the largest array of all, and half of it is the skip, which is kept anyway. So the first convolution does not keep
+    it: this block keeps the two halves, and joins them again in backward, which takes one copy.
+    """
+
+    keeps = ()
+
+    def __init__(self, in_channels, out_channels, norm='batch', *, rng=None, dtype=numpy.float32):
+        super().__init__(2 * out_channels, out_channels, norm, rng=rng, dtype=dtype)
+        self.upconv = ConvTranspose2D(in_channels, out_channels, rng=rng, dtype=dtype)
+        self.concat = Concat()
+        self.children = {'upconv': self.upconv, 'concat': self.concat, **self.children}
+
+    def forward(self, x, skip):
+        up = self.upconv.forward(x)                                             # (N, 2H, 2W, C)
+        x = in_sequence(self.concat.forward(skip, up), self.conv1, self.norm1, self.relu1)
+        self.keep(skip, up)
+        self.conv1.forget()
+        return in_sequence(x, self.conv2, self.norm2, self.relu2)
+
+    def backward(self, dy):
+        dy = self.second_backward(dy)
+        self.conv1.keep(self.concat.forward(*self.take()))                      # (N, 2H, 2W, 2C), as forward joined it
+        dskip, dup = self.concat.backward(self.first_backward(dy))
+        return self.upconv.backward(dup), dskip
+
+
+def padded_size(size, multiple):
+    """Return `size` (H, W) rounded up to the next multiple."""
+    return tuple(-(-length // multiple) * multiple for length in size)
+
+
+def pad_to_multiple(x, multiple):
+    """Return x (N, H, W, C) with zeros at the bottom and right up to the next multiple; x itself if there is nothing to add."""
+    N, H, W, C = x.shape
+    H_padded, W_padded = padded_size((H, W), multiple)
+    if (H_padded, W_padded) == (H, W):
+        return x
+    padded = get_array_module(x).zeros((N, H_padded, W_padded, C), x.dtype)
+    padded[:, :H, :W] = x
+    return padded

@@ -1,0 +1,65 @@
+"""What all networks share: images of any size in, logits of the same size out; and what can be said of them."""
+
+import math
+
+import numpy
+
+from ..checks import check_channels, positive
+from ..layers import Layer
+from . import summary
+from .blocks import pad_to_multiple
+
+
+class Network(Layer):
+    """Images (N, H, W, in_channels) of intensities in [0, 1] to logits (N, H, W, out_channels), for any H and W from 1 up.
+
+    A subclass gives `config`, the arguments that build the same architecture again, to this constructor: among them in_channels,
+    out_channels, input_mean and input_std. `multiple` is what its steps down need height and width to be a multiple of. Its forward
+    begins with `prepare` and its backward ends with `input_gradient_of`.
+
+    Raises ValueError for numbers out of their range.
+    """
+
+    def __init__(self, config, multiple, dtype):
+        super().__init__()
+        if not 0 < config['input_std'] < math.inf:
+            raise ValueError(f'input_std is {config["input_std"]}; expected a positive number')
+        if not math.isfinite(config['input_mean']):
+            raise ValueError(f'input_mean is {config["input_mean"]}; expected a number')
+        self.config = {**config, 'input_mean': float(config['input_mean']), 'input_std': float(config['input_std'])}
+        for name in 'in_channels', 'out_channels':
+            self.config[name] = positive(config[name], name)
+        self.multiple, self.in_channels, self.dtype = multiple, self.config['in_channels'], numpy.dtype(dtype)
+
+    def prepare(self, x):
+        """Return the images x standardised, with zeros at the bottom and right up to the next multiple: (N, H', W', C).
+
+        0 is what standardising makes of the mean grey, so padding shows the network an even grey. Padded pixels do enter the
+        statistics of batch norm. Raises ValueError for images of another dtype or number of channels.
+        """
+        check_channels(x.shape, self.in_channels)
+        if x.dtype != self.dtype:
+            raise ValueError(f'images are {x.dtype}, this model computes in {self.dtype}: give intensities in [0, 1], '
+                             f'images.astype({str(self.dtype)!r})')
+        return pad_to_multiple((x - self.config['input_mean']) / self.config['input_std'], self.multiple)
+
+    def input_gradient_of(self, dx, size):
+        """Return ∂L/∂(the images) of this size (H, W) from that of what `prepare` made of them; None of None."""
+        H, W = size
+        return None if dx is None else dx[:, :H, :W] / self.config['input_std']     # the gradient of the padding ends here
+
+    def summary(self, size, batch_size=8):
+        """Return a table, as text, of what each layer does with one image of `size` (H, W): see `summary.table`."""
+        return summary.table(self, size, batch_size)
+
+    def training_memory(self, shape):
+        """Return about how many bytes training on batches of this shape takes: see `summary.training_memory`."""
+        return summary.training_memory(self, shape)
+
+    def receptive_field(self, stage, position, axis=0):
+        """Return (first, last) input row or column that a stage's output at `position` depends on: see `summary.receptive_field`."""
+        return summary.receptive_field(self, stage, position, axis)
+
+    def widest_field(self, stage):
+        """Return the side, in pixels, of the largest receptive field among a stage's units: see `summary.widest_field`."""
+        return summary.widest_field(self, stage)

@@ -1,0 +1,125 @@
+"""What can be said of any network without computing anything: sizes, multiply-adds, memory, receptive fields.
+
+A network is straight code, so the way to learn what it does is to run it: on an array that has a shape and no values. Each layer then
+says what shape comes out (`output_shape`), keeps what it would keep for backward, and notes what it was given. That is enough.
+"""
+
+import copy
+import math
+
+from ..engine.memory import SLACK
+from ..engine.parallel import number_of_threads
+from ..layers import Dropout, forwards_replaced
+from .blocks import padded_size
+
+SCRATCH_BYTES = 2**24             # about what the convolutions of one thread need to work in
+
+
+class Traced:
+    """An array without values: its shape, and which layer made it of which others (none, if it came in from outside)."""
+
+    def __init__(self, shape, dtype, name='', layer=None, inputs=()):
+        self.shape, self.dtype, self.name, self.layer, self.inputs = tuple(shape), dtype, name, layer, inputs
+        self.size = math.prod(shape)
+
+    def itself(self, _):
+        return self
+
+    __sub__ = __truediv__ = itself                          # standardising
+    __getitem__ = itself                                    # cutting off padding, of which there is none in a trace
+
+    def input_range(self, first, last, axis):
+        """Return the first and last position in what came in from outside that this array's from `first` to `last` depend on."""
+        if self.layer is None:
+            return first, last
+        there = self.layer.input_range(first, last, axis)
+        ranges = [value.input_range(*there, axis) for value in self.inputs]
+        return min(start for start, _ in ranges), max(end for _, end in ranges)
+
+
+def trace(model, shape):
+    """Return (made, stages, kept) of one training forward on images of `shape` (N, H, W, C), enlarged as the network pads them.
+
+    made    list of Traced, what each layer made, in order
+    stages  {name: Traced} as the network's `observe` sees them
+    kept    set of those Traced that some layer keeps until backward, what came in included
+    """
+    made, stages, (N, H, W, C) = [], {}, shape
+    # A copy of the layers without the arrays, so that the model itself stays as it is, and may be in use elsewhere.
+    shared = {id(array): array for _, layer in model.layers() for arrays in (layer.params, layer.grads, layer.buffers)
+              for array in arrays.values()}
+    model = copy.deepcopy(model, shared | {id(layer.cache): None for _, layer in model.layers()})
+
+    def traced(name, layer, forward):
+        def function(*inputs):
+            if isinstance(layer, Dropout) and layer.p == 0:
+                return inputs[0]
+            y = Traced(layer.output_shape(*(x.shape for x in inputs)), model.dtype, name, layer, inputs)
+            layer.keep(*(inputs if 'input' in layer.keeps else ()), *([y] if 'output' in layer.keeps else []))
+            made.append(y)
+            return y
+        return function
+
+    with forwards_replaced(model.train(), traced):
+        model.forward(Traced((N, *padded_size((H, W), model.multiple), C), model.dtype), observe=stages.__setitem__)
+    return made, stages, {value for _, layer in model.layers() for value in layer.cache or ()}
+
+
+def receptive_field(model, stage, position, axis=0):
+    """Return (first, last): the input pixels, along an axis, that the unit at `position` of a stage's output depends on.
+
+    `stage` is a name as given to `observe`; axis 0 are rows, 1 columns. The numbers are exact, positions outside the image included.
+    The field of a unit depends on where it lies in the pooling grid. Raises ValueError for an unknown stage.
+    """
+    _, stages, _ = trace(model, (1, 1, 1, model.in_channels))
+    if stage not in stages:
+        raise ValueError(f'there is no stage {stage!r}; expected one of {", ".join(stages)}')
+    return stages[stage].input_range(position, position, axis)
+
+
+def widest_field(model, stage):
+    """Return the side, in pixels, of the largest receptive field among a stage's units."""
+    _, stages, _ = trace(model, (1, 1, 1, model.in_channels))
+    return _widest(stages[stage], model.multiple)
+
+
+def _widest(value, multiple):
+    fields = (value.input_range(position, position, axis) for axis in (0, 1) for position in range(multiple))
+    return max(last - first + 1 for first, last in fields)
+
+
+def training_memory(model, shape):
+    """Return about how many bytes training on batches of this shape (N, H, W, in_channels) takes, beside the model itself.
+
+    That is what all layers keep until backward, and two arrays as large as the widest of it, since there backward begins
+    with the gradient of an output and that of an input; later, in their place, the gradients of the parameters; what
+    `memory` holds beyond it; the two averages of Adam; and scratch memory.
+    """
+    _, _, kept = trace(model, shape)
+    parameters = sum(array.size for array in model.parameters().values())
+    needed = sum(value.size for value in kept) + 2 * max(value.size for value in kept)
+    arrays = SLACK * max(needed, parameters) + 2 * parameters
+    return round(arrays) * model.dtype.itemsize + SCRATCH_BYTES * number_of_threads()
+
+
+def table(model, size, batch_size=8):
+    """Return a table, as text, of what each layer does with one image of `size` (H, W).
+
+    Columns: output as height×width×channels, padding included; parameters; multiply-adds of forward; memory that training
+    keeps of it until backward; receptive field of the stage's units, the widest side in pixels. The last line says what
+    training takes with batches of `batch_size` images.
+    """
+    made, stages, kept = trace(model, (1, *size, model.in_channels))
+    rows, totals = [('layer', 'output', 'parameters', 'multiply-adds', 'kept MiB', 'field')], [0, 0, 0.0]
+    for y in made:
+        numbers = (sum(array.size for array in y.layer.params.values()), y.layer.multiply_adds(y.inputs[0].shape),
+                   (y in kept) * y.size * model.dtype.itemsize / 2**20)
+        field = _widest(y, model.multiple) if y in stages.values() else ''
+        rows.append((y.name, '×'.join(map(str, y.shape[1:])), f'{numbers[0]:,}', f'{numbers[1]:,}', f'{numbers[2]:.2f}', str(field)))
+        totals = [total + number for total, number in zip(totals, numbers)]
+    rows.append(('total', '', f'{totals[0]:,}', f'{totals[1]:,}', f'{totals[2]:.2f}', ''))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['  '.join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]).rstrip()
+             for row in rows]
+    needed = training_memory(model, (batch_size, *size, model.in_channels)) / 2**20
+    return '\n'.join([*lines, f'training on {batch_size} images at a time takes about {needed:.0f} MiB'])
