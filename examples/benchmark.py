@@ -121,7 +121,7 @@ def run_case(case, args, ceilings, torch):
     on_cpu = args.device == 'cpu'
     x, target = make_batch(case, args.dtype)
     model = make_model(base, args.norm, args.dtype)
-    operations = 2 * multiply_adds(model, x)                # of one forward; backward does each product twice
+    operations = 2 * model.multiply_adds(x.shape)                # of one forward; backward does each product twice
     print(f'\nU-Net base {base}, {H}×{W}, batch {N}: {operations / N / 1e9:.2f} GF per image and forward')
 
     def build():
@@ -300,11 +300,6 @@ def leaves(model):
     for prefix, layer in model.layers():
         if prefix and not layer.children:
             yield prefix[:-1], layer
-
-
-def multiply_adds(model, x):
-    """Return the multiply-adds of model.forward(x)."""
-    return sum(layer.multiply_adds(shape) for _, layer, shape, *_ in model.walk(x.shape))
 
 
 def time_layers(model, job, clock):

@@ -145,7 +145,7 @@ def test_layers_are_counted_by_the_operations_of_their_products_and_the_bytes_th
     assert rows['downs.0.pool', 'forward'][2] == 4 * (2 * pixels + 2 * pixels / 4)
     assert rows['ups.3.concat', 'backward'][2] == 2 * 4 * 4 * pixels and rows['dropout', 'forward'][2] == 0
     assert sum(row[1] for (_, method), row in rows.items() if method == 'forward') == \
-        2 * main.module.multiply_adds(model, numpy.empty((3, 16, 32, 1)))
+        2 * model.multiply_adds((3, 16, 32, 1))
     if device == 'gpu':
         times = {key: row[0] for key, row in rows.items()}
         twice = {key for key in times if key[0].endswith('concat') and key[1] == 'forward'}             # joined again by backward

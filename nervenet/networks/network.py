@@ -56,6 +56,11 @@ class Network(Layer):
         """Return about how many bytes training on batches of this shape takes: see `summary.training_memory`."""
         return summary.training_memory(self, shape)
 
+    def multiply_adds(self, shape):
+        """Return how many multiply-adds the products of one forward take for images of this shape."""
+        made, _, _ = summary.trace(self, shape)
+        return sum(y.layer.multiply_adds(y.inputs[0].shape) for y in made)
+
     def receptive_field(self, stage, position, axis=0):
         """Return (first, last) input row or column that a stage's output at `position` depends on: see `summary.receptive_field`."""
         return summary.receptive_field(self, stage, position, axis)
