@@ -30,8 +30,6 @@ from .run_folder import check_config, claim, move_config, or_go_on, write_config
 
 BY_SUBJECT = 'subject'
 BY_IMAGE = 'image: leaks, frames of one subject are on both sides'
-LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of the split, and they are near copies. '
-         'These scores are too good to be true; never quote them.')
 
 
 # --- Who is in which fold ---------------------------------------------------------------------------------------------

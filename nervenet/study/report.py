@@ -5,7 +5,20 @@ import time
 
 import numpy
 
+from ..images.data import is_split_by_image
 from ..metrics import HARD_SCORES
+
+LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of the split, and they are near copies. '
+         'These scores are too good to be true; never quote them.')
+NO_SUBJECTS = ('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on both '
+               'sides of the split and the scores are too good to be true: give --subject-pattern.')
+
+
+def caveat(samples, split_by_image):
+    """Return what is to be said, first of all, of scores of these samples; '' if nothing."""
+    if split_by_image:
+        return LEAKS
+    return NO_SUBJECTS if is_split_by_image(samples) else ''
 
 
 def best_row(history):
@@ -73,6 +86,33 @@ def summary(rows, baselines, title='Scores on validation subjects after the last
             lines.append(f'{name}: ' + ', '.join(f'{title} {average([scores[name][column] for scores in baselines])}'
                                                  for title, column in shown.items()))
     return '\n'.join(lines) + '\n'
+
+
+def print_header():
+    """Print the two lines above the table of epochs."""
+    print(f'{"":7} {"":19} {"":>8} {"soft Dice":^15} {"hard Dice":^15} {"IoU":^15}')
+    print(f'{"epoch":7} {"part":19} {"loss":>8}' + f' {"pooled":>7} {"image":>7}' * 3 + f' {"accuracy":>8} {"foreground":>10}')
+
+
+def print_scores(epoch, part, row, prefix, remark=''):
+    """Print one row of the table; a score that the row does not hold is left blank."""
+    cells = [f'{row[f"{prefix}_{name}"]:{width}.{digits}f}' if f'{prefix}_{name}' in row else ' ' * width for name, width, digits in (
+        ('loss', 8, 4), ('soft_dice_pooled', 7, 3), ('soft_dice_per_image', 7, 3), ('dice_pooled', 7, 3), ('dice_per_image', 7, 3),
+        ('iou_pooled', 7, 3), ('iou_per_image', 7, 3), ('accuracy', 8, 4))]
+    print(f'{epoch:7} {part:19} {" ".join(cells)} {row[f"{prefix}_foreground_share"]:10.2%}  {remark}'.rstrip(), flush=True)
+
+
+def print_epoch(history, epochs):
+    """Print the rows of the table for the last epoch of `history`."""
+    row = history[-1]
+    print_scores(f'{row["epoch"]}/{epochs}', 'training', row, 'train')
+    if 'inner_loss' in row:
+        print_scores('', 'inner', row, 'inner')
+    print_scores('', 'validation', row, 'validation', f'{row["seconds"]:.0f} s, {row["images_per_second"]:.0f} images/s')
+    empty = len(history) >= 3 and all(row['validation_foreground_share'] == 0 for row in history[-3:])
+    if empty and row['train_loss'] >= history[0]['train_loss']:
+        print('             The network predicts no foreground, and the loss is no lower than at first: it has collapsed. Stop, and '
+              'try\n             another --learning-rate, or --loss dice+bce.')
 
 
 def progress(items, total, label, stream=None, seconds=30):

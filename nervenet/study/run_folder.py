@@ -8,12 +8,14 @@ import io
 import json
 import os
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 
 from ..files import atomic_write, make_folder, refuse_content
 from ..train import generator_states, set_generator_states
 from .checkpoint import load_checkpoint, save
 from .report import best_row, summaries
+from .segment import Settings, choose_settings, score
 
 try:
     import fcntl
@@ -120,11 +122,41 @@ class RunFolder:
         return {'epoch': row['epoch'], 'size': self.config['size'], 'median_filter': self.config.get('median_filter'),
                 'scores': {name: value for name, value in row.items() if name.startswith(('validation_', 'inner_'))}}
 
-    def complete(self, path, **extra):
-        """Add `extra` to last.npz or best.npz, `path`, and take away what only resuming needs."""
+    def finish_model_file(self, path, **extra):
+        """Add `extra` to last.npz or best.npz, `path`, and take away what only resuming needs: the file is for use from now on."""
         model, before = load_checkpoint(path)
         before.pop('state', None)
         save(path, model, **{**before, **extra})
+
+    def choose_settings(self, device, validation, inner, mean_training_mask):
+        """Choose, for the last network and the best one, how probabilities become a mask; return it, a dict by the name of the file.
+
+        It is chosen on the Loader `inner`, or on `validation` if that is None, stored in both files with the mask (H, W) of the
+        baseline, and written to settings.json.
+        """
+        part, where = (validation, 'validation') if inner is None else (inner, 'inner')
+        found, chosen = {}, {}
+        print()
+        for path in self.last, self.best:
+            network, extra = load_checkpoint(path)
+            epoch, network = extra['epoch'], network.to(device)
+            if epoch not in found:                              # the last epoch may be the best
+                found[epoch] = choose_settings(network, lambda: part.epoch(0))
+            settings, there = found[epoch]
+            self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask)
+            chosen[path.name] = {'epoch': extra['epoch'], 'settings': asdict(settings), 'chosen on': f'{where} subjects',
+                                 'dice per image there': there}
+            print(f'{path}: epoch {extra["epoch"]}, threshold {settings.threshold:g}, minimal area {settings.minimal_area:.2%}, flip '
+                  f'average {"on" if settings.flip_average else "off"}: Dice per image {there:.4f} on the {where} subjects, '
+                  'flattered, since chosen there')
+            if inner is not None:
+                honest = chosen[path.name]['validation'] = score(network, validation.epoch(0), settings)
+                print(f'    on the validation subjects: hard Dice {honest["dice_pooled"]:.4f} pooled, '
+                      f'{honest["dice_per_image"]:.4f} per image')
+            if path == self.last:        # averaging over flips at the usual threshold is no choice, so its score needs no inner subjects
+                chosen[path.name]['flip average'] = score(network, validation.epoch(0), Settings(flip_average=True))
+        self.write('settings.json', json.dumps(chosen, indent=2) + '\n')
+        return chosen
 
     def summarize(self, baselines, chosen=None, note=''):
         """Write summary.txt, the sign that the run is complete, and return its text. For the arguments see `summaries`."""
