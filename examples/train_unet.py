@@ -5,8 +5,8 @@
     python examples/train_unet.py --data DIR --folds 5      every subject is validated once, by one of five networks
     python examples/train_unet.py --resume RUN              goes on with what was stopped or killed, bit for bit
 
-DIR holds pairs {subject}_{image}.tif and {subject}_{image}_mask.tif, or a folder train/ that does, or folders images/ and masks/ with
-equal file names. Whole subjects are set aside for validation, because neighbouring frames of one subject are near copies. All
+DIR holds pairs {subject}_{image}.tif and {subject}_{image}_mask.tif, or a folder train/ that does, or folders images/ and masks/
+with equal file names. Whole subjects are set aside for validation, because neighbouring frames of one subject are near copies. All
 that comes out lies in the run folder:
 
     config.json    every setting, the split and the versions: what it takes to repeat the run
@@ -49,8 +49,8 @@ def main(arguments=None):
     stored = read_config(args.resume) if args.resume else {}
     before = stored.get('device', args.device), stored.get('precision') or args.precision
     if before != (args.device, args.precision):
-        print(f'So far the run was computed on the {before[0]} in {before[1]}, now it is on the {args.device} in {args.precision}, which '
-              'rounds otherwise: not bit for bit.')
+        print(f'So far the run was computed on the {before[0]} in {before[1]}, now it is on the {args.device} in {args.precision}, '
+              'which rounds otherwise: not bit for bit.')
 
     if args.data is None:
         reader = Phantom(subjects=200, frames=5, seed=args.seed, size=args.size)

@@ -49,7 +49,8 @@ def train(loaders, folder, seed=1, epochs=3, resume=False, norm='batch', **optio
 def without_times(value):
     """Return `value`, nested as it is, without what the clock says."""
     if isinstance(value, dict):
-        return {name: without_times(item) for name, item in value.items() if name not in ('seconds', 'images_per_second', 'waited_seconds')}
+        times = 'seconds', 'images_per_second', 'waited_seconds'
+        return {name: without_times(item) for name, item in value.items() if name not in times}
     return list(map(without_times, value)) if isinstance(value, list) else value
 
 
@@ -82,14 +83,16 @@ def example(name):
     return module
 
 
-def start_example(*arguments, name='train_unet.py'):
-    return subprocess.Popen([sys.executable, str(ROOT / 'examples' / name), *map(str, arguments)], stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def start_example(name, *arguments, cwd=None):
+    """Start a script in examples/ as from a shell; return the process."""
+    return subprocess.Popen([sys.executable, str(ROOT / 'examples' / name), *map(str, arguments)], cwd=cwd, text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, 'PYTHONPATH': str(ROOT)})
 
 
-def run_example(*arguments, name='train_unet.py'):
-    process = start_example(*arguments, name=name)
+def run_example(name, *arguments, cwd=None):
+    """Run a script in examples/ to its end; return what it said and how it ended."""
+    process = start_example(name, *arguments, cwd=cwd)
     out, error = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 

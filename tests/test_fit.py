@@ -82,7 +82,8 @@ def test_inner_subjects_choose_the_best_epoch_and_when_to_stop(loaders, tmp_path
     text = run.summarize({'empty mask': {name: 0.5 for name in ('dice_pooled', 'dice_per_image', 'iou_pooled', 'accuracy')}},
                          {key: dict.fromkeys(('dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'), score)
                           for key, score in (('validation', 0.25), ('flip average', 0.75))})
-    assert f'after the epoch that was best on the inner subjects: {best}' in text and f'[{rows[best - 1]["validation_loss"]:.4f}]' in text
+    assert f'after the epoch that was best on the inner subjects: {best}' in text
+    assert f'[{rows[best - 1]["validation_loss"]:.4f}]' in text
     assert 'chosen on the inner subjects\n\naccuracies: [0.2500]' in text
     assert 'averaged with that of the mirrored image\n\naccuracies: [0.7500]' in text
 

@@ -32,8 +32,8 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     run.release()
     RunFolder(tmp_path / 'run', {}, resume=True)
     release = claim(tmp_path)
-    held = subprocess.run([sys.executable, '-c', f'from nervenet.study.run_folder import claim; claim({str(tmp_path)!r})'], capture_output=True,
-                          text=True, cwd=ROOT)
+    command = f'from nervenet.study.run_folder import claim; claim({str(tmp_path)!r})'
+    held = subprocess.run([sys.executable, '-c', command], capture_output=True, text=True, cwd=ROOT)
     assert 'is in use' in held.stderr
     release()
 
@@ -136,7 +136,8 @@ assert run_in_child(folder / 'whole')
 length = time.perf_counter() - start
 # Before and after each step of each write of the run, then at random moments, some several times in one run.
 stages = [(owner, name, call, after) for owner, name, calls in ((os, 'replace', range(1, 17)), (os, 'fsync', range(1, 33)),
-          (zipfile.ZipFile, 'close', range(1, 12)), (zipfile.ZipFile, 'open', range(1, 300, 23))) for call in calls for after in (False, True)]
+          (zipfile.ZipFile, 'close', range(1, 12)), (zipfile.ZipFile, 'open', range(1, 300, 23)))
+          for call in calls for after in (False, True)]
 chance, count, runs = random.Random(kills), 0, 0
 chosen = iter(stages if kills >= len(stages) else chance.sample(stages, kills // 2))
 at_stages = 0
@@ -155,7 +156,7 @@ while count < kills:
     assert (path / 'summary.txt').read_bytes() == (folder / 'whole' / 'summary.txt').read_bytes()
     shutil.rmtree(path)
     runs += 1
-print(f'{count} kills, {at_stages} of them at chosen steps of writing, in {runs} runs: every run equals the uninterrupted one, bit for bit')
+print(f'{count} kills, {at_stages} at chosen steps of writing, in {runs} runs: every run equals the uninterrupted one, bit for bit')
 '''
 
 

@@ -19,7 +19,7 @@ from nervenet.study.segment import Segmenter, Settings, score
 
 def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
     write_pairs(tmp_path / 'data' / 'train', rng)
-    done = run_example('--data', tmp_path / 'data', '--size', '15x24', '--base-channels', 2, '--depth', 2, '--epochs', 2,
+    done = run_example('train_unet.py', '--data', tmp_path / 'data', '--size', '15x24', '--base-channels', 2, '--depth', 2, '--epochs', 2,
                        '--loss', 'dice+bce', '--optimizer', 'adamw', '--out', tmp_path / 'run')
     assert done.returncode == 0, done.stderr
     assert 'size: 15x24 becomes 16x24, a multiple of 2^depth = 4' in done.stdout
@@ -39,8 +39,8 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
 
     # What was trained predicts: a mask of the image's own size for each image, a bad file is skipped and told.
     (tmp_path / 'data' / 'train' / '9_1.tif').write_bytes(b'II*')
-    predicted = run_example('--model', tmp_path / 'run' / 'best.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'masks',
-                            '--submission', tmp_path / 'submission.csv', name='predict.py')
+    predicted = run_example('predict.py', '--model', tmp_path / 'run' / 'best.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'masks',
+                            '--submission', tmp_path / 'submission.csv')
     assert predicted.returncode == 1 and 'Traceback' not in predicted.stderr
     assert 'skipped: ' in predicted.stderr and '1 of 13 images skipped or not scored: 9_1' in predicted.stderr
     assert '12 images predicted' in predicted.stdout and 'mean training mask' in predicted.stdout
@@ -53,16 +53,16 @@ def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
     # A mask that cannot be read keeps an image from being scored, not from being predicted; nothing is overwritten.
     Image.fromarray(rng.integers(0, 255, (24, 36), dtype='uint8')).save(tmp_path / 'data' / 'train' / '1_1_mask.tif')
     options = '--model', tmp_path / 'run' / 'best.npz', '--input', tmp_path / 'data'
-    smeared = run_example(*options, '--output', tmp_path / 'smeared', '--submission', tmp_path / 'submission.csv', name='predict.py')
+    smeared = run_example('predict.py', *options, '--output', tmp_path / 'smeared', '--submission', tmp_path / 'submission.csv')
     assert smeared.returncode == 1 and 'submission.csv: exists already' in smeared.stderr and not (tmp_path / 'smeared').exists()
-    smeared = run_example(*options, '--output', tmp_path / 'smeared', name='predict.py')
+    smeared = run_example('predict.py', *options, '--output', tmp_path / 'smeared')
     assert smeared.returncode == 1 and 'predicted, but not scored: ' in smeared.stderr and '--mask-threshold' in smeared.stderr
     assert '12 images predicted' in smeared.stdout and (tmp_path / 'smeared' / '1_1_mask.png').exists()
-    scored = run_example(*options, '--output', tmp_path / 'scored', '--mask-threshold', 128, name='predict.py')
+    scored = run_example('predict.py', *options, '--output', tmp_path / 'scored', '--mask-threshold', 128)
     assert 'predicted, but not scored' not in scored.stderr and 'skipped' in scored.stderr
 
-    looked = run_example('--model', tmp_path / 'run' / 'best.npz', '--image', tmp_path / 'data' / 'train' / '1_1.tif',
-                         '--output', tmp_path / 'look', '--pixel', '3,4', name='look_inside.py')
+    looked = run_example('look_inside.py', '--model', tmp_path / 'run' / 'best.npz', '--image', tmp_path / 'data' / 'train' / '1_1.tif',
+                         '--output', tmp_path / 'look', '--pixel', '3,4')
     assert looked.returncode == 0, looked.stderr
     assert 'pixel (3, 4)' in looked.stdout
     assert {path.name for path in (tmp_path / 'look').iterdir()} == {'stages.png', 'joins.png', 'depends.png'}
@@ -75,7 +75,7 @@ def test_main_job_stopped_by_a_signal_exits_130_and_goes_on_to_the_same_end(tmp_
     main(*options, '--out', tmp_path / 'whole')
     for number in signal.SIGINT, signal.SIGTERM:
         run = tmp_path / str(int(number))
-        process = start_example(*options, '--out', run)
+        process = start_example('train_unet.py', *options, '--out', run)
         while not process.stdout.readline().startswith('2/20'):
             pass
         process.send_signal(number)
@@ -141,7 +141,7 @@ def test_folders_that_cannot_be_made_and_files_that_are_folders_are_told_in_one_
             ('train_unet.py', ['--size', '3'], "'3' is not of the form HxW"),
             ('predict.py', ['--model', 'X', '--input', 'X', '--output', 'X', '--mask-threshold', 'nan'], "'nan' is not a positive number"),
             ('predict.py', ['--model', tmp_path, '--input', tmp_path, '--output', tmp_path / 'masks'], f'{tmp_path}: is a folder')):
-        done = run_example(*arguments, name=name)
+        done = run_example(name, *arguments)
         assert done.returncode != 0 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert 'Errno' not in done.stderr and not (tmp_path / 'run').exists()
 
@@ -220,7 +220,7 @@ def test_a_run_remembers_where_it_is_computed_and_how(gpu, tmp_path, rng, main, 
 def test_folds_trained_side_by_side_in_several_processes_equal_those_trained_by_one(tmp_path, rng, main, capsys):
     write_pairs(tmp_path / 'data', rng, subjects=4, images=3)
     options = ['--data', tmp_path / 'data', *TINY, '--epochs', 2, '--folds', 3]
-    for process in [start_example(*options, '--out', tmp_path / 'beside', '--fold', fold) for fold in (1, 3)]:
+    for process in [start_example('train_unet.py', *options, '--out', tmp_path / 'beside', '--fold', fold) for fold in (1, 3)]:
         _, error = process.communicate()
         assert process.returncode == 0, error
     assert (tmp_path / 'beside' / 'summary.txt').read_text().startswith('2 of 3 folds; not complete yet: 2\n')
@@ -347,7 +347,7 @@ def test_out_of_memory_says_how_much_is_needed_and_what_lowers_it(tmp_path, rng,
 def test_bad_arguments_give_one_line_and_a_failing_exit_status(arguments, message, tmp_path, rng):
     write_pairs(tmp_path / 'data', rng, subjects=2, images=2)
     places = {'MISSING': tmp_path / 'missing', 'DATA': tmp_path / 'data'}
-    done = run_example(*(places.get(argument, argument) for argument in arguments), '--device', 'cpu')
+    done = run_example('train_unet.py', *(places.get(argument, argument) for argument in arguments), '--device', 'cpu')
     assert done.returncode != 0 and 'Traceback' not in done.stderr
     assert message in done.stderr.splitlines()[-1]
 

@@ -229,6 +229,6 @@ def read_fold(folder):
         for key in chosen.keys() & {'flip average', 'validation'}:
             check(chosen[key], HARD_SCORES)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path}: is missing or damaged ({type(error).__name__}: {" ".join(str(error).split())}); delete {folder}, '
-                         'and go on to train that fold again') from error
+        raise ValueError(f'{path}: is missing or damaged ({type(error).__name__}: {" ".join(str(error).split())}); delete '
+                         f'{folder}, and go on to train that fold again') from error
     return history, baselines, chosen

@@ -27,8 +27,8 @@ NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options 
 def parse(arguments):
     """Return the options of train_unet.py, an argparse.Namespace: as typed, as stored in the run that is resumed, or by default.
 
-    `arguments` are those of the command line, None for this process's own. What cannot be, or does not go together, ends the process
-    with one line, or raises ValueError or FileNotFoundError.
+    `arguments` are those of the command line, None for this process's own. What cannot be, or does not go together, ends the
+    process with one line, or raises ValueError or FileNotFoundError.
     """
     parser = build_parser()
     defaults, unset = vars(parser.parse_args([])), object()
@@ -128,8 +128,8 @@ def build_parser():
     data.add_argument('--subject-pattern', metavar='REGEX',
                       help='regular expression on the file name whose first group is the subject, such as "(.+)_[0-9]+"; default: '
                       'the first number of {subject}_{image}')
-    data.add_argument('--mask-threshold', type=positive, metavar='N', help='count mask values from N up as foreground, for masks with '
-                      'in-between values')
+    data.add_argument('--mask-threshold', type=positive, metavar='N',
+                      help='count mask values from N up as foreground, for masks with in-between values')
     data.add_argument('--validation-share', type=share, default=0.2, metavar='SHARE',
                       help='share of the images set aside for validation, by whole subjects')
     data.add_argument('--inner-share', type=share, metavar='SHARE',
@@ -149,8 +149,8 @@ def build_parser():
     folds.add_argument('--leaky-split-by-image', action='store_true',
                        help='split by image, which LEAKS, to see how much; with or without --folds')
     augmenting = parser.add_argument_group('augmentation', 'Random changes of the training images, named as in Keras; '
-                                           'nervenet/images/augment.py says what each means. A single option replaces its value in '
-                                           '--augment.')
+                                           'nervenet/images/augment.py says what each means. A single option replaces its value '
+                                           'in --augment.')
     augmenting.add_argument('--augment', choices=AUGMENTATIONS,
                             help='what is on; default: default on scans, none on synthetic ultrasound, of which there is plenty')
     for field in fields(Augmentation):
@@ -162,7 +162,8 @@ def build_parser():
     augmenting.add_argument('--preview-augmentation', type=Path, metavar='PICTURE.png',
                             help='draw a few augmented images with their masks, and stop')
     network = parser.add_argument_group('network')
-    network.add_argument('--base-channels', type=whole, default=16, metavar='N', help='channels of the first level; they double at each')
+    network.add_argument('--base-channels', type=whole, default=16, metavar='N',
+                         help='channels of the first level; they double at each')
     network.add_argument('--depth', type=whole, default=4, metavar='N', help='how often the image is halved')
     network.add_argument('--norm', choices=['batch', 'none'], default='batch', help='normalisation after each convolution')
     network.add_argument('--dropout', type=float, default=0.0, metavar='P', help='probability of dropping a value at the bottom')
@@ -171,19 +172,21 @@ def build_parser():
     training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
     training.add_argument('--learning-rate', type=positive, metavar='RATE',
                           help='highest learning rate; default: 0.001 on scans, 0.002 on synthetic ultrasound')
-    training.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine', help='course of the learning rate, after a warm-up')
+    training.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine',
+                          help='course of the learning rate, after a warm-up')
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
     training.add_argument('--epochs', type=whole, metavar='N',
-                          help='how often as many images as there are for training are drawn; default: 15 on scans, 5 on synthetic ultrasound')
+                          help='how often as many images as there are for training are drawn; default: 15 on scans, 5 on synthetic '
+                          'ultrasound')
     training.add_argument('--patience', type=whole, metavar='N',
                           help='stop after so many epochs without a better one on the inner subjects')
     training.add_argument('--seed', type=natural, default=0, metavar='N',
                           help='of the split, the weights, the order of the images and their augmentation')
     training.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto',
                           help='where to compute; a run may go on elsewhere than it began')
-    training.add_argument('--precision', choices=['fp32', 'tf32'], help='of matrix products on a GPU: tf32 reads its factors rounded to 10 '
-                          'bits; default: tf32 where the GPU has it')
+    training.add_argument('--precision', choices=['fp32', 'tf32'],
+                          help='of matrix products on a GPU: tf32 reads its factors rounded to 10 bits; default: tf32 where the GPU has it')
     training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder; default: runs/ and the date and time')
     training.add_argument('--resume', type=Path, metavar='RUN',
                           help='go on with the run or the cross-validation in this folder, bit for bit')

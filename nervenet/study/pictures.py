@@ -29,12 +29,13 @@ def draw_run(run, model, validation, baselines):
         prediction = segmenter.settings.mask(segmenter.probabilities([image])[0])
         cases.append(dict(label=label, name=validation.samples[index].name, image=image, truth=truth, prediction=prediction))
     images = 'Validation images with nerve' if any(with_nerve) and not all(with_nerve) else 'Validation'
-    what = f'{images}, after epoch {run.history[-1]["epoch"]}: nerve where the probability is above {segmenter.settings.threshold:g}'
-    figures.save(figures.predictions(cases, title=what), run.path / 'predictions.png')
+    epoch, threshold = run.history[-1]['epoch'], segmenter.settings.threshold
+    title = f'{images}, after epoch {epoch}: nerve where the probability is above {threshold:g}'
+    figures.save(figures.predictions(cases, title=title), run.path / 'predictions.png')
 
 
 def preview_augmentation(path, transform, samples, reader, seed):
-    """Draw to the file `path` what `transform` makes of a few images that hold a nerve: the image, then four draws, the mask outlined.
+    """Draw to the file `path` what `transform` makes of a few images that hold a nerve: the image, four draws, the mask outlined.
 
     Raises DataError for a name that is taken or no picture's, if nothing is to be changed, and if no mask holds foreground.
     """

@@ -10,8 +10,8 @@ from ..metrics import HARD_SCORES
 
 LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of the split, and they are near copies. '
          'These scores are too good to be true; never quote them.')
-NO_SUBJECTS = ('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on both '
-               'sides of the split and the scores are too good to be true: give --subject-pattern.')
+NO_SUBJECTS = ('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on '
+               'both sides of the split and the scores are too good to be true: give --subject-pattern.')
 
 
 def caveat(samples, split_by_image):
@@ -53,7 +53,7 @@ def summaries(histories, baselines, chosen, note=''):
 
 
 def summary(rows, baselines, title='Scores on validation subjects after the last epoch'):
-    """Return a list for each score, one value per row (a run, or one per fold), and of folds mean ± deviation; the same of baselines.
+    """Return a list for each score, one value per row (a run, or one per fold), and of folds mean ± deviation; so too of baselines.
 
     `dicecoefs` is the soft Dice coefficient; with a loss of DiceLoss alone it is about minus the loss.
     """
@@ -96,7 +96,8 @@ def print_header():
 
 def print_scores(epoch, part, row, prefix, remark=''):
     """Print one row of the table; a score that the row does not hold is left blank."""
-    cells = [f'{row[f"{prefix}_{name}"]:{width}.{digits}f}' if f'{prefix}_{name}' in row else ' ' * width for name, width, digits in (
+    cells = [f'{row[f"{prefix}_{name}"]:{width}.{digits}f}' if f'{prefix}_{name}' in row else ' ' * width
+             for name, width, digits in (
         ('loss', 8, 4), ('soft_dice_pooled', 7, 3), ('soft_dice_per_image', 7, 3), ('dice_pooled', 7, 3), ('dice_per_image', 7, 3),
         ('iou_pooled', 7, 3), ('iou_per_image', 7, 3), ('accuracy', 8, 4))]
     print(f'{epoch:7} {part:19} {" ".join(cells)} {row[f"{prefix}_foreground_share"]:10.2%}  {remark}'.rstrip(), flush=True)
@@ -111,8 +112,8 @@ def print_epoch(history, epochs):
     print_scores('', 'validation', row, 'validation', f'{row["seconds"]:.0f} s, {row["images_per_second"]:.0f} images/s')
     empty = len(history) >= 3 and all(row['validation_foreground_share'] == 0 for row in history[-3:])
     if empty and row['train_loss'] >= history[0]['train_loss']:
-        print('             The network predicts no foreground, and the loss is no lower than at first: it has collapsed. Stop, and '
-              'try\n             another --learning-rate, or --loss dice+bce.')
+        print('             The network predicts no foreground, and the loss is no lower than at first: it has collapsed. Stop, '
+              'and try\n             another --learning-rate, or --loss dice+bce.')
 
 
 def progress(items, total, label, stream=None, seconds=30):

@@ -1,6 +1,7 @@
 """The folder of one training run, and how it survives a kill.
 
-Whatever happens to the process, the folder holds a whole epoch: a run that was stopped, or killed, goes on as if nothing had happened.
+Whatever happens to the process, the folder holds a whole epoch: a run that was stopped, or killed, goes on as if nothing had
+happened.
 """
 
 import csv
@@ -129,7 +130,7 @@ class RunFolder:
         save(path, model, **{**before, **extra})
 
     def choose_settings(self, device, validation, inner, mean_training_mask):
-        """Choose, for the last network and the best one, how probabilities become a mask; return it, a dict by the name of the file.
+        """Choose, for the last network and the best one, how probabilities become a mask; return it, a dict by the file's name.
 
         It is chosen on the Loader `inner`, or on `validation` if that is None, stored in both files with the mask (H, W) of the
         baseline, and written to settings.json.
@@ -146,14 +147,14 @@ class RunFolder:
             self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask)
             chosen[path.name] = {'epoch': extra['epoch'], 'settings': asdict(settings), 'chosen on': f'{where} subjects',
                                  'dice per image there': there}
-            print(f'{path}: epoch {extra["epoch"]}, threshold {settings.threshold:g}, minimal area {settings.minimal_area:.2%}, flip '
-                  f'average {"on" if settings.flip_average else "off"}: Dice per image {there:.4f} on the {where} subjects, '
+            print(f'{path}: epoch {extra["epoch"]}, threshold {settings.threshold:g}, minimal area {settings.minimal_area:.2%}, '
+                  f'flip average {"on" if settings.flip_average else "off"}: Dice per image {there:.4f} on the {where} subjects, '
                   'flattered, since chosen there')
             if inner is not None:
                 honest = chosen[path.name]['validation'] = score(network, validation.epoch(0), settings)
                 print(f'    on the validation subjects: hard Dice {honest["dice_pooled"]:.4f} pooled, '
                       f'{honest["dice_per_image"]:.4f} per image')
-            if path == self.last:        # averaging over flips at the usual threshold is no choice, so its score needs no inner subjects
+            if path == self.last:       # averaging over flips at the usual threshold is no choice: its score needs no inner subjects
                 chosen[path.name]['flip average'] = score(network, validation.epoch(0), Settings(flip_average=True))
         self.write('settings.json', json.dumps(chosen, indent=2) + '\n')
         return chosen
