@@ -4,6 +4,8 @@
     python examples/train_unet.py --data DIR                on scans of your own
     python examples/train_unet.py --data DIR --folds 5      every subject is validated once, by one of five networks
     python examples/train_unet.py --resume RUN              goes on with what was stopped or killed, bit for bit
+    python examples/train_unet.py --resume RUN --epochs N   trains on what has come to its end, up to epoch N
+    python examples/train_unet.py --data DIR --init MODEL   starts from the network in a file
 
 DIR holds pairs {subject}_{image}.tif and {subject}_{image}_mask.tif, or a folder train/ that does, or folders images/ and masks/
 with equal file names. Whole subjects are set aside for validation, because neighbouring frames of one subject are near copies. All
@@ -36,10 +38,10 @@ from nervenet.optim import ConstantSchedule, CosineSchedule
 from nervenet.study.fit import Interrupted, fit, stopping_on_signals
 from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_image_alone, folds_by_subject, read_split, sides,
                                   write_split)
-from nervenet.study.options import LOSSES, OPTIMIZERS, augmentation, options_to_store, parse
+from nervenet.study.options import LOSSES, OPTIMIZERS, augmentation, check_memory, describe_need, options_to_store, parse
 from nervenet.study.pictures import draw_run, preview_augmentation
-from nervenet.study.report import caveat, print_epoch, print_header, print_scores
-from nervenet.study.run_folder import RunFolder, read_config
+from nervenet.study.report import caveat, print_epoch, print_header, print_scores, without_foreground
+from nervenet.study.run_folder import RunFolder, read_config, room_for_results, seen_before
 
 
 def main(arguments=None):
@@ -51,6 +53,7 @@ def main(arguments=None):
     if before != (args.device, args.precision):
         print(f'So far the run was computed on the {before[0]} in {before[1]}, now it is on the {args.device} in {args.precision}, '
               'which rounds otherwise: not bit for bit.')
+    check_memory(args)
 
     if args.data is None:
         reader = Phantom(subjects=200, frames=5, seed=args.seed, size=args.size)
@@ -70,24 +73,34 @@ def main(arguments=None):
 
     if args.preview_augmentation:
         preview_augmentation(args.preview_augmentation, augmentation(args), samples, reader, args.seed)
-    elif args.folds:
-        cross_validate(args, samples, reader)
-    else:
-        train(args, args.out, reader, *split_by_subject(samples, args.validation_share, args.seed))
+        return
+    # Whatever can be refused is refused before the images are read: options, folders and names are known by now.
+    with room_for_results(args.out, joins=bool(args.resume or args.folds)) as args.out:
+        if args.folds:
+            cross_validate(args, samples, reader)
+        else:
+            split_by_subject(samples, args.validation_share, args.seed)         # refuses too few subjects
+            print('reading:     all images once', flush=True)
+            positive = holds_foreground(samples, reader)
+            train(args, args.out, reader, *split_by_subject(samples, args.validation_share, args.seed, positive))
 
 
 def cross_validate(args, samples, reader):
     """Train the folds that are not complete yet, or the one that --fold names, and summarise those that are."""
     by = BY_IMAGE if args.leaky_split_by_image else BY_SUBJECT
-    positive = holds_foreground(samples, reader)
-    if args.resume:
-        folds = None                                        # the split is in the folder
-    elif args.split:
-        folds = read_split(args.split, samples, args.folds, by)
-    else:
-        folds = folds_by_subject(samples, positive, args.folds, args.seed)
-    whole = CrossValidation(args.out, options_to_store(args), lambda path: write_split(path, samples, positive, folds, by),
-                            bool(args.resume or args.fold), lambda path: read_split(path, samples, args.folds, by))
+    if args.split:
+        given = read_split(args.split, samples, args.folds, by)
+    elif not args.resume:                                   # when a run goes on, the split is in its folder
+        folds_by_subject(samples, numpy.zeros(len(samples)), args.folds, args.seed)             # refuses too few subjects
+
+    def deal(path):
+        print('reading:     all images once', flush=True)
+        positive = holds_foreground(samples, reader)
+        folds = given if args.split else folds_by_subject(samples, positive, args.folds, args.seed)
+        write_split(path, samples, positive, folds, by)
+
+    whole = CrossValidation(args.out, options_to_store(args), deal, join=bool(args.resume or args.fold),
+                            read=lambda path: read_split(path, samples, args.folds, by), more_epochs=bool(args.resume))
     for number in [args.fold] if args.fold else range(1, args.folds + 1):
         print(f'\nFold {number} of {args.folds}' + (' is complete' if whole.is_complete(number) else ''))
         if not whole.is_complete(number):
@@ -104,13 +117,19 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
     """Train one network in the run folder `path`, or go on with it, and write down what came out."""
     parts = {'training': training_samples, 'validation': validation_samples}
     if args.inner_share:
-        parts['training'], parts['inner'] = split_by_subject(training_samples, args.inner_share, args.seed)
+        positive = holds_foreground(training_samples, reader)
+        parts['training'], parts['inner'] = split_by_subject(training_samples, args.inner_share, args.seed, positive)
     for part, chosen in parts.items():
         number = len({sample.subject for sample in chosen})
         subjects = '' if args.leaky_split_by_image else f' of {number} subject{"s" if number > 1 else ""}'
         print(f'{part + ":":12} {len(chosen)} images{subjects}')
+    warnings = [without_foreground(part, chosen) for part, chosen in parts.items()
+                if part != 'training' and not holds_foreground(chosen, reader).any()]
+    if args.init:
+        warnings += seen_before(args, parts)
+    for warning in warnings:
+        print(warning)
 
-    print('reading:     all of them once', flush=True)
     # Intensities and baselines are measured on the training part only, as it is: in order, and not augmented.
     input_mean, input_std = intensity_statistics(parts['training'], reader)
     in_order = {part: Loader(chosen, reader, args.batch_size) for part, chosen in parts.items()}
@@ -133,19 +152,24 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
                           input_mean=input_mean, input_std=input_std, rng=rng).to(args.device)
     loss = LOSSES[args.loss]()
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), args.learning_rate)
-    steps = args.epochs * len(training)
-    warmup = min(steps // 10, len(training))
-    schedule = (CosineSchedule(args.learning_rate, steps, warmup) if args.schedule == 'cosine'
-                else ConstantSchedule(args.learning_rate, warmup))
 
     config = {**options_to_store(args), 'fold': fold, 'nervenet': nervenet.__version__, 'numpy': numpy.__version__}
     for part, chosen in parts.items():
         config |= {f'{part}_subjects': sorted({sample.subject for sample in chosen}), f'{part}_images': len(chosen)}
     run = RunFolder(path, config | {'baselines': baselines}, resume=args.resume is not None)
     run.restore(model, optimizer)
+    if args.init and not run.history:
+        model.load_state_dict(nervenet.load(args.init).state_dict())
+    steps = (args.epochs - run.begun) * len(training)
+    warmup = min(steps // 10, len(training))
+    schedule = (CosineSchedule(args.learning_rate, steps, warmup) if args.schedule == 'cosine'
+                else ConstantSchedule(args.learning_rate, warmup))
     print(f'network:     {sum(array.size for array in model.parameters().values()):,} parameters, images of '
           f'{args.size[0]}x{args.size[1]}\nrun folder:  {run.path}'
           + (f', going on after epoch {len(run.history)}' if run.history else '') + '\n')
+    if run.begun:
+        print(f'Epochs {run.begun + 1} to {args.epochs} were added to a run of {run.begun}: they have a schedule of their own and an '
+              f'optimizer that began anew, so this is not bit for bit a run of {args.epochs} epochs.\n')
 
     print_header()
     for name, scores in baselines.items():
@@ -161,16 +185,15 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
         raise Interrupted(f'stopped in epoch {done + 1}, which starts anew when you go on; {done} epochs are saved. Go on with:'
                           f'\n    python examples/train_unet.py --resume {args.out}{fold}') from None
     except MemoryError as error:
-        needed = model.training_memory((args.batch_size, *args.size, 1)) / 2**30
-        raise MemoryError(f'a training step on {args.batch_size} images of {args.size[0]}x{args.size[1]} with --base-channels '
-                          f'{args.base_channels} needs about {needed:.1f} GiB, lower --batch-size first ({error})') from error
+        needed = describe_need(args, model.training_memory((args.batch_size, *args.size, 1)))
+        raise MemoryError(f'{needed}, lower --batch-size first ({error})') from error
     if len(run.history) < args.epochs:
         print(f'stopped early: no better epoch on the inner subjects for {args.patience} epochs')
 
     draw_run(run, model, validation, baselines)
     chosen = run.choose_settings(args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
     note = caveat(training_samples + validation_samples, args.leaky_split_by_image)
-    print('\n' + run.summarize(baselines, chosen['last.npz'], note))
+    print('\n' + run.summarize(baselines, chosen['last.npz'], '\n'.join([note] * bool(note) + warnings)))
 
 
 if __name__ == '__main__':

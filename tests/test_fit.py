@@ -19,7 +19,7 @@ from nervenet.study.run_folder import RunFolder
 
 def test_fit_records_the_run(loaders, tmp_path):
     model, run, rows = train(loaders, tmp_path / 'run')
-    assert json.loads((run.path / 'config.json').read_text()) == {'size': [16, 24], 'norm': 'batch'}
+    assert json.loads((run.path / 'config.json').read_text()) == {'size': [16, 24], 'norm': 'batch', 'begun': 0}
     written = list(csv.DictReader(io.StringIO((run.path / 'history.csv').read_text())))
     assert [int(row['epoch']) for row in written] == [1, 2, 3]
     assert float(written[2]['validation_dice_pooled']) == rows[2]['validation_dice_pooled']

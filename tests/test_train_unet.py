@@ -93,7 +93,7 @@ def test_resume_refuses_other_options_and_changed_images_in_one_line(tmp_path, r
     write_pairs(tmp_path / 'data', rng)
     main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--out', tmp_path / 'run')
     main('--resume', tmp_path / 'run', '--epochs', 1, '--size', '15x24', '--device', 'auto', '--out', tmp_path / 'run')     # the same
-    for arguments, message in (['--epochs', 3], '--epochs is 3, but {}/config.json has 1'), (['--norm', 'none'], 'is None, but {}'), (
+    for arguments, message in (['--batch-size', 3], '--batch-size is 3, but {}/config.json has 8'), (['--norm', 'none'], 'is None, but {}'), (
             ['--depth', 1], '--depth is 1, but {}/config.json has 2'), (['--out', 'x'], '--resume {} goes on in that folder, --out is x'):
         with pytest.raises(SystemExit):
             main('--resume', tmp_path / 'run', *arguments)
@@ -332,7 +332,7 @@ def test_out_of_memory_says_how_much_is_needed_and_what_lowers_it(tmp_path, rng,
 
     monkeypatch.setattr(main.module, 'fit', fit)
     monkeypatch.setattr(UNet, 'training_memory', lambda self, shape: {(8, 16, 24, 1): 5 * 2**29}[shape])
-    with pytest.raises(MemoryError, match=r'a training step on 8 images of 16x24 with --base-channels 2 needs about 2.5 GiB, '
+    with pytest.raises(MemoryError, match=r'a training step on 8 images of 16x24 with --base-channels 2 and --depth 2 needs about 2.5 GiB, '
                                           r'lower --batch-size first \(Unable to allocate 3 TiB\)'):
         main('--data', tmp_path / 'data', *TINY, '--out', tmp_path / 'run')
 
@@ -340,7 +340,7 @@ def test_out_of_memory_says_how_much_is_needed_and_what_lowers_it(tmp_path, rng,
 @pytest.mark.parametrize('arguments, message', [
     (['--data', 'MISSING'], 'no such folder'), (['--data', 'DATA', '--size', '96'], 'not of the form HxW'),
     (['--data', 'DATA', '--epochs', '0'], 'whole number of at least 1'), (['--data', 'DATA', '--learning-rate', 'nan'], 'positive'),
-    (['--data', 'DATA', '--dropout', '1.5'], 'dropout probability is 1.5'), (['--data', 'DATA', '--out', 'DATA'], 'choose another --out'),
+    (['--data', 'DATA', '--dropout', '1.5'], 'is not a probability from 0 up to, not including, 1'), (['--data', 'DATA', '--out', 'DATA'], 'choose another --out'),
     (['--data', 'DATA', '--validation-share', '2'], 'share between 0 and 1'), (['--data', 'DATA', '--seed=-1'], 'whole number of at least 0'),
     (['--data', 'DATA', '--depth', '60'], '--depth is 60; expected at most 12'),
     (['--data', 'DATA', '--mask-threshold', '999'], 'no training mask holds any foreground')])

@@ -4,16 +4,17 @@
 """
 
 import argparse
-import datetime
+import contextlib
 import math
 from dataclasses import fields, replace
 from pathlib import Path
 
 from ..images.augment import FILL_MODES, ULTRASOUND, Augmentation
 from ..losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
-from ..networks.unet import padded_size
+from ..networks.unet import UNet, padded_size
 from ..optim import SGD, Adam, AdamW
-from .run_folder import WHERE, read_config
+from .checkpoint import CheckpointError, load_checkpoint
+from .run_folder import WHERE, check_resumable, read_config, unfinished
 from .segment import LARGEST_FILTER
 
 # What the names on the command line stand for.
@@ -39,6 +40,7 @@ def parse(arguments):
         if given.setdefault('out', given['resume']) != given['resume']:
             parser.error(f'--resume {given["resume"]} goes on in that folder, --out is {given["out"]}; leave out --out')
         stored = stored_options(given['resume'])
+        check_resumable(given['resume'])
         if given.get('device') == 'auto':
             del given['device']                             # the one that was found at the start
         if given.get('device', stored['device']) != stored['device']:
@@ -47,11 +49,13 @@ def parse(arguments):
 
     args.norm = None if args.norm == 'none' else args.norm
     args.data = args.data and args.data.resolve()
-    args.out = args.out or Path('runs', f'{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}')
     args.split = args.split and args.split.resolve()
+    args.init = args.init and args.init.resolve()
     args.epochs = args.epochs or (5 if args.data is None else 15)
     args.learning_rate = args.learning_rate or (2e-3 if args.data is None else 1e-3)
     args.augment = args.augment or ('none' if args.data is None else 'default')
+    if args.init and not args.resume:
+        take_architecture(args, given, parser)
     if args.depth > 12:
         parser.error(f'--depth is {args.depth}; expected at most 12: each level halves the image')
     if args.fold and not args.fold <= (args.folds or 0):
@@ -70,7 +74,11 @@ def parse(arguments):
     if rounded != args.size:
         print(f'size: {args.size[0]}x{args.size[1]} becomes {rounded[0]}x{rounded[1]}, a multiple of 2^depth = {multiple}')
         args.size = rounded
-    for name in given.keys() & stored.keys() - set(WHERE):
+    more_epochs = bool(stored) and args.epochs > stored['epochs']
+    if more_epochs and (runs := unfinished(args.resume, args.folds)):
+        parser.error(f'--epochs is {args.epochs}, but {args.resume / "config.json"} has {stored["epochs"]}, and {runs[0]} has not come '
+                     f'to its end; first train it to there: --resume {args.resume}')
+    for name in given.keys() & stored.keys() - set(WHERE) - ({'epochs'} if more_epochs else set()):
         if getattr(args, name) != stored[name]:
             parser.error(f'--{name.replace("_", "-")} is {getattr(args, name)}, but {args.resume / "config.json"} has '
                          f'{stored[name]}; leave it out to go on, or start a new run without --resume')
@@ -103,6 +111,59 @@ def stored_options(folder):
             refuse(f'lacks a value of {name}')
     read = vars(parser.parse_args(typed))
     return {name: None if config[name] is None else read[name] for name in defaults}
+
+
+def take_architecture(args, given, parser):
+    """Set the options that say what network is built to what the network in the file --init is; refuse others that were given."""
+    model, _ = load_checkpoint(args.init)
+    if not isinstance(model, UNet) or (model.in_channels, model.config['out_channels']) != (1, 1):
+        raise CheckpointError(f'{args.init}: holds a {type(model).__name__} of other channels; expected a network for grey images and '
+                              'one kind of mask, as train_unet.py writes it')
+    for name in 'base_channels', 'depth', 'norm':
+        option, found = f'--{name.replace("_", "-")}', model.config[name]
+        if name in given and getattr(args, name) != found:
+            parser.error(f'{option} is {getattr(args, name) or "none"}, but the network in {args.init} has {found or "none"}; leave out '
+                         f'{option}, or train without --init')
+        setattr(args, name, found)
+
+
+def check_memory(args):
+    """Raise MemoryError if training as `args` say takes more memory than there is; once it is taken, the system ends the process."""
+    needed, there = training_bytes(args), available_bytes()
+    if there is not None and needed > there:
+        raise MemoryError(f'{describe_need(args, needed)}, and {there / 2**30:.1f} GiB are free')
+
+
+def training_bytes(args):
+    """Return about how many bytes of this computer's memory training takes."""
+    pixels = args.batch_size * math.prod(args.size)
+    batches = 4 * 2 * 4 * pixels                            # images and masks, float32: one in use, two read ahead, one in the making
+    deepest = args.base_channels << args.depth
+    parameters = 4 * 4 * (9 + 9 / 2) * deepest**2           # at least: of the deepest level, with gradients and Adam's two averages
+    if args.device != 'cpu' or parameters > 2**36:          # no network of that size is built to ask it
+        return batches + parameters * (args.device == 'cpu')
+    model = UNet(base_channels=args.base_channels, depth=args.depth, norm=args.norm, dropout=args.dropout)
+    return batches + model.training_memory((args.batch_size, *args.size, 1))
+
+
+def describe_need(args, needed):
+    """Return in words what training as `args` say takes: `needed` bytes."""
+    height, width = args.size
+    return (f'a training step on {args.batch_size} images of {height}x{width} with --base-channels {args.base_channels} and --depth '
+            f'{args.depth} needs about {needed / 2**30:.1f} GiB')
+
+
+def available_bytes():
+    """Return how many bytes this process can still take, swap included and within a container's limit; None if nobody says."""
+    try:
+        lines = dict(line.split(':') for line in Path('/proc/meminfo').read_text().splitlines())
+        there = 1024 * sum(int(lines[name].split()[0]) for name in ('MemAvailable', 'SwapFree'))
+    except (OSError, ValueError, LookupError):              # not Linux
+        return None
+    for limit in '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes':
+        with contextlib.suppress(OSError, ValueError):      # no such file, or 'max'
+            there = min(there, int(Path(limit).read_text()))
+    return there
 
 
 def options_to_store(args):
@@ -166,7 +227,10 @@ def build_parser():
                          help='channels of the first level; they double at each')
     network.add_argument('--depth', type=whole, default=4, metavar='N', help='how often the image is halved')
     network.add_argument('--norm', choices=['batch', 'none'], default='batch', help='normalisation after each convolution')
-    network.add_argument('--dropout', type=float, default=0.0, metavar='P', help='probability of dropping a value at the bottom')
+    network.add_argument('--dropout', type=probability, default=0.0, metavar='P', help='probability of dropping a value at the bottom')
+    network.add_argument('--init', type=Path, metavar='MODEL',
+                         help='start from the network in this file, such as best.npz of another run: fine-tuning. It decides '
+                         '--base-channels, --depth and --norm; intensities are standardised by the new training images')
     training = parser.add_argument_group('training')
     training.add_argument('--loss', choices=LOSSES, default='dice+bce', help='what is minimised')
     training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
@@ -187,9 +251,10 @@ def build_parser():
                           help='where to compute; a run may go on elsewhere than it began')
     training.add_argument('--precision', choices=['fp32', 'tf32'],
                           help='of matrix products on a GPU: tf32 reads its factors rounded to 10 bits; default: tf32 where the GPU has it')
-    training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder; default: runs/ and the date and time')
+    training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder, new or empty; default: runs/ and the date and time')
     training.add_argument('--resume', type=Path, metavar='RUN',
-                          help='go on with the run or the cross-validation in this folder, bit for bit')
+                          help='go on with the run or the cross-validation in this folder, bit for bit; with more --epochs than it '
+                          'had, one that has come to its end is trained on, with a schedule of its own for the new epochs')
     return parser
 
 
@@ -240,4 +305,15 @@ def share(text):
     number = positive(text)
     if number >= 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a share between 0 and 1')
+    return number
+
+
+def probability(text):
+    """Return the number, from 0 up to, not including, 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a probability from 0 up to, not including, 1')
     return number

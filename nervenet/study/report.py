@@ -5,7 +5,7 @@ import time
 
 import numpy
 
-from ..images.data import is_split_by_image
+from ..images.data import is_split_by_image, natural_key
 from ..metrics import HARD_SCORES
 
 LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of the split, and they are near copies. '
@@ -21,13 +21,28 @@ def caveat(samples, split_by_image):
     return NO_SUBJECTS if is_split_by_image(samples) else ''
 
 
-def best_row(history):
-    """Return the first row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation.
+def without_foreground(part, samples):
+    """Return the warning about a part of the data, 'validation' or 'inner', none of whose masks holds any foreground."""
+    subjects = sorted({sample.subject for sample in samples}, key=natural_key)
+    who = ', '.join(subjects if len(subjects) <= 6 else [*subjects[:5], f'… {len(subjects) - 5} more'])
+    return (f'WARNING: none of the {len(samples)} {part} masks holds any foreground (subjects {who}): Dice there says only whether '
+            'anything was predicted, so the lowest loss chooses the best epoch, and threshold and minimal area stay as they are. '
+            f'Another --seed or a larger {"--validation-share" if part == "validation" else "--inner-share"} deals otherwise.')
 
-    Of equals, the one with the highest soft Dice: while no probability is above one half yet, all hard scores are 0.
+
+def best_row(history):
+    """Return the row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation.
+
+    Of equals, the one with the lowest loss: while no probability is above one half yet, all hard scores are 0. Of those, the last.
+    Where that part holds no foreground, its Dice says only whether anything at all was predicted, and the loss alone decides.
     """
     part = 'inner' if 'inner_dice_pooled' in history[0] else 'validation'
-    return max(history, key=lambda row: (row[f'{part}_dice_pooled'], row[f'{part}_soft_dice_pooled']))
+
+    def goodness(row):
+        dice = row[f'{part}_dice_pooled'] if row.get(f'{part}_true_foreground_share') != 0 else 0
+        return dice, -row[f'{part}_loss'], row['epoch']
+
+    return max(history, key=goodness)
 
 
 def summaries(histories, baselines, chosen, note=''):
@@ -55,6 +70,7 @@ def summaries(histories, baselines, chosen, note=''):
 def summary(rows, baselines, title='Scores on validation subjects after the last epoch'):
     """Return a list for each score, one value per row (a run, or one per fold), and of folds mean ± deviation; so too of baselines.
 
+    The deviation is that of the population, √(Σ(x − mean)² / folds): it describes these folds, and is no error of their mean.
     `dicecoefs` is the soft Dice coefficient; with a loss of DiceLoss alone it is about minus the loss.
     """
     columns = [('accuracies', 'accuracy', 'share of pixels that are right'),
@@ -76,7 +92,7 @@ def summary(rows, baselines, title='Scores on validation subjects after the last
     for name, column, meaning in columns:
         lines.append(f'{name}: [{", ".join(f"{value:.4f}" for value in of_rows(column))}]    ({meaning})')
     if len(rows) > 1:
-        lines.append('')
+        lines += ['', 'mean ± population standard deviation of the folds']
         for name, column, _ in columns:
             lines.append(f'average {name}: {average(of_rows(column))}')
     if baselines:
