@@ -13,6 +13,7 @@ from PIL import Image
 
 from .files import make_folder, refuse_content
 from .images.phantom import HEIGHT, WIDTH, Phantom
+from .study.options import size
 
 
 def write(out, subjects, frames, seed=0, size=(HEIGHT, WIDTH), report=print):
@@ -42,12 +43,6 @@ def write(out, subjects, frames, seed=0, size=(HEIGHT, WIDTH), report=print):
 
 def main(arguments=None):
     """Write a set from the command line: `python -m nervenet.phantom --out DIR`."""
-    def size(text):
-        height, cross, width = text.lower().partition('x')
-        if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
-            raise argparse.ArgumentTypeError(f'{text!r} is not of the form HxW, rows x columns, such as 420x580')
-        return int(height), int(width)
-
     parser = argparse.ArgumentParser(
         prog='python -m nervenet.phantom', usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Write synthetic ultrasound images and nerve masks in the layout of the Kaggle competition.')

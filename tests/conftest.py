@@ -10,6 +10,7 @@ and a ledger counts what was copied in, copied out and multiplied.
 import inspect
 import operator
 import re
+import signal
 import sys
 import types
 from pathlib import Path
@@ -17,7 +18,11 @@ from pathlib import Path
 import numpy
 import pytest
 
+pytest.register_assert_rewrite('helpers')
+
+from helpers import example, write_pairs
 from nervenet.engine import backend
+from nervenet.images.data import Loader, Reader, find_samples
 
 real_cupy = backend.cupy
 
@@ -374,3 +379,30 @@ def plant(monkeypatch):
                     monkeypatch.setattr(other, name, names[value.__name__])
 
     return planted
+
+
+@pytest.fixture
+def loaders(tmp_path, rng):
+    """(training, validation): two subjects and one, of four small images each."""
+    write_pairs(tmp_path / 'data', rng)
+    samples, reader = find_samples(tmp_path / 'data'), Reader((16, 24))
+    return Loader(samples[:8], reader, 3, seed=1, shuffle=True), Loader(samples[8:], reader, 3)
+
+
+@pytest.fixture
+def main():
+    """The main function of examples/train_unet.py, called here and now."""
+    module = example('train_unet')
+
+    def call(*arguments):
+        module.main(list(map(str, arguments)))
+    call.module = module
+    return call
+
+
+@pytest.fixture
+def usual_interrupt():
+    """Ctrl-C raises KeyboardInterrupt, also where this process was started in the background and told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

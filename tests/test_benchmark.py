@@ -7,7 +7,6 @@ import sys
 import types
 from pathlib import Path
 
-import numpy
 import pytest
 from conftest import stand_in
 from test_kernels import library, xp_with_kernels        # fixtures

@@ -184,7 +184,7 @@ def is_split_by_image(samples):
     return len({sample.subject for sample in samples}) == len(samples)
 
 
-def split_by_subject(samples, validation_share, seed):
+def split_by_subject(samples, validation_share, seed, positive=None):
     """Return (training, validation): two lists that share no subject, the second near `validation_share` of the images.
 
     Subjects are drawn in random order, and each is taken for validation if that brings the number of images closer to

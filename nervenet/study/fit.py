@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 
 import numpy
@@ -18,7 +19,13 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stopping_on_signals():
-    """Yield a function that says whether Ctrl-C or SIGTERM has asked to stop; the second time they stop the process at once."""
+    """Yield a function that says whether Ctrl-C or SIGTERM has asked to stop; the second time they stop the process at once.
+
+    Python hands signals to the main thread alone. In any other this answers No, and signals do what they did before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     asked = []
 
     def ask(number, frame):
@@ -42,7 +49,7 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
 
     `training` and `validation` are Loaders; the number of an epoch decides their order and randomness. Yields a row after each
     epoch: a dict of 'epoch', 'learning_rate', 'seconds', 'images_per_second', 'waited_seconds' (how long training waited for its
-    batches), 'train_…' and 'validation_…' for each of the scores.
+    batches), 'train_…' and 'validation_…' for the loss, each of the scores and the true share of foreground.
 
     inner     a Loader of subjects that neither other part holds: the best epoch is chosen on them instead of on `validation`,
               whose scores then are honest; rows get 'inner_…' scores
@@ -74,6 +81,6 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
             raise FloatingPointError(f'epoch {epoch}, {part}: {error}{kept}') from error
         row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
                'images_per_second': round(speed, 1), 'waited_seconds': round(waited, 3),
-               **{f'{part}_{name}': values[name] for part, values in scores.items() for name in ('loss', *SCORES)}}
+               **{f'{part}_{name}': values[name] for part, values in scores.items() for name in ('loss', *SCORES, 'true_foreground_share')}}
         run.record(row, model, optimizer)
         yield row

@@ -26,12 +26,10 @@ from ..images.data import DataError, natural_key
 from ..metrics import HARD_SCORES, SCORES
 from . import figures
 from .report import summaries
-from .run_folder import check_config, claim, move_config, or_go_on, write_config
+from .run_folder import check_config, claim, move_config, or_go_on, read_config, wants_more_epochs, write_config
 
 BY_SUBJECT = 'subject'
 BY_IMAGE = 'image: leaks, frames of one subject are on both sides'
-LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of the split, and they are near copies. '
-         'These scores are too good to be true; never quote them.')
 
 
 # --- Who is in which fold ---------------------------------------------------------------------------------------------
@@ -146,8 +144,10 @@ class CrossValidation:
     folder belongs to the process that trains it (see RunFolder).
     """
 
-    def __init__(self, path, config, deal, join=False, read=None):
+    def __init__(self, path, config, deal, join=False, read=None, more_epochs=False):
         """Make the folder, or, with `join`, take up the one that is there if its config is the same.
+
+        With `more_epochs` that one may have fewer: then its folds are not complete any more, and are to be trained on.
 
         `deal(path)` is called once, with the path of split.json, to write it; `read(path)`, if given, to read it, and what it
         returns is kept as `folds`. Raises FileExistsError for a folder that is in use for something else, ValueError for another
@@ -156,24 +156,28 @@ class CrossValidation:
         self.path, self.split = Path(path), Path(path) / 'split.json'
         begun = {'split.json', 'split.json.partial', 'config.json.partial'}         # killed before the config was there
         make_folder(self.path, '--out')
-        path, config = self.path / 'config.json', json.loads(json.dumps(config))
+        path, self.config = self.path / 'config.json', json.loads(json.dumps(config))
         with claimed(self.path):
             joins = join and path.exists()
             if joins:
-                check_config(path, config)
+                check_config(path, self.config, more_epochs and wants_more_epochs(read_config(self.path), self.config))
             else:
                 refuse_content(self.path, '--out', but=begun, or_else=or_go_on(self.path, 'cross-validation'))
                 deal(self.split)
             self.folds = read and read(self.split)
-            (move_config if joins else write_config)(path, config)
+            (move_config if joins else write_config)(path, self.config)
 
     def fold(self, number):
         """Return the path of a fold's run folder."""
         return self.path / f'fold_{number}'
 
     def is_complete(self, number):
-        """Return whether a fold's summary, the last file of a run, is there."""
-        return (self.fold(number) / 'summary.txt').exists()
+        """Return whether a fold's summary, the last file of a run, is there, and it has as many epochs as it was to have."""
+        try:
+            epochs = read_config(self.fold(number)).get('epochs')
+        except (OSError, ValueError):
+            epochs = self.config.get('epochs')              # `summarize` tells that this file is missing or damaged
+        return (self.fold(number) / 'summary.txt').exists() and epochs == self.config.get('epochs')
 
     def summarize(self, folds, note=''):
         """Write summary.txt and curves.png from the folds that are complete; return the text, None if there are none.
@@ -187,6 +191,8 @@ class CrossValidation:
             missing = ', '.join(str(number) for number in range(1, folds + 1) if number not in complete)
             count = f'{len(complete)} of {folds} folds' + (f'; not complete yet: {missing}' if missing else '')
             histories, baselines, chosen = zip(*(read_fold(self.fold(number)) for number in complete))
+            empty = [str(number) for number, scores in zip(complete, baselines) if scores['empty mask']['dice_pooled'] == 1]
+            count += f'; no foreground at all is validated in fold {", ".join(empty)}, where Dice says little' if empty else ''
             text = summaries(histories, baselines, chosen, f'{note}\n{count}' if note else count)
             mean = {name: {score: float(numpy.mean([each[name][score] for each in baselines])) for score in scores}
                     for name, scores in baselines[0].items()}
@@ -231,6 +237,6 @@ def read_fold(folder):
         for key in chosen.keys() & {'flip average', 'validation'}:
             check(chosen[key], HARD_SCORES)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path}: is missing or damaged ({type(error).__name__}: {" ".join(str(error).split())}); delete {folder}, '
-                         'and go on to train that fold again') from error
+        raise ValueError(f'{path}: is missing or damaged ({type(error).__name__}: {" ".join(str(error).split())}); delete '
+                         f'{folder}, and go on to train that fold again') from error
     return history, baselines, chosen

@@ -5,16 +5,44 @@ import time
 
 import numpy
 
+from ..images.data import is_split_by_image, natural_key
 from ..metrics import HARD_SCORES
+
+LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of the split, and they are near copies. '
+         'These scores are too good to be true; never quote them.')
+NO_SUBJECTS = ('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on '
+               'both sides of the split and the scores are too good to be true: give --subject-pattern.')
+
+
+def caveat(samples, split_by_image):
+    """Return what is to be said, first of all, of scores of these samples; '' if nothing."""
+    if split_by_image:
+        return LEAKS
+    return NO_SUBJECTS if is_split_by_image(samples) else ''
+
+
+def without_foreground(part, samples):
+    """Return the warning about a part of the data, 'validation' or 'inner', none of whose masks holds any foreground."""
+    subjects = sorted({sample.subject for sample in samples}, key=natural_key)
+    who = ', '.join(subjects if len(subjects) <= 6 else [*subjects[:5], f'… {len(subjects) - 5} more'])
+    return (f'WARNING: none of the {len(samples)} {part} masks holds any foreground (subjects {who}): Dice there says only whether '
+            'anything was predicted, so the lowest loss chooses the best epoch, and threshold and minimal area stay as they are. '
+            f'Another --seed or a larger {"--validation-share" if part == "validation" else "--inner-share"} deals otherwise.')
 
 
 def best_row(history):
-    """Return the first row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation.
+    """Return the row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation.
 
-    Of equals, the one with the highest soft Dice: while no probability is above one half yet, all hard scores are 0.
+    Of equals, the one with the lowest loss: while no probability is above one half yet, all hard scores are 0. Of those, the last.
+    Where that part holds no foreground, its Dice says only whether anything at all was predicted, and the loss alone decides.
     """
     part = 'inner' if 'inner_dice_pooled' in history[0] else 'validation'
-    return max(history, key=lambda row: (row[f'{part}_dice_pooled'], row[f'{part}_soft_dice_pooled']))
+
+    def goodness(row):
+        dice = row[f'{part}_dice_pooled'] if row.get(f'{part}_true_foreground_share') != 0 else 0
+        return dice, -row[f'{part}_loss'], row['epoch']
+
+    return max(history, key=goodness)
 
 
 def summaries(histories, baselines, chosen, note=''):
@@ -40,8 +68,9 @@ def summaries(histories, baselines, chosen, note=''):
 
 
 def summary(rows, baselines, title='Scores on validation subjects after the last epoch'):
-    """Return a list for each score, one value per row (a run, or one per fold), and of folds mean ± deviation; the same of baselines.
+    """Return a list for each score, one value per row (a run, or one per fold), and of folds mean ± deviation; so too of baselines.
 
+    The deviation is that of the population, √(Σ(x − mean)² / folds): it describes these folds, and is no error of their mean.
     `dicecoefs` is the soft Dice coefficient; with a loss of DiceLoss alone it is about minus the loss.
     """
     columns = [('accuracies', 'accuracy', 'share of pixels that are right'),
@@ -63,7 +92,7 @@ def summary(rows, baselines, title='Scores on validation subjects after the last
     for name, column, meaning in columns:
         lines.append(f'{name}: [{", ".join(f"{value:.4f}" for value in of_rows(column))}]    ({meaning})')
     if len(rows) > 1:
-        lines.append('')
+        lines += ['', 'mean ± population standard deviation of the folds']
         for name, column, _ in columns:
             lines.append(f'average {name}: {average(of_rows(column))}')
     if baselines:
@@ -73,6 +102,34 @@ def summary(rows, baselines, title='Scores on validation subjects after the last
             lines.append(f'{name}: ' + ', '.join(f'{title} {average([scores[name][column] for scores in baselines])}'
                                                  for title, column in shown.items()))
     return '\n'.join(lines) + '\n'
+
+
+def print_header():
+    """Print the two lines above the table of epochs."""
+    print(f'{"":7} {"":19} {"":>8} {"soft Dice":^15} {"hard Dice":^15} {"IoU":^15}')
+    print(f'{"epoch":7} {"part":19} {"loss":>8}' + f' {"pooled":>7} {"image":>7}' * 3 + f' {"accuracy":>8} {"foreground":>10}')
+
+
+def print_scores(epoch, part, row, prefix, remark=''):
+    """Print one row of the table; a score that the row does not hold is left blank."""
+    cells = [f'{row[f"{prefix}_{name}"]:{width}.{digits}f}' if f'{prefix}_{name}' in row else ' ' * width
+             for name, width, digits in (
+        ('loss', 8, 4), ('soft_dice_pooled', 7, 3), ('soft_dice_per_image', 7, 3), ('dice_pooled', 7, 3), ('dice_per_image', 7, 3),
+        ('iou_pooled', 7, 3), ('iou_per_image', 7, 3), ('accuracy', 8, 4))]
+    print(f'{epoch:7} {part:19} {" ".join(cells)} {row[f"{prefix}_foreground_share"]:10.2%}  {remark}'.rstrip(), flush=True)
+
+
+def print_epoch(history, epochs):
+    """Print the rows of the table for the last epoch of `history`."""
+    row = history[-1]
+    print_scores(f'{row["epoch"]}/{epochs}', 'training', row, 'train')
+    if 'inner_loss' in row:
+        print_scores('', 'inner', row, 'inner')
+    print_scores('', 'validation', row, 'validation', f'{row["seconds"]:.0f} s, {row["images_per_second"]:.0f} images/s')
+    empty = len(history) >= 3 and all(row['validation_foreground_share'] == 0 for row in history[-3:])
+    if empty and row['train_loss'] >= history[0]['train_loss']:
+        print('             The network predicts no foreground, and the loss is no lower than at first: it has collapsed. Stop, '
+              'and try\n             another --learning-rate, or --loss dice+bce.')
 
 
 def progress(items, total, label, stream=None, seconds=30):

@@ -1,19 +1,25 @@
 """The folder of one training run, and how it survives a kill.
 
-Whatever happens to the process, the folder holds a whole epoch: a run that was stopped, or killed, goes on as if nothing had happened.
+Whatever happens to the process, the folder holds a whole epoch: a run that was stopped, or killed, goes on as if nothing had
+happened.
 """
 
+import contextlib
 import csv
+import datetime
 import io
+import itertools
 import json
 import os
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 
 from ..files import atomic_write, make_folder, refuse_content
 from ..train import generator_states, set_generator_states
 from .checkpoint import load_checkpoint, save
 from .report import best_row, summaries
+from .segment import Settings, choose_settings, score
 
 try:
     import fcntl
@@ -43,6 +49,47 @@ def claim(folder, wait=False):
     return lambda: os.close(file)
 
 
+@contextlib.contextmanager
+def room_for_results(path, joins=False):
+    """Yield the folder for what comes out, or refuse it here, before any work: if nothing can be written there, or others use it.
+
+    `path` is made, and taken away again if the work fails before it has written anything; for None that is a `dated_folder`. With
+    `joins` something may lie there already, which whoever uses it will look at. Raises OSError.
+    """
+    is_new = path is None or not path.exists()
+    if path is None:
+        path = dated_folder()
+    make_folder(path, '--out')
+    if not joins:
+        refuse_content(path, '--out', but=['config.json.partial'], or_else=or_go_on(path, 'run'))
+    try:
+        yield path
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):              # something lies in it, so it stays
+                path.rmdir()
+        raise
+
+
+def dated_folder():
+    """Make and return a folder in runs/, named by date and time, and by a number where runs start in the same second."""
+    make_folder('runs', '--out')
+    now = f'{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}'
+    for number in itertools.count(1):
+        path = Path('runs', now if number == 1 else f'{now}_{number}')
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()                                    # in one step: of several processes one makes it
+            return path
+
+
+def check_resumable(folder):
+    """Raise, before any work, if the run or cross-validation in `folder` cannot go on: BlockingIOError, CheckpointError."""
+    claim(folder)()
+    for last in [folder / 'last.npz', *folder.glob('fold_*/last.npz')]:
+        if last.exists() and not (last.parent / 'summary.txt').exists():
+            load_checkpoint(last)
+
+
 class RunFolder:
     """The folder of one training run: config.json, history.csv, best.npz, last.npz, summary.txt.
 
@@ -56,20 +103,30 @@ class RunFolder:
     def __init__(self, path, config, resume=False):
         """Make the folder and write `config`, a dict that JSON can hold, into it; or, with `resume`, take up what is there.
 
+        A run that has come to its end can be given more epochs, 'epochs' in `config`: then `begun` is the number of those done, and
+        the others are trained like a run of their own that starts from this network, with a schedule and an optimizer that begin
+        anew. Else `begun` is 0.
+
         The folder belongs to this process until the RunFolder is gone. Raises BlockingIOError if another process has it,
         FileExistsError if it holds a run that is not to be resumed, ValueError if that run's config differs from this one.
         """
         self.path = Path(path)
         self.best, self.last, self.history = self.path / 'best.npz', self.path / 'last.npz', []
-        self.config = json.loads(json.dumps(config))
+        self.config = {**json.loads(json.dumps(config)), 'begun': 0}
         make_folder(self.path, '--out')
         self.release = weakref.finalize(self, claim(self.path))
         if resume and (self.path / 'config.json').exists():
-            check_config(self.path / 'config.json', self.config)
+            stored = read_config(self.path)
+            more = wants_more_epochs(stored, self.config)
+            check_config(self.path / 'config.json', self.config, more_epochs=more and is_finished(self.path))
+            self.config['begun'] = load_checkpoint(self.last)[1]['epoch'] if more else stored.get('begun', 0)
+            if more:
+                (self.path / 'summary.txt').unlink(missing_ok=True)             # that of the run as it was
             move_config(self.path / 'config.json', self.config)
         else:
             refuse_content(self.path, '--out', but=['config.json.partial'], or_else=or_go_on(self.path, 'run'))
-            write_config(self.path / 'config.json', config)
+            write_config(self.path / 'config.json', self.config)
+        self.begun = self.config['begun']
 
     def write(self, name, text):
         with atomic_write(self.path / name) as file:
@@ -95,7 +152,8 @@ class RunFolder:
             self.write_records(model)
 
     def epochs_since_best(self):
-        return self.history[-1]['epoch'] - best_row(self.history)['epoch'] if self.history else 0
+        """Return how many epochs ago the best one was; more epochs, given to a run that had ended, count from there."""
+        return self.history[-1]['epoch'] - max(best_row(self.history)['epoch'], self.begun) if self.history else 0
 
     def record(self, row, model, optimizer):
         """Add an epoch's row, and save the model as last.npz and, if it is the best so far, as best.npz."""
@@ -106,7 +164,7 @@ class RunFolder:
 
     def write_records(self, model):
         """Write what follows from last.npz: history.csv, and best.npz if the last epoch is the best."""
-        if self.epochs_since_best() == 0:
+        if best_row(self.history) is self.history[-1]:
             save(self.best, model, **self.extra())
         text = io.StringIO()
         writer = csv.DictWriter(text, self.history[-1].keys(), lineterminator='\n')
@@ -120,11 +178,45 @@ class RunFolder:
         return {'epoch': row['epoch'], 'size': self.config['size'], 'median_filter': self.config.get('median_filter'),
                 'scores': {name: value for name, value in row.items() if name.startswith(('validation_', 'inner_'))}}
 
-    def complete(self, path, **extra):
-        """Add `extra` to last.npz or best.npz, `path`, and take away what only resuming needs."""
+    def finish_model_file(self, path, **extra):
+        """Add `extra` to last.npz or best.npz, `path`, and take away what only resuming needs: the file is for use from now on."""
         model, before = load_checkpoint(path)
         before.pop('state', None)
         save(path, model, **{**before, **extra})
+
+    def choose_settings(self, device, validation, inner, mean_training_mask):
+        """Choose, for the last network and the best one, how probabilities become a mask; return it, a dict by the file's name.
+
+        It is chosen on the Loader `inner`, or on `validation` if that is None, stored in both files with the mask (H, W) of the
+        baseline, and written to settings.json.
+        """
+        part, where = (validation, 'validation') if inner is None else (inner, 'inner')
+        there_is_foreground = any(masks.any() for _, masks in part.epoch(0))
+        found, chosen = {}, {}
+        print()
+        for path in self.last, self.best:
+            network, extra = load_checkpoint(path)
+            epoch, network = extra['epoch'], network.to(device)
+            if epoch not in found:                              # the last epoch may be the best
+                if there_is_foreground:
+                    found[epoch] = choose_settings(network, lambda: part.epoch(0))
+                else:
+                    found[epoch] = Settings(), score(network, part.epoch(0), Settings())['dice_per_image']
+            settings, there = found[epoch]
+            self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask)
+            chosen[path.name] = {'epoch': extra['epoch'], 'settings': asdict(settings),
+                                 'chosen on': f'{where} subjects' if there_is_foreground else 'nothing', 'dice per image there': there}
+            print(f'{path}: epoch {extra["epoch"]}, threshold {settings.threshold:g}, minimal area {settings.minimal_area:.2%}, '
+                  f'flip average {"on" if settings.flip_average else "off"}: Dice per image {there:.4f} on the {where} subjects, '
+                  + ('flattered, since chosen there' if there_is_foreground else 'who have no foreground to choose on'))
+            if inner is not None:
+                honest = chosen[path.name]['validation'] = score(network, validation.epoch(0), settings)
+                print(f'    on the validation subjects: hard Dice {honest["dice_pooled"]:.4f} pooled, '
+                      f'{honest["dice_per_image"]:.4f} per image')
+            if path == self.last:       # averaging over flips at the usual threshold is no choice: its score needs no inner subjects
+                chosen[path.name]['flip average'] = score(network, validation.epoch(0), Settings(flip_average=True))
+        self.write('settings.json', json.dumps(chosen, indent=2) + '\n')
+        return chosen
 
     def summarize(self, baselines, chosen=None, note=''):
         """Write summary.txt, the sign that the run is complete, and return its text. For the arguments see `summaries`."""
@@ -152,13 +244,47 @@ def or_go_on(folder, what):
     return f', or go on with the {what} in it: --resume {folder}' if (folder / 'config.json').exists() else ''
 
 
-def check_config(path, config):
+def is_finished(folder):
+    """Return whether the run in `folder` has come to the end of its training, so that it can be given more epochs."""
+    last = Path(folder) / 'last.npz'
+    return last.exists() and 'state' not in load_checkpoint(last)[1]
+
+
+def unfinished(folder, folds):
+    """Return the paths of the runs in `folder`, one or, with `folds`, so many, that have not come to their end."""
+    runs = [folder / f'fold_{number}' for number in range(1, folds + 1)] if folds else [folder]
+    return [path for path in runs if not is_finished(path)]
+
+
+def seen_before(args, parts):
+    """Return warnings, if any, that the network in the file `args.init` was fitted to, or chosen by, subjects it is to be scored on.
+
+    `parts` is {name: samples}. What that network has seen is read from the config of its run folder, if the file lies in one.
+    """
+    config = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        config = read_config(args.init.parent)
+    same_data = config.get('data') == (args.data and str(args.data)) and (args.data or config.get('seed') == args.seed)
+    seen = {subject for part in ('training', 'inner', 'validation') for subject in config.get(f'{part}_subjects', []) if same_data}
+    common = seen & {sample.subject for part, samples in parts.items() if part != 'training' for sample in samples}
+    return [f'WARNING: {args.init} comes from a run on the same data that has seen {len(common)} of the subjects set aside here: their '
+            'scores are too good to be true.'] if common else []
+
+
+def wants_more_epochs(stored, config):
+    """Return whether `config` has more epochs than the config `stored` in a folder."""
+    return config.get('epochs', 0) > stored.get('epochs', 0)
+
+
+def check_config(path, config, more_epochs=False):
     """Raise ValueError, naming both values, if the config in the file `path` says another thing than `config`.
 
-    Where the folder lies, which versions are at work and what WHERE names makes no difference.
+    Where the folder lies, which versions are at work and what WHERE names makes no difference, nor, with `more_epochs`, how many they
+    are.
     """
     stored = read_config(path.parent)
-    for name in sorted((stored.keys() | config.keys()) - {'out', 'nervenet', 'numpy', *WHERE}):
+    free = {'out', 'nervenet', 'numpy', 'begun', *WHERE} | ({'epochs'} if more_epochs else set())
+    for name in sorted((stored.keys() | config.keys()) - free):
         if stored.get(name) != config.get(name):
             old, new = (str(values.get(name)) for values in (stored, config))
             old, new = (text if len(text) <= 60 else text[:60] + '…' for text in (old, new))
@@ -170,9 +296,9 @@ def check_config(path, config):
 
 
 def move_config(path, config):
-    """Write into the config in the file `path` where, by `config`, it goes on: what WHERE names."""
+    """Write into the config in the file `path` where, by `config`, it goes on, and how long: what WHERE names, the epochs."""
     stored = read_config(path.parent)
-    moved = {**stored, **{name: config[name] for name in WHERE if name in config}}
+    moved = {**stored, **{name: config[name] for name in (*WHERE, 'epochs', 'begun') if name in config}}
     if moved != stored:
         write_config(path, moved)
 

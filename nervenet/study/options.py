@@ -1,0 +1,320 @@
+"""The options of `examples/train_unet.py`: what they are, what they default to, and which of them make a run what it is.
+
+`parse` reads the command line. When a run goes on, `stored_options` reads what was stored of it, as if that had been typed.
+"""
+
+import argparse
+import contextlib
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+
+from ..images.augment import FILL_MODES, ULTRASOUND, Augmentation
+from ..losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
+from ..networks.blocks import padded_size
+from ..networks.unet import UNet
+from ..optim import SGD, Adam, AdamW
+from .checkpoint import CheckpointError, load_checkpoint
+from .run_folder import WHERE, check_resumable, read_config, unfinished
+from .segment import LARGEST_FILTER
+
+# What the names on the command line stand for.
+LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
+          'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}
+OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
+AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
+NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
+
+
+def parse(arguments):
+    """Return the options of train_unet.py, an argparse.Namespace: as typed, as stored in the run that is resumed, or by default.
+
+    `arguments` are those of the command line, None for this process's own. What cannot be, or does not go together, ends the
+    process with one line, or raises ValueError or FileNotFoundError.
+    """
+    parser = build_parser()
+    defaults, unset = vars(parser.parse_args([])), object()
+    given = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    given = {name: value for name, value in given.items() if value is not unset}
+    stored = {}
+    if 'resume' in given:
+        if given.setdefault('out', given['resume']) != given['resume']:
+            parser.error(f'--resume {given["resume"]} goes on in that folder, --out is {given["out"]}; leave out --out')
+        stored = stored_options(given['resume'])
+        check_resumable(given['resume'])
+        if given.get('device') == 'auto':
+            del given['device']                             # the one that was found at the start
+        if given.get('device', stored['device']) != stored['device']:
+            stored['precision'] = None                      # that of the other device
+    args = argparse.Namespace(**{**defaults, **stored, **given})
+
+    args.norm = None if args.norm == 'none' else args.norm
+    args.data = args.data and args.data.resolve()
+    args.split = args.split and args.split.resolve()
+    args.init = args.init and args.init.resolve()
+    args.epochs = args.epochs or (5 if args.data is None else 15)
+    args.learning_rate = args.learning_rate or (2e-3 if args.data is None else 1e-3)
+    args.augment = args.augment or ('none' if args.data is None else 'default')
+    if args.init and not args.resume:
+        take_architecture(args, given, parser)
+    if args.depth > 12:
+        parser.error(f'--depth is {args.depth}; expected at most 12: each level halves the image')
+    if args.fold and not args.fold <= (args.folds or 0):
+        parser.error(f'--fold is {args.fold} and --folds {args.folds or "not given"}; expected --fold from 1 to --folds')
+    if args.split and not args.folds:
+        parser.error('--split needs --folds, the number of folds in it')
+    if args.median_filter and not (3 <= args.median_filter <= LARGEST_FILTER and args.median_filter % 2):
+        parser.error(f'--median-filter is {args.median_filter}; expected an odd size from 3 to {LARGEST_FILTER}')
+    if args.folds and 'validation_share' in given:
+        parser.error('--validation-share has no meaning with --folds: each fold is the validation part once')
+    if args.patience and not args.inner_share:
+        parser.error('--patience needs --inner-share: to stop where validation is best would flatter its scores')
+    augmentation(args)                                      # raises ValueError for what cannot be
+    multiple = 2**args.depth
+    rounded = padded_size(args.size, multiple)
+    if rounded != args.size:
+        print(f'size: {args.size[0]}x{args.size[1]} becomes {rounded[0]}x{rounded[1]}, a multiple of 2^depth = {multiple}')
+        args.size = rounded
+    more_epochs = bool(stored) and args.epochs > stored['epochs']
+    if more_epochs and (runs := unfinished(args.resume, args.folds)):
+        parser.error(f'--epochs is {args.epochs}, but {args.resume / "config.json"} has {stored["epochs"]}, and {runs[0]} has not come '
+                     f'to its end; first train it to there: --resume {args.resume}')
+    for name in given.keys() & stored.keys() - set(WHERE) - ({'epochs'} if more_epochs else set()):
+        if getattr(args, name) != stored[name]:
+            parser.error(f'--{name.replace("_", "-")} is {getattr(args, name)}, but {args.resume / "config.json"} has '
+                         f'{stored[name]}; leave it out to go on, or start a new run without --resume')
+    return args
+
+
+def stored_options(folder):
+    """Return the options of the run in `folder`, as `parse` gives them. Raises FileNotFoundError or ValueError."""
+    config = read_config(folder)
+    if config.get('fold'):
+        raise ValueError(f'{folder} is one fold of a cross-validation: give --resume {folder.parent} --fold {config["fold"]}')
+    defaults = {name: value for name, value in vars(build_parser().parse_args([])).items() if name not in NOT_STORED}
+    config = {**{name: defaults[name] for name in WHERE}, **config}
+    if defaults.keys() - config.keys():
+        raise ValueError(f'{folder / "config.json"}: lacks {", ".join(sorted(defaults.keys() - config.keys()))}; '
+                         'it is not of this version')
+
+    def refuse(message):
+        raise ValueError(f'{folder / "config.json"}: {message}')
+
+    parser, typed = build_parser(), []                      # what was stored is read as if it had been typed
+    parser.error = refuse
+    for name, default in defaults.items():
+        value, option = config[name], '--' + name.replace('_', '-')
+        if isinstance(value, bool):
+            typed += [option] if value else [] if default is False else ['--no-' + option[2:]]
+        elif value is not None:
+            typed.append(f'{option}={"x".join(map(str, value)) if isinstance(value, list) else value}')
+        elif default is not None and name != 'norm':        # which has none
+            refuse(f'lacks a value of {name}')
+    read = vars(parser.parse_args(typed))
+    return {name: None if config[name] is None else read[name] for name in defaults}
+
+
+def take_architecture(args, given, parser):
+    """Set the options that say what network is built to what the network in the file --init is; refuse others that were given."""
+    model, _ = load_checkpoint(args.init)
+    if not isinstance(model, UNet) or (model.in_channels, model.config['out_channels']) != (1, 1):
+        raise CheckpointError(f'{args.init}: holds a {type(model).__name__} of other channels; expected a network for grey images and '
+                              'one kind of mask, as train_unet.py writes it')
+    for name in 'base_channels', 'depth', 'norm':
+        option, found = f'--{name.replace("_", "-")}', model.config[name]
+        if name in given and getattr(args, name) != found:
+            parser.error(f'{option} is {getattr(args, name) or "none"}, but the network in {args.init} has {found or "none"}; leave out '
+                         f'{option}, or train without --init')
+        setattr(args, name, found)
+
+
+def check_memory(args):
+    """Raise MemoryError if training as `args` say takes more memory than there is; once it is taken, the system ends the process."""
+    needed, there = training_bytes(args), available_bytes()
+    if there is not None and needed > there:
+        raise MemoryError(f'{describe_need(args, needed)}, and {there / 2**30:.1f} GiB are free')
+
+
+def training_bytes(args):
+    """Return about how many bytes of this computer's memory training takes."""
+    pixels = args.batch_size * math.prod(args.size)
+    batches = 4 * 2 * 4 * pixels                            # images and masks, float32: one in use, two read ahead, one in the making
+    deepest = args.base_channels << args.depth
+    parameters = 4 * 4 * (9 + 9 / 2) * deepest**2           # at least: of the deepest level, with gradients and Adam's two averages
+    if args.device != 'cpu' or parameters > 2**36:          # no network of that size is built to ask it
+        return batches + parameters * (args.device == 'cpu')
+    model = UNet(base_channels=args.base_channels, depth=args.depth, norm=args.norm, dropout=args.dropout)
+    return batches + model.training_memory((args.batch_size, *args.size, 1))
+
+
+def describe_need(args, needed):
+    """Return in words what training as `args` say takes: `needed` bytes."""
+    height, width = args.size
+    return (f'a training step on {args.batch_size} images of {height}x{width} with --base-channels {args.base_channels} and --depth '
+            f'{args.depth} needs about {needed / 2**30:.1f} GiB')
+
+
+def available_bytes():
+    """Return how many bytes this process can still take, swap included and within a container's limit; None if nobody says."""
+    try:
+        lines = dict(line.split(':') for line in Path('/proc/meminfo').read_text().splitlines())
+        there = 1024 * sum(int(lines[name].split()[0]) for name in ('MemAvailable', 'SwapFree'))
+    except (OSError, ValueError, LookupError):              # not Linux
+        return None
+    for limit in '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes':
+        with contextlib.suppress(OSError, ValueError):      # no such file, or 'max'
+            there = min(there, int(Path(limit).read_text()))
+    return there
+
+
+def options_to_store(args):
+    """Return the options that make a run what it is, as config.json holds them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+            if name not in NOT_STORED}
+
+
+def augmentation(args):
+    """Return the Augmentation of --augment, with what single options replace in it."""
+    single = {field.name: getattr(args, field.name) for field in fields(Augmentation)}
+    return replace(AUGMENTATIONS[args.augment], **{name: value for name, value in single.items() if value is not None})
+
+
+def build_parser():
+    """Return the parser of the command line. What an option means is told there once, in its help."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description='Train a U-Net to find nerves in ultrasound images.',
+                                     formatter_class=HelpFormatter)
+    data = parser.add_argument_group('data')
+    data.add_argument('--data', type=Path, metavar='DIR', help='folder of the image and mask pairs; default: synthetic ultrasound')
+    data.add_argument('--size', type=size, default='96x128', metavar='HxW',
+                      help='rows x columns the network works at, rounded up to a multiple of 2^depth')
+    data.add_argument('--subject-pattern', metavar='REGEX',
+                      help='regular expression on the file name whose first group is the subject, such as "(.+)_[0-9]+"; default: '
+                      'the first number of {subject}_{image}')
+    data.add_argument('--mask-threshold', type=positive, metavar='N',
+                      help='count mask values from N up as foreground, for masks with in-between values')
+    data.add_argument('--validation-share', type=share, default=0.2, metavar='SHARE',
+                      help='share of the images set aside for validation, by whole subjects')
+    data.add_argument('--inner-share', type=share, metavar='SHARE',
+                      help='share of the training images set aside, by whole subjects, to choose on: the best epoch, when to '
+                      'stop, how probabilities become a mask; the validation subjects are then only scored')
+    data.add_argument('--nerve-share', type=share, metavar='SHARE',
+                      help='share of the images drawn in an epoch that hold a nerve; some then come twice and others not, and '
+                      'an epoch keeps its number of images; default: as they come')
+    data.add_argument('--median-filter', type=whole, metavar='SIZE',
+                      help='odd size of a median filter against speckle, 3 or more, applied in prediction too')
+    folds = parser.add_argument_group('cross-validation')
+    folds.add_argument('--folds', type=whole, metavar='N',
+                       help='deal the subjects into so many folds, and validate on each in turn')
+    folds.add_argument('--fold', type=whole, metavar='K', help='train this fold only')
+    folds.add_argument('--split', type=Path, metavar='FILE',
+                       help='split.json of another cross-validation, to use the same folds')
+    folds.add_argument('--leaky-split-by-image', action='store_true',
+                       help='split by image, which LEAKS, to see how much; with or without --folds')
+    augmenting = parser.add_argument_group('augmentation', 'Random changes of the training images, named as in Keras; '
+                                           'nervenet/images/augment.py says what each means. A single option replaces its value '
+                                           'in --augment.')
+    augmenting.add_argument('--augment', choices=AUGMENTATIONS,
+                            help='what is on; default: default on scans, none on synthetic ultrasound, of which there is plenty')
+    for field in fields(Augmentation):
+        usual = getattr(ULTRASOUND, field.name)
+        kind = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
+                dict(choices=FILL_MODES) if field.type is str else
+                dict(type=int if field.type is int else float, metavar='N'))
+        augmenting.add_argument('--' + field.name.replace('_', '-'), **kind, help=f'{usual} in --augment default')
+    augmenting.add_argument('--preview-augmentation', type=Path, metavar='PICTURE.png',
+                            help='draw a few augmented images with their masks, and stop')
+    network = parser.add_argument_group('network')
+    network.add_argument('--base-channels', type=whole, default=16, metavar='N',
+                         help='channels of the first level; they double at each')
+    network.add_argument('--depth', type=whole, default=4, metavar='N', help='how often the image is halved')
+    network.add_argument('--norm', choices=['batch', 'none'], default='batch', help='normalisation after each convolution')
+    network.add_argument('--dropout', type=probability, default=0.0, metavar='P', help='probability of dropping a value at the bottom')
+    network.add_argument('--init', type=Path, metavar='MODEL',
+                         help='start from the network in this file, such as best.npz of another run: fine-tuning. It decides '
+                         '--base-channels, --depth and --norm; intensities are standardised by the new training images')
+    training = parser.add_argument_group('training')
+    training.add_argument('--loss', choices=LOSSES, default='dice+bce', help='what is minimised')
+    training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
+    training.add_argument('--learning-rate', type=positive, metavar='RATE',
+                          help='highest learning rate; default: 0.001 on scans, 0.002 on synthetic ultrasound')
+    training.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine',
+                          help='course of the learning rate, after a warm-up')
+    training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
+    training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
+    training.add_argument('--epochs', type=whole, metavar='N',
+                          help='how often as many images as there are for training are drawn; default: 15 on scans, 5 on synthetic '
+                          'ultrasound')
+    training.add_argument('--patience', type=whole, metavar='N',
+                          help='stop after so many epochs without a better one on the inner subjects')
+    training.add_argument('--seed', type=natural, default=0, metavar='N',
+                          help='of the split, the weights, the order of the images and their augmentation')
+    training.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto',
+                          help='where to compute; a run may go on elsewhere than it began')
+    training.add_argument('--precision', choices=['fp32', 'tf32'],
+                          help='of matrix products on a GPU: tf32 reads its factors rounded to 10 bits; default: tf32 where the GPU has it')
+    training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder, new or empty; default: runs/ and the date and time')
+    training.add_argument('--resume', type=Path, metavar='RUN',
+                          help='go on with the run or the cross-validation in this folder, bit for bit; with more --epochs than it '
+                          'had, one that has come to its end is trained on, with a schedule of its own for the new epochs')
+    return parser
+
+
+# --- Types of options
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def size(text):
+    """Return (H, W) of a text such as 96x128."""
+    height, cross, width = text.lower().partition('x')
+    if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form HxW, rows x columns, such as 96x128')
+    return int(height), int(width)
+
+
+def whole(text):
+    """Return the number, from 1 on."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
+def natural(text):
+    """Return the number, from 0 on."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 0')
+    return int(text)
+
+
+def positive(text):
+    """Return the number, above 0 and finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
+    return number
+
+
+def share(text):
+    """Return the number, between 0 and 1."""
+    number = positive(text)
+    if number >= 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a share between 0 and 1')
+    return number
+
+
+def probability(text):
+    """Return the number, from 0 up to, not including, 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a probability from 0 up to, not including, 1')
+    return number

@@ -1,0 +1,64 @@
+"""The pictures of an experiment: how a run went and what it predicts, and what augmentation makes of its images."""
+
+import numpy
+
+from ..files import make_folder
+from ..images.augment import Augmentation
+from ..images.data import DataError, Loader
+from ..metrics import SegmentationScores
+from . import figures
+from .report import LEAKS
+from .segment import Segmenter
+
+
+def draw_run(run, model, validation, baselines):
+    """Draw the curves of the run, and the best, median and worst prediction of its last network on the validation part."""
+    title = LEAKS.partition(',')[0] if run.config['leaky_split_by_image'] else ''
+    figures.save(figures.curves(run.history, baselines=baselines, title=title), run.path / 'curves.png')
+    segmenter, scores, with_nerve = Segmenter(model, run.config['size']), SegmentationScores(), []
+    for images, masks in validation.epoch(0):
+        probabilities = segmenter.probabilities(images[..., 0])
+        scores.update(numpy.stack(probabilities)[..., None], masks)
+        with_nerve.extend(masks.any(axis=(1, 2, 3)))
+    # An empty mask shows nothing, so cases are chosen among the images that hold a nerve, if there are any.
+    chosen = numpy.flatnonzero(with_nerve) if any(with_nerve) else numpy.arange(len(with_nerve))
+    cases = []
+    for label, place in figures.best_median_worst(scores.dice_of_images()[chosen]):
+        index = int(chosen[place])
+        image, truth = (array[0, :, :, 0] for array in validation.batch([index], 0))
+        prediction = segmenter.settings.mask(segmenter.probabilities([image])[0])
+        cases.append(dict(label=label, name=validation.samples[index].name, image=image, truth=truth, prediction=prediction))
+    images = 'Validation images with nerve' if any(with_nerve) and not all(with_nerve) else 'Validation'
+    epoch, threshold = run.history[-1]['epoch'], segmenter.settings.threshold
+    title = f'{images}, after epoch {epoch}: nerve where the probability is above {threshold:g}'
+    figures.save(figures.predictions(cases, title=title), run.path / 'predictions.png')
+
+
+def preview_augmentation(path, transform, samples, reader, seed):
+    """Draw to the file `path` what `transform` makes of a few images that hold a nerve: the image, four draws, the mask outlined.
+
+    Raises DataError for a name that is taken or no picture's, if nothing is to be changed, and if no mask holds foreground.
+    """
+    if path.suffix.lower() != '.png':
+        raise DataError(f'--preview-augmentation: {path} is to be a picture; expected a name that ends in .png')
+    if path.exists():
+        raise DataError(f'--preview-augmentation: {path} exists already; choose another name')
+    if transform == Augmentation():
+        raise DataError('--preview-augmentation: no augmentation is on; give --augment default, or single options')
+    shown = {}
+    for index, sample in enumerate(samples):
+        if sample.subject not in shown and reader.read(sample)[1].any():
+            shown[sample.subject] = index
+        if len(shown) == 4:
+            break
+    indices = list(shown.values())
+    if not indices:
+        raise DataError('--preview-augmentation: no mask holds any foreground at this size')
+    draws = Loader(samples, reader, 1, seed=seed, transform=transform)
+    columns = [Loader(samples, reader, 1).batch(indices, 0), *(draws.batch(indices, epoch) for epoch in (1, 2, 3, 4))]
+    rows = [[figures.overlay(images[row], None, masks[row]) for images, masks in columns] for row in range(len(indices))]
+    picture = figures.grid(rows, row_titles=[samples[index].name for index in indices],
+                           column_titles=['as it is', 'draw 1', 'draw 2', 'draw 3', 'draw 4'])
+    make_folder(path.absolute().parent, '--preview-augmentation')
+    figures.save(picture, path)
+    print(f'augmented pairs are in {path}')

@@ -1,0 +1,115 @@
+import csv
+import io
+import json
+import signal
+
+import numpy
+import pytest
+
+import nervenet
+from helpers import assert_same_run, train
+from nervenet import UNet
+from nervenet.images.augment import ULTRASOUND
+from nervenet.images.data import Loader
+from nervenet.losses import BCEWithLogitsLoss
+from nervenet.optim import SGD
+from nervenet.study.fit import Interrupted, fit, stopping_on_signals
+from nervenet.study.run_folder import RunFolder
+
+
+def test_fit_records_the_run(loaders, tmp_path):
+    model, run, rows = train(loaders, tmp_path / 'run')
+    assert json.loads((run.path / 'config.json').read_text()) == {'size': [16, 24], 'norm': 'batch', 'begun': 0}
+    written = list(csv.DictReader(io.StringIO((run.path / 'history.csv').read_text())))
+    assert [int(row['epoch']) for row in written] == [1, 2, 3]
+    assert float(written[2]['validation_dice_pooled']) == rows[2]['validation_dice_pooled']
+    last, extra = nervenet.load_checkpoint(run.last)
+    assert extra['epoch'] == 3 and extra['size'] == [16, 24]
+    assert all(numpy.array_equal(array, last.state_dict()[name]) for name, array in model.state_dict().items())
+    _, extra = nervenet.load_checkpoint(run.best)
+    best = max(rows, key=lambda row: row['validation_dice_pooled'])
+    assert extra['epoch'] == best['epoch'] and extra['scores']['validation_dice_pooled'] == best['validation_dice_pooled']
+
+
+def test_a_seed_reproduces_a_run_bit_for_bit(loaders, tmp_path):
+    states = [train(loaders, tmp_path / name, seed)[0].state_dict() for name, seed in (('a', 1), ('b', 1), ('c', 2))]
+    assert all(numpy.array_equal(states[0][name], states[1][name]) for name in states[0])
+    assert any((states[0][name] != states[2][name]).any() for name in states[0])
+
+
+@pytest.mark.parametrize('norm', ['batch', None])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, loaders, norm):
+    """Stopped in the middle of an epoch, with dropout, augmentation, sampling, a schedule and running averages on the way."""
+    training, validation = loaders
+    training = Loader(training.samples, training.reader, 3, seed=4, shuffle=True, positive_share=1.0 if norm else None,
+                      transform=ULTRASOUND)
+    whole, run, _ = train((training, validation), tmp_path / 'whole', epochs=5, norm=norm)
+    for stop_after in (1, 9, 12):                         # batches, of three and two in an epoch
+        folder, asked = tmp_path / f'{stop_after}', []
+
+        def stop():
+            asked.append(1)
+            return len(asked) == stop_after
+
+        with pytest.raises(Interrupted):
+            train((training, validation), folder, epochs=5, norm=norm, stop=stop)
+        model, resumed, rows = train((training, validation), folder, epochs=5, norm=norm, resume=True)
+        assert len(rows) == 5 - (stop_after - 1) // 5 and len(resumed.history) == 5
+        assert_same_run(folder, tmp_path / 'whole')
+        resumed.release()
+
+
+def test_inner_subjects_choose_the_best_epoch_and_when_to_stop(loaders, tmp_path):
+    training, validation = loaders
+    inner = Loader(training.samples[:3], training.reader, 2)
+
+    class Scripted(Loader):
+        """Masks that agree with what any network predicts less and less from the second epoch on."""
+
+        def epoch(self, number):
+            for images, masks in super().epoch(number):
+                yield images, numpy.full_like(masks, number == 2)
+
+    inner.__class__ = Scripted
+    _, run, rows = train(loaders, tmp_path / 'run', epochs=9, inner=inner, patience=3)
+    scores = [row['inner_dice_pooled'] for row in rows]
+    best = int(numpy.argmax(scores)) + 1
+    assert len(rows) == min(best + 3, 9) < 9, scores
+    assert nervenet.load_checkpoint(run.best)[1]['epoch'] == best
+    assert 'inner_dice_pooled' in nervenet.load_checkpoint(run.best)[1]['scores']
+    run.release()
+    assert train(loaders, tmp_path / 'run', epochs=9, inner=inner, patience=3, resume=True)[2] == [], 'a stopped run stays stopped'
+    text = run.summarize({'empty mask': {name: 0.5 for name in ('dice_pooled', 'dice_per_image', 'iou_pooled', 'accuracy')}},
+                         {key: dict.fromkeys(('dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy'), score)
+                          for key, score in (('validation', 0.25), ('flip average', 0.75))})
+    assert f'after the epoch that was best on the inner subjects: {best}' in text
+    assert f'[{rows[best - 1]["validation_loss"]:.4f}]' in text
+    assert 'chosen on the inner subjects\n\naccuracies: [0.2500]' in text
+    assert 'averaged with that of the mirrored image\n\naccuracies: [0.7500]' in text
+
+
+def test_a_run_that_diverges_names_epoch_part_and_what_is_kept(loaders, tmp_path):
+    model = UNet(base_channels=2, depth=1, norm=None, rng=numpy.random.default_rng(0))
+    run = RunFolder(tmp_path / 'run', {'size': [16, 24]})
+    with pytest.raises(FloatingPointError, match=r'epoch 1, (training|validation): the l.* at batch') as error:
+        list(fit(model, BCEWithLogitsLoss(), SGD(model.parameters(), 1e30), *loaders, 2, run))
+    assert 'last good epoch' not in str(error.value), 'there is none yet'
+    model.head.params['bias'][:] = 0
+    run.history.append({'epoch': 1})
+    model.stem.children['conv1'].params['weight'][:] = numpy.nan
+    with pytest.raises(FloatingPointError, match='The last good epoch is in .*last.npz'):
+        list(fit(model, BCEWithLogitsLoss(), SGD(model.parameters(), 0.1), *loaders, 2, run))
+
+
+def test_the_first_signal_asks_to_stop_and_the_second_stops(capfd, usual_interrupt):
+    with pytest.raises(KeyboardInterrupt):
+        with stopping_on_signals() as stop:
+            assert not stop()
+            signal.raise_signal(signal.SIGINT)
+            assert stop() and 'once more to stop at once' in capfd.readouterr().err
+            signal.raise_signal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping_on_signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop() and signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

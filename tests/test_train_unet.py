@@ -1,0 +1,368 @@
+"""The main job, as it is called from a shell."""
+
+import csv
+import io
+import json
+import signal
+
+import numpy
+import pytest
+from PIL import Image
+
+import nervenet
+from helpers import TINY, assert_same_run, example, run_example, start_example, stopped_after, write_pairs
+from nervenet import UNet
+from nervenet.images.data import Loader, Reader, find_samples
+from nervenet.study.run_folder import claim, read_config
+from nervenet.study.segment import Segmenter, Settings, score
+
+
+def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
+    write_pairs(tmp_path / 'data' / 'train', rng)
+    done = run_example('train_unet.py', '--data', tmp_path / 'data', '--size', '15x24', '--base-channels', 2, '--depth', 2, '--epochs', 2,
+                       '--loss', 'dice+bce', '--optimizer', 'adamw', '--out', tmp_path / 'run')
+    assert done.returncode == 0, done.stderr
+    assert 'size: 15x24 becomes 16x24, a multiple of 2^depth = 4' in done.stdout
+    for part in ('training:    8 images of 2 subjects', 'validation:  4 images of 1 subject\n', 'empty mask', 'mean training mask',
+                 '2/2', 'dicecoefs: ['):
+        assert part in done.stdout
+    assert {path.name for path in (tmp_path / 'run').iterdir()} >= {
+        'config.json', 'history.csv', 'best.npz', 'last.npz', 'summary.txt'}
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert set(config['training_subjects']).isdisjoint(config['validation_subjects'])
+    assert nervenet.load(tmp_path / 'run' / 'last.npz').config['input_std'] > 0
+    averaged = json.loads((tmp_path / 'run' / 'settings.json').read_text())['last.npz']['flip average']
+    last, samples = nervenet.load(tmp_path / 'run' / 'last.npz'), find_samples(tmp_path / 'data')
+    validation = Loader([sample for sample in samples if sample.subject in config['validation_subjects']], Reader((16, 24)), 8)
+    assert averaged == score(last, validation.epoch(0), Settings(flip_average=True))
+    assert f'mirrored image\n\naccuracies: [{averaged["accuracy"]:.4f}]' in (tmp_path / 'run' / 'summary.txt').read_text()
+
+    # What was trained predicts: a mask of the image's own size for each image, a bad file is skipped and told.
+    (tmp_path / 'data' / 'train' / '9_1.tif').write_bytes(b'II*')
+    predicted = run_example('predict.py', '--model', tmp_path / 'run' / 'best.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'masks',
+                            '--submission', tmp_path / 'submission.csv')
+    assert predicted.returncode == 1 and 'Traceback' not in predicted.stderr
+    assert 'skipped: ' in predicted.stderr and '1 of 13 images skipped or not scored: 9_1' in predicted.stderr
+    assert '12 images predicted' in predicted.stdout and 'mean training mask' in predicted.stdout
+    mask = numpy.array(Image.open(tmp_path / 'masks' / '1_1_mask.png'))
+    assert mask.shape == (24, 36) and set(numpy.unique(mask)) <= {0, 255} and (tmp_path / 'masks' / '1_1_overlay.png').exists()
+    results = list(csv.DictReader(io.StringIO((tmp_path / 'masks' / 'results.csv').read_text())))
+    assert int(results[0]['area']) == (mask > 0).sum() and len(results) == 12 and 0 <= float(results[0]['dice']) <= 1
+    assert len((tmp_path / 'submission.csv').read_text().splitlines()) == 13
+
+    # A mask that cannot be read keeps an image from being scored, not from being predicted; nothing is overwritten.
+    Image.fromarray(rng.integers(0, 255, (24, 36), dtype='uint8')).save(tmp_path / 'data' / 'train' / '1_1_mask.tif')
+    options = '--model', tmp_path / 'run' / 'best.npz', '--input', tmp_path / 'data'
+    smeared = run_example('predict.py', *options, '--output', tmp_path / 'smeared', '--submission', tmp_path / 'submission.csv')
+    assert smeared.returncode == 1 and 'submission.csv: exists already' in smeared.stderr and not (tmp_path / 'smeared').exists()
+    smeared = run_example('predict.py', *options, '--output', tmp_path / 'smeared')
+    assert smeared.returncode == 1 and 'predicted, but not scored: ' in smeared.stderr and '--mask-threshold' in smeared.stderr
+    assert '12 images predicted' in smeared.stdout and (tmp_path / 'smeared' / '1_1_mask.png').exists()
+    scored = run_example('predict.py', *options, '--output', tmp_path / 'scored', '--mask-threshold', 128)
+    assert 'predicted, but not scored' not in scored.stderr and 'skipped' in scored.stderr
+
+    looked = run_example('look_inside.py', '--model', tmp_path / 'run' / 'best.npz', '--image', tmp_path / 'data' / 'train' / '1_1.tif',
+                         '--output', tmp_path / 'look', '--pixel', '3,4')
+    assert looked.returncode == 0, looked.stderr
+    assert 'pixel (3, 4)' in looked.stdout
+    assert {path.name for path in (tmp_path / 'look').iterdir()} == {'stages.png', 'joins.png', 'depends.png'}
+
+
+def test_main_job_stopped_by_a_signal_exits_130_and_goes_on_to_the_same_end(tmp_path, rng, main):
+    write_pairs(tmp_path / 'data', rng)
+    options = ['--data', tmp_path / 'data', *TINY, '--epochs', 20, '--batch-size', 2, '--dropout', 0.2, '--augment', 'default',
+               '--inner-share', 0.4]
+    main(*options, '--out', tmp_path / 'whole')
+    for number in signal.SIGINT, signal.SIGTERM:
+        run = tmp_path / str(int(number))
+        process = start_example('train_unet.py', *options, '--out', run)
+        while not process.stdout.readline().startswith('2/20'):
+            pass
+        process.send_signal(number)
+        _, error = process.communicate()
+        assert process.returncode == 130 and 'Traceback' not in error, error
+        assert 'stopping after this batch; once more to stop at once' in error and f'train_unet.py --resume {run}' in error
+        assert 2 <= nervenet.load_checkpoint(run / 'last.npz')[1]['epoch'] < 20
+        main('--resume', run)
+        assert_same_run(run, tmp_path / 'whole')
+        for name in ('summary.txt', 'settings.json', 'predictions.png', 'curves.png', 'config.json'):
+            assert (run / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
+
+
+def test_resume_refuses_other_options_and_changed_images_in_one_line(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng)
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--out', tmp_path / 'run')
+    main('--resume', tmp_path / 'run', '--epochs', 1, '--size', '15x24', '--device', 'auto', '--out', tmp_path / 'run')     # the same
+    for arguments, message in (['--batch-size', 3], '--batch-size is 3, but {}/config.json has 8'), (['--norm', 'none'], 'is None, but {}'), (
+            ['--depth', 1], '--depth is 1, but {}/config.json has 2'), (['--out', 'x'], '--resume {} goes on in that folder, --out is x'):
+        with pytest.raises(SystemExit):
+            main('--resume', tmp_path / 'run', *arguments)
+        assert message.format(tmp_path / 'run') in capsys.readouterr().err.splitlines()[-1]
+    for suffix in '', '_mask':
+        (tmp_path / 'data' / f'1_1{suffix}.tif').unlink()
+    with pytest.raises(ValueError, match='config.json: the baselines are others now; have images or masks changed. Bring them back, or start a new run'):
+        main('--resume', tmp_path / 'run')
+    with pytest.raises(FileNotFoundError, match='no run to resume'):
+        main('--resume', tmp_path / 'missing')
+    path = tmp_path / 'run' / 'config.json'
+    config = json.loads(path.read_text())
+    for name, value, message in (('size', 3, "config.json: argument --size: '3' is not of the form HxW"),
+                                 ('loss', 'x', "argument --loss: invalid choice: 'x'"),
+                                 ('data', 3, 'no such folder; if the images lie elsewhere now: --resume .* --data DIR'),
+                                 ('epochs', 0, "argument --epochs: '0' is not a whole"),
+                                 ('batch_size', 'x', "argument --batch-size: 'x' is not a whole"),
+                                 ('batch_size', None, 'config.json: lacks a value of batch_size'),
+                                 ('size', None, 'config.json: lacks a value of size')):
+        path.write_text(json.dumps({**config, name: value}))
+        with pytest.raises(ValueError, match=message):
+            main('--resume', tmp_path / 'run')
+
+
+def test_a_run_goes_on_when_its_data_have_moved(tmp_path, rng, main, monkeypatch):
+    write_pairs(tmp_path / 'data', rng)
+    options = ['--data', tmp_path / 'data', *TINY, '--epochs', 2]
+    main(*options, '--out', tmp_path / 'whole')
+    with stopped_after(1, main, monkeypatch):
+        main(*options, '--out', tmp_path / 'run')
+    (tmp_path / 'data').rename(tmp_path / 'moved')
+    with pytest.raises(ValueError, match='data: no such folder'):
+        main('--resume', tmp_path / 'run')
+    main('--resume', tmp_path / 'run', '--data', tmp_path / 'moved')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_folders_that_cannot_be_made_and_files_that_are_folders_are_told_in_one_line(tmp_path, rng):
+    write_pairs(tmp_path / 'data', rng)
+    (tmp_path / 'file').write_text('in the way')
+    for name, arguments, message in (
+            ('train_unet.py', ['--data', tmp_path / 'data', '--out', tmp_path / 'file' / 'run'], 'cannot be made a folder (Not a directory); choose another --out'),
+            ('train_unet.py', ['--data', tmp_path / 'data', '--out', tmp_path / 'file'], 'cannot be made a folder (File exists); choose another --out'),
+            ('train_unet.py', ['--data', tmp_path / 'data', '--folds', 2, '--split', tmp_path, '--out', tmp_path / 'run'], f'{tmp_path}: cannot be read (Is a directory)'),
+            ('train_unet.py', ['--size', '3'], "'3' is not of the form HxW"),
+            ('predict.py', ['--model', 'X', '--input', 'X', '--output', 'X', '--mask-threshold', 'nan'], "'nan' is not a positive number"),
+            ('predict.py', ['--model', tmp_path, '--input', tmp_path, '--output', tmp_path / 'masks'], f'{tmp_path}: is a folder')):
+        done = run_example(name, *arguments)
+        assert done.returncode != 0 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert 'Errno' not in done.stderr and not (tmp_path / 'run').exists()
+
+
+def test_the_main_job_runs_on_a_device_and_goes_on_elsewhere(gpu, tmp_path, rng, main, capsys, monkeypatch):
+    write_pairs(tmp_path / 'data', rng)
+    # Gradient descent: Adam makes steps of full size of gradients that are nothing but rounding.
+    options = ['--data', tmp_path / 'data', *TINY[:-2], '--epochs', 3, '--inner-share', 0.4, '--augment', 'default', '--speckle-range', 0,
+               '--optimizer', 'sgd', '--learning-rate', 0.05]
+    main(*options, '--device', 'cpu', '--out', tmp_path / 'host')
+    options += ['--precision', 'fp32']
+    main(*options, '--device', 'gpu', '--out', tmp_path / 'device')
+    assert 'device: gpu (stand-in, fp32)' in capsys.readouterr().out
+
+    for first, then in ('gpu', 'cpu'), ('cpu', 'gpu'):
+        run = tmp_path / first
+        with stopped_after(2, main, monkeypatch):
+            main(*options, '--device', first, '--out', run)
+        main('--resume', run, '--device', then, '--precision', 'fp32')
+        assert f'So far the run was computed on the {first} in fp32, now it is on the {then} in fp32, which' in capsys.readouterr().out
+    ends = [nervenet.load(tmp_path / name / 'last.npz').parameters() for name in ('host', 'device', 'gpu', 'cpu')]
+    for other in ends[1:]:
+        for name in other:
+            numpy.testing.assert_allclose(other[name], ends[0][name], rtol=0, atol=1e-3, err_msg=name)
+    start = UNet(base_channels=2, depth=2, rng=numpy.random.default_rng(0)).parameters()
+    assert max(abs(start[name] - ends[0][name]).max() for name in start) > 0.03
+
+    predict_job = example('predict')
+    for device, precision, compute_type in ('cpu', 'fp32', 1), ('gpu', 'fp32', 1), ('gpu', 'tf32', gpu.TF32):
+        gpu.ledger.__init__()
+        predict_job.main(list(map(str, ['--model', tmp_path / 'device' / 'last.npz', '--input', tmp_path / 'data', '--device', device,
+                                        '--precision', precision, '--output', tmp_path / f'masks on {device} in {precision}'])))
+        assert (len(gpu.ledger.products) > 10) == (device == 'gpu') and gpu.compute_type == compute_type      # 1 is of the probe
+    masks = [numpy.stack([numpy.asarray(Image.open(path)) for path in sorted((tmp_path / f'masks on {where}').glob('*_mask.png'))])
+             for where in ('cpu in fp32', 'gpu in fp32', 'gpu in tf32')]
+    assert masks[0].any() and all((masks[0] != other).mean() < 0.01 for other in masks[1:])
+
+
+def test_a_run_remembers_where_it_is_computed_and_how(gpu, tmp_path, rng, main, capsys, monkeypatch):
+    write_pairs(tmp_path / 'data', rng)
+    config = tmp_path / 'run' / 'config.json'
+    given, fit = [], main.module.fit
+
+    def watched(model, loss, optimizer, training, validation, epochs, run, schedule, max_norm, inner, *rest):
+        given.append([model.device, training.device, validation.device, inner.device])
+        return fit(model, loss, optimizer, training, validation, epochs, run, schedule, max_norm, inner, *rest)
+
+    monkeypatch.setattr(main.module, 'fit', watched)
+    steps = [  # data, options, what is stored then, what is said of it
+        ('data', ['--data', tmp_path / 'data', *TINY[:-2], '--epochs', 4, '--inner-share', 0.4, '--out', tmp_path / 'run'],
+         ('gpu', 'tf32'), None),
+        ('moved', ['--resume', tmp_path / 'run', '--data', tmp_path / 'moved'], ('gpu', 'tf32'), None),
+        ('moved', ['--resume', tmp_path / 'run', '--device', 'cpu'], ('cpu', 'fp32'), 'on the gpu in tf32, now it is on the cpu in fp32'),
+        ('moved', ['--resume', tmp_path / 'run', '--device', 'auto'], ('cpu', 'fp32'), None)]
+    before = tmp_path / 'data'
+    for epoch, (data, options, (device, precision), said) in enumerate(steps, 1):
+        before = before.rename(tmp_path / data)
+        with stopped_after(epoch, main, monkeypatch):
+            main(*options)
+        out, stored = capsys.readouterr().out, json.loads(config.read_text())
+        assert (stored['device'], stored['precision'], stored['data']) == (device, precision, str(before))
+        assert said in out if said else 'not bit for bit' not in out
+        assert given.pop() == [device] * 4
+    stored = json.loads(config.read_text())
+    stored.pop('precision')                                 # as before there was a choice
+    config.write_text(json.dumps(stored))
+    main('--resume', tmp_path / 'run')
+    assert 'not bit for bit' not in capsys.readouterr().out and (tmp_path / 'run' / 'summary.txt').exists()
+
+    main('--data', before, *TINY[:-2], '--epochs', 1, '--inner-share', 0.4, '--out', tmp_path / 'other')
+    monkeypatch.setattr(gpu, 'capability', '75')
+    with pytest.raises(RuntimeError, match='this GPU has compute capability 7.5; expected a GPU of 8.0 or higher'):
+        main('--resume', tmp_path / 'other')
+
+
+def test_folds_trained_side_by_side_in_several_processes_equal_those_trained_by_one(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng, subjects=4, images=3)
+    options = ['--data', tmp_path / 'data', *TINY, '--epochs', 2, '--folds', 3]
+    for process in [start_example('train_unet.py', *options, '--out', tmp_path / 'beside', '--fold', fold) for fold in (1, 3)]:
+        _, error = process.communicate()
+        assert process.returncode == 0, error
+    assert (tmp_path / 'beside' / 'summary.txt').read_text().startswith('2 of 3 folds; not complete yet: 2\n')
+    with pytest.raises(FileExistsError, match='go on with the cross-validation in it: --resume'):
+        main(*options, '--out', tmp_path / 'beside')
+    with pytest.raises(ValueError, match='one fold of a cross-validation: give --resume .* --fold 3'):
+        main('--resume', tmp_path / 'beside' / 'fold_3')
+    with pytest.raises(ValueError, match='epochs is 2 there and 3 now'):
+        main(*options, '--out', tmp_path / 'beside', '--fold', 2, '--epochs', 3)
+
+    main.module.train, train = lambda *args, **kwargs: pytest.fail('a complete fold was trained again'), main.module.train
+    main('--resume', tmp_path / 'beside', '--fold', 1)
+    main.module.train = train
+    (tmp_path / 'beside' / 'fold_2').mkdir()                                            # killed before it wrote anything
+    release = claim(tmp_path / 'beside' / 'fold_2')
+    main('--resume', tmp_path / 'beside')
+    assert 'skipped: ' in capsys.readouterr().out
+    with pytest.raises(BlockingIOError):
+        main('--resume', tmp_path / 'beside', '--fold', 2)
+    release()
+    main('--resume', tmp_path / 'beside')
+    text = (tmp_path / 'beside' / 'summary.txt').read_text()
+    assert text.startswith('3 of 3 folds\n') and '(hard Dice, pooled)' in text and text in capsys.readouterr().out
+
+    main(*options, '--out', tmp_path / 'alone', '--split', tmp_path / 'beside' / 'split.json')
+    assert (tmp_path / 'alone' / 'summary.txt').read_text() == text
+    configs = [read_config(tmp_path / 'alone' / f'fold_{fold}') for fold in (1, 2, 3)]
+    assert sorted(sum((config['validation_subjects'] for config in configs), [])) == ['1', '2', '3', '4']
+    for fold, config in enumerate(configs, 1):
+        assert set(config['training_subjects']).isdisjoint(config['validation_subjects'])
+        assert_same_run(tmp_path / 'alone' / f'fold_{fold}', tmp_path / 'beside' / f'fold_{fold}')
+
+
+def test_a_split_by_image_says_that_it_leaks(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng, subjects=2, images=4)
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--leaky-split-by-image', '--out', tmp_path / 'run')
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].startswith('LEAKS: split by image')
+    for path in (tmp_path / 'run', tmp_path / 'run' / 'fold_1'):
+        assert (path / 'summary.txt').read_text().startswith('LEAKS: split by image')
+    split = json.loads((tmp_path / 'run' / 'split.json').read_text())
+    assert 'leaks' in split['by'] and len(split['folds'][0]['subjects']) == 4
+    with pytest.raises(ValueError, match='is a split by image: leaks, .*; expected one by subject'):
+        main('--data', tmp_path / 'data', *TINY, '--folds', 2, '--split', tmp_path / 'run' / 'split.json', '--out', tmp_path / 'new')
+
+
+def test_scores_without_known_subjects_begin_with_a_warning(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'all', rng)
+    for path in list((tmp_path / 'all').iterdir()):
+        folder = tmp_path / 'data' / ('masks' if path.stem.endswith('_mask') else 'images')
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name.replace('_mask', ''))
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--out', tmp_path / 'run')
+    assert capsys.readouterr().out.splitlines()[1].startswith('WARNING: no subject is known')
+    for path in (tmp_path / 'run', tmp_path / 'run' / 'fold_2'):
+        assert (path / 'summary.txt').read_text().startswith('WARNING: no subject is known')
+
+
+def test_a_refused_resume_changes_nothing(tmp_path, rng, main):
+    write_pairs(tmp_path / 'data', rng)
+    write_pairs(tmp_path / 'other', rng, subjects=5)
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--fold', 1, '--out', tmp_path / 'run')
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+    for options in (['--resume', tmp_path / 'run'], [*TINY, '--epochs', 1, '--folds', 2, '--fold', 2, '--out', tmp_path / 'run']):
+        with pytest.raises(ValueError, match='split.json: no fold has subject 4'):
+            main(*options, '--data', tmp_path / 'other')
+    assert before == {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+
+
+def test_preview_draws_augmented_pairs_and_stops(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng)
+    options = ['--data', tmp_path / 'data', *TINY, '--preview-augmentation', tmp_path / 'pairs.png', '--out', tmp_path / 'run']
+    main(*options, '--rotation-range', 30, '--fill-mode', 'reflect')
+    picture = numpy.asarray(Image.open(tmp_path / 'pairs.png'))
+    columns = numpy.flatnonzero((picture != 255).any(axis=(0, 2)))
+    assert (numpy.diff(columns) > 5).sum() >= 4, 'five pictures side by side'
+    assert not (tmp_path / 'run').exists()
+    with pytest.raises(ValueError, match='no augmentation is on; give --augment default'):
+        main(*options[:-4], '--preview-augmentation', tmp_path / 'other.png', '--augment', 'none')
+    with pytest.raises(ValueError, match='pairs.png exists already'):
+        main(*options)
+    with pytest.raises(ValueError, match='pairs.jpg is to be a picture; expected a name that ends in .png'):
+        main(*options[:-4], '--preview-augmentation', tmp_path / 'pairs.jpg')
+    main(*options[:-4], '--preview-augmentation', tmp_path / 'new' / 'pairs.png')
+    assert (tmp_path / 'new' / 'pairs.png').exists()
+    with pytest.raises(OSError, match='cannot be made a folder .*; choose another --preview-augmentation'):
+        main(*options[:-4], '--preview-augmentation', tmp_path / 'pairs.png' / 'more.png')
+
+
+def test_options_of_the_data_reach_training(tmp_path, rng, main):
+    write_pairs(tmp_path / 'data', rng)
+    for name in '1_1', '2_2', '3_1':
+        Image.new('L', (36, 24)).save(tmp_path / 'data' / f'{name}_mask.tif')
+    losses = []
+    for number, changed in enumerate(([], ['--augment', 'none'], ['--nerve-share', '0.99'], ['--median-filter', '3'],
+                                      ['--inner-share', '0.4'])):
+        main('--data', tmp_path / 'data', *TINY, '--epochs', 1, *changed, '--out', tmp_path / str(number))
+        losses.append(next(csv.DictReader(io.StringIO((tmp_path / str(number) / 'history.csv').read_text())))['train_loss'])
+    assert len(set(losses)) == 5, losses
+    assert nervenet.load_checkpoint(tmp_path / '3' / 'best.npz')[1]['median_filter'] == 3
+    assert Segmenter.from_file(tmp_path / '3' / 'last.npz')[0].median_filter == 3
+
+
+def test_out_of_memory_says_how_much_is_needed_and_what_lowers_it(tmp_path, rng, main, monkeypatch):
+    write_pairs(tmp_path / 'data', rng)
+
+    def fit(*args):
+        raise MemoryError('Unable to allocate 3 TiB')
+
+    monkeypatch.setattr(main.module, 'fit', fit)
+    monkeypatch.setattr(UNet, 'training_memory', lambda self, shape: {(8, 16, 24, 1): 5 * 2**29}[shape])
+    with pytest.raises(MemoryError, match=r'a training step on 8 images of 16x24 with --base-channels 2 and --depth 2 needs about 2.5 GiB, '
+                                          r'lower --batch-size first \(Unable to allocate 3 TiB\)'):
+        main('--data', tmp_path / 'data', *TINY, '--out', tmp_path / 'run')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--data', 'MISSING'], 'no such folder'), (['--data', 'DATA', '--size', '96'], 'not of the form HxW'),
+    (['--data', 'DATA', '--epochs', '0'], 'whole number of at least 1'), (['--data', 'DATA', '--learning-rate', 'nan'], 'positive'),
+    (['--data', 'DATA', '--dropout', '1.5'], 'is not a probability from 0 up to, not including, 1'), (['--data', 'DATA', '--out', 'DATA'], 'choose another --out'),
+    (['--data', 'DATA', '--validation-share', '2'], 'share between 0 and 1'), (['--data', 'DATA', '--seed=-1'], 'whole number of at least 0'),
+    (['--data', 'DATA', '--depth', '60'], '--depth is 60; expected at most 12'),
+    (['--data', 'DATA', '--mask-threshold', '999'], 'no training mask holds any foreground')])
+def test_bad_arguments_give_one_line_and_a_failing_exit_status(arguments, message, tmp_path, rng):
+    write_pairs(tmp_path / 'data', rng, subjects=2, images=2)
+    places = {'MISSING': tmp_path / 'missing', 'DATA': tmp_path / 'data'}
+    done = run_example('train_unet.py', *(places.get(argument, argument) for argument in arguments), '--device', 'cpu')
+    assert done.returncode != 0 and 'Traceback' not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--median-filter', 4], '--median-filter is 4; expected an odd size from 3 to 99'), (['--patience', 3], '--patience needs --inner-share'),
+    (['--fold', 2], '--fold is 2 and --folds not given; expected --fold from 1 to --folds'), (['--split', 'X'], '--split needs --folds'),
+    (['--folds', 2, '--fold', 3], '--fold is 3 and --folds 2'), (['--nerve-share', 1.5], 'is not a share between 0 and 1'),
+    (['--folds', 2, '--validation-share', 0.5], '--validation-share has no meaning with --folds'),
+    (['--folds', 5], '2 subjects cannot be dealt into 5 folds'), (['--rotation-range', -3], 'rotation_range is -3'),
+    (['--nerve-share', 0.5], 'are to be without foreground, and there are none')])
+def test_options_that_do_not_go_together_are_refused_in_one_line(arguments, message, tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng, subjects=2, images=2)
+    with pytest.raises((SystemExit, ValueError)) as error:
+        main('--data', tmp_path / 'data', *TINY, '--out', tmp_path / 'run', *arguments)
+    said = capsys.readouterr().err.splitlines()[-1] if error.type is SystemExit else str(error.value)
+    assert message in said and '\n' not in said
+    assert not (tmp_path / 'run').exists()
