@@ -353,3 +353,48 @@ def test_inference_holds_in_its_own_thread_and_changes_no_layer(rng):
         thread.join()
     assert norm.training and norm.keep_cache and norm.cache is cache and seen == [(True, True)]
     assert norm.backward(y).shape == x.shape
+
+
+def test_defaults_are_those_of_other_libraries():
+    norm, conv, upconv = BatchNorm2D(2), Conv2D(2, 3), ConvTranspose2D(2, 3)
+    assert (norm.momentum, norm.eps) == (0.1, 1e-5) and LeakyReLU().negative_slope == 0.01
+    assert conv.geometry == Geometry((3, 3), (1, 1), (1, 1), (1, 1)) and upconv.geometry == Geometry((2, 2), (2, 2), (0, 0), (1, 1))
+    assert MaxPool2D().kernel_size == 2 and 'bias' in conv.params and 'bias' in upconv.params
+
+
+@pytest.mark.parametrize('kernel_size, dilation', [((5, 3), 1), ((3, 7), (2, 1)), (1, 1), (3, (1, 4))])
+def test_same_padding_keeps_the_size_of_any_image(kernel_size, dilation, rng):
+    conv = Conv2D(2, 3, kernel_size, dilation=dilation, rng=rng)
+    for size in (1, 1), (9, 4), (2, 13):
+        assert conv.forward(rng.random((1, *size, 2), dtype='float32')).shape == (1, *size, 3)
+    x = numpy.zeros((1, 9, 11, 2), 'float32')
+    x[0, 4, 5, 0] = 1                                                       # its echo is the kernel, turned, about the same place
+    y = conv.forward(x)[0]
+    rows, columns, _ = numpy.nonzero(y)
+    assert rows.min() + rows.max() == 8 and columns.min() + columns.max() == 10
+
+
+def test_eval_forgets_what_was_kept_and_train_does_not_bring_it_back(rng):
+    conv = Conv2D(2, 3, rng=rng)
+    y = conv.forward(rng.random((1, 4, 5, 2), dtype='float32'))
+    assert conv.eval().cache is None and conv.eval(keep_cache=True).cache is None
+    with pytest.raises(RuntimeError, match='call forward first'):
+        conv.train().backward(y)
+
+
+def test_dropout_drops_each_value_by_itself(rng):
+    mask = Dropout(0.5, rng=rng).forward(numpy.ones((4, 10, 11, 6), 'float32')) > 0
+    for axis in range(4):                                                   # along no axis do all drop together
+        assert 0.3 < mask.any(axis=axis).mean() and not mask.all(axis=axis).all()
+        assert (mask.std(axis=axis) > 0).mean() > 0.8
+
+
+def test_the_gradients_of_weight_and_bias_need_no_gradient_of_the_input(rng):
+    conv, x = Conv2D(3, 4, rng=rng, dtype=float), rng.standard_normal((2, 5, 6, 3))
+    dy = rng.standard_normal(conv.forward(x).shape)
+    assert conv.backward(dy).shape == x.shape
+    expected = dict(conv.grads)
+    conv.forward(x)
+    assert conv.backward(dy, input_gradient=False) is None
+    assert all(numpy.array_equal(conv.grads[name], expected[name]) for name in expected)
+    numpy.testing.assert_allclose(conv.grads['bias'], dy.sum(axis=(0, 1, 2)), rtol=1e-12)

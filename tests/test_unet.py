@@ -170,3 +170,28 @@ def test_training_memory_grows_with_batch_image_and_width():
     assert 0 < fixed < one
     assert model.training_memory((16, 96, 128, 1)) == fixed + 16 * (one - fixed)
     assert UNet(base_channels=16, depth=3).training_memory((1, 96, 128, 1)) > one
+
+
+def test_padding_comes_after_standardising_and_is_the_mean_grey(rng):
+    """So an image of the mean grey looks the same to the network with and without padding, inside its reach."""
+    model = small_unet(rng, norm=None, input_mean=0.4, input_std=0.2)
+    grey = numpy.full((1, 13, 18, 1), 0.4)
+    prepared = model.prepare(grey)
+    assert prepared.shape == (1, 16, 20, 1) and not prepared.any()
+    x = rng.random((1, 13, 18, 1))
+    padded = model.prepare(x)
+    assert not padded[:, 13:].any() and not padded[:, :, 18:].any()
+    numpy.testing.assert_allclose(padded[:, :13, :18], (x - 0.4) / 0.2)
+
+
+def test_a_step_drops_the_gradients_of_the_last_one_before_it_needs_memory(rng):
+    model, seen = small_unet(rng, dtype='float32'), []
+    x = rng.random((1, 8, 8, 1), dtype='float32')
+    loss, optimizer = nervenet.DiceLoss(), nervenet.SGD(model.parameters(), 0.1)
+    nervenet.train_step(model, loss, optimizer, x, numpy.ones_like(x))
+    assert all(gradient is not None for gradient in model.gradients().values())
+    nervenet.train_step(model, loss, optimizer, x, numpy.ones_like(x), observe=lambda name, y: seen.extend(model.gradients().values()))
+    assert seen and all(gradient is None for gradient in seen)
+    model.backward(model.forward(x))
+    model.forward(x)
+    assert all(gradient is not None for gradient in model.gradients().values())         # a forward alone touches none

@@ -71,12 +71,12 @@ def save(path, model, **extra):
 
 
 def load(path):
-    """Return the model in the file `path`, on the CPU, in training mode as every new model. Raises CheckpointError."""
+    """Return the model in the file `path`, on the CPU, in inference mode: `model.train()` to go on training. Raises CheckpointError."""
     return load_checkpoint(path)[0]
 
 
 def load_checkpoint(path):
-    """Return `(model, extra)` from the file `path`; `extra` is the dict of what was saved beside the model.
+    """Return `(model, extra)` from the file `path`: the model as from `load`, and `extra`, the dict of what was saved beside it.
 
     Raises CheckpointError, in one line, for whatever is wrong: no such file, cut or damaged, not a file of this
     library, a later format, an unknown model class, arrays that do not fit the architecture.
@@ -171,7 +171,7 @@ def _build(header, state):
         model.load_state_dict(state)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'its {header["model"]} cannot be built: {_reason(error)}') from error
-    return model
+    return model.eval()
 
 
 def _check_claims(header, state):
