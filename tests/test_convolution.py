@@ -322,6 +322,18 @@ def test_device_arrays_take_their_own_path_in_float32_and_the_plain_one_in_float
         ran.clear()
 
 
+@pytest.mark.parametrize('path, channels, mean_error, largest', [(winograd_1d, 32, 1e-6, 4e-6), (winograd_2d, 256, 4e-6, 2e-5)],
+                         ids=['winograd_1d', 'winograd_2d'])
+def test_winograd_in_float32_is_off_by_what_its_docstring_says(rng, path, channels, mean_error, largest):
+    for scale, factor in (1, 1), (1e-39, 100):
+        x, weight, dy, geometry = problem(rng, N=2, H=24, W=32, C_in=channels, C_out=channels, dtype='float32')
+        arrays = scale * x, weight / numpy.float32(3 * channels**0.5), dy
+        expected = three(plain, *(array.astype('float64') for array in arrays), geometry)['forward']
+        error = abs(path.forward(*arrays, geometry) - expected)
+        assert numpy.linalg.norm(error) / numpy.linalg.norm(expected) < factor * mean_error
+        assert error.max() / abs(expected).max() < factor * largest
+
+
 def test_a_dilated_kernel_is_a_larger_one_with_zeros_between_its_taps(rng):
     x, weight, dy, geometry = problem(rng, N=2, H=13, W=11, C_in=3, C_out=4, padding=(2, 3), dilation=(2, 3))
     spread = numpy.zeros((5, 7, 3, 4))
