@@ -329,7 +329,7 @@ def test_winograd_in_float32_is_off_by_what_its_docstring_says(rng, path, channe
         x, weight, dy, geometry = problem(rng, N=2, H=24, W=32, C_in=channels, C_out=channels, dtype='float32')
         arrays = scale * x, weight / numpy.float32(3 * channels**0.5), dy
         expected = three(plain, *(array.astype('float64') for array in arrays), geometry)['forward']
-        error = abs(path.forward(*arrays, geometry) - expected)
+        error = abs(path.forward(*arrays[:2], geometry) - expected)
         assert numpy.linalg.norm(error) / numpy.linalg.norm(expected) < factor * mean_error
         assert error.max() / abs(expected).max() < factor * largest
 
