@@ -40,7 +40,7 @@ def write_pairs(folder, rng, subjects=3, images=4, size=(24, 36)):
 def train(loaders, folder, seed=1, epochs=3, resume=False, norm='batch', **options):
     model = UNet(base_channels=3, depth=2, norm=norm, dropout=0.1, rng=numpy.random.default_rng(seed))
     optimizer = Adam(model.parameters(), 0.01)
-    run = RunFolder(folder, {'size': [16, 24], 'norm': norm}, resume)
+    run = RunFolder(folder, {'size': [16, 24], 'norm': norm, 'epochs': epochs}, resume)
     run.restore(model, optimizer)
     rows = list(fit(model, DiceLoss(), optimizer, *loaders, epochs, run, lambda step: 0.01 / (1 + step), **options))
     return model, run, rows

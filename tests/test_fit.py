@@ -1,7 +1,9 @@
 import csv
 import io
 import json
+import shutil
 import signal
+import threading
 
 import numpy
 import pytest
@@ -11,15 +13,16 @@ from helpers import assert_same_run, train
 from nervenet import UNet
 from nervenet.images.augment import ULTRASOUND
 from nervenet.images.data import Loader
-from nervenet.losses import BCEWithLogitsLoss
-from nervenet.optim import SGD
+from nervenet.losses import BCEWithLogitsLoss, DiceLoss
+from nervenet.optim import SGD, Adam
 from nervenet.study.fit import Interrupted, fit, stopping_on_signals
 from nervenet.study.run_folder import RunFolder
+from nervenet.train import train_epoch
 
 
 def test_fit_records_the_run(loaders, tmp_path):
     model, run, rows = train(loaders, tmp_path / 'run')
-    assert json.loads((run.path / 'config.json').read_text()) == {'size': [16, 24], 'norm': 'batch', 'begun': 0}
+    assert json.loads((run.path / 'config.json').read_text()) == {'size': [16, 24], 'norm': 'batch', 'epochs': 3, 'begun': 0}
     written = list(csv.DictReader(io.StringIO((run.path / 'history.csv').read_text())))
     assert [int(row['epoch']) for row in written] == [1, 2, 3]
     assert float(written[2]['validation_dice_pooled']) == rows[2]['validation_dice_pooled']
@@ -59,18 +62,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, loaders
         resumed.release()
 
 
+class Falling(Loader):
+    """Masks all of which are foreground in the second epoch, none of it else."""
+
+    def epoch(self, number):
+        for images, masks in super().epoch(number):
+            yield images, numpy.full_like(masks, number == 2)
+
+
+def falling(loaders):
+    """Return an inner part on which the second epoch is the best."""
+    training, _ = loaders
+    return Falling(training.samples[:3], training.reader, 2)
+
+
 def test_inner_subjects_choose_the_best_epoch_and_when_to_stop(loaders, tmp_path):
-    training, validation = loaders
-    inner = Loader(training.samples[:3], training.reader, 2)
-
-    class Scripted(Loader):
-        """Masks that agree with what any network predicts less and less from the second epoch on."""
-
-        def epoch(self, number):
-            for images, masks in super().epoch(number):
-                yield images, numpy.full_like(masks, number == 2)
-
-    inner.__class__ = Scripted
+    inner = falling(loaders)
     _, run, rows = train(loaders, tmp_path / 'run', epochs=9, inner=inner, patience=3)
     scores = [row['inner_dice_pooled'] for row in rows]
     best = int(numpy.argmax(scores)) + 1
@@ -113,3 +120,84 @@ def test_the_first_signal_asks_to_stop_and_the_second_stops(capfd, usual_interru
         signal.raise_signal(signal.SIGTERM)
         assert stop() and signal.getsignal(signal.SIGTERM) is before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_outside_the_main_thread_training_goes_on_and_signals_stay_as_they_were(loaders, tmp_path):
+    handlers, rows = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], []
+
+    def work():
+        with stopping_on_signals() as stop:
+            rows.extend(train(loaders, tmp_path / 'run', epochs=1, stop=stop)[2])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert [row['epoch'] for row in rows] == [1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_signal_handlers_are_put_back_when_training_ends_and_when_it_fails():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stopping_on_signals():
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != handlers
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    with pytest.raises(ZeroDivisionError), stopping_on_signals():
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_epochs_are_counted_from_one_and_that_number_decides_the_order(loaders, tmp_path):
+    asked = []
+
+    class Watched(Loader):
+        def epoch(self, number):
+            asked.append(number)
+            return super().epoch(number)
+
+    for loader in loaders:
+        loader.__class__ = Watched
+    train(loaders, tmp_path / 'run', epochs=2)
+    assert asked == [1, 1, 2, 2]
+
+
+def test_more_epochs_are_a_run_of_their_own_that_starts_from_the_network(loaders, tmp_path):
+    """The optimizer begins anew, patience counts from there, and a stop on the way changes nothing."""
+    training, validation = loaders
+    _, first, _ = train(loaders, tmp_path / 'whole', epochs=2)
+    first.finish_model_file(first.last)
+    first.write('summary.txt', 'of two epochs')
+    first.release()
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'stopped')
+    with pytest.raises(ValueError, match='epochs is 2 there and 1 now'):
+        train(loaders, tmp_path / 'whole', epochs=1, resume=True)
+    model, whole, rows = train(loaders, tmp_path / 'whole', epochs=5, resume=True)
+    assert [row['epoch'] for row in rows] == [3, 4, 5] and whole.begun == 2 and not (whole.path / 'summary.txt').exists()
+    assert [row['learning_rate'] for row in rows] == [row['learning_rate'] for row in first.history + rows][:2] + [0.01 / 9]
+
+    start = nervenet.load(tmp_path / 'stopped' / 'last.npz')
+    start.dropout.rng = numpy.random.default_rng()
+    start.dropout.rng.bit_generator.state = UNet(base_channels=3, depth=2, norm='batch', dropout=0.1,
+                                                 rng=numpy.random.default_rng(1)).dropout.rng.bit_generator.state
+    optimizer = Adam(start.parameters(), 0.01)
+    for epoch in 3, 4, 5:
+        train_epoch(start, DiceLoss(), optimizer, training.epoch(epoch), lambda step: 0.01 / (1 + step))
+    assert all(numpy.array_equal(array, start.state_dict()[name]) for name, array in model.state_dict().items())
+
+    asked = []
+    with pytest.raises(Interrupted):
+        train(loaders, tmp_path / 'stopped', epochs=5, resume=True, stop=lambda: asked.append(1) or len(asked) == 6)
+    with pytest.raises(ValueError, match='epochs is 5 there and 9 now'):
+        train(loaders, tmp_path / 'stopped', epochs=9, resume=True)     # it has not come to its end
+    _, stopped, rows = train(loaders, tmp_path / 'stopped', epochs=5, resume=True)
+    assert stopped.begun == 2 and len(rows) == 2
+    assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
+
+
+def test_patience_counts_from_where_more_epochs_began(loaders, tmp_path):
+    _, run, rows = train(loaders, tmp_path / 'run', epochs=9, inner=falling(loaders), patience=1)
+    ended = len(rows)
+    assert ended < 9
+    run.finish_model_file(run.last)
+    run.release()
+    _, run, rows = train(loaders, tmp_path / 'run', epochs=12, inner=falling(loaders), patience=1, resume=True)
+    assert run.begun == ended and len(rows) == 1, 'one more epoch that is no better'

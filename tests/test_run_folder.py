@@ -1,15 +1,20 @@
+import ast
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy
 import pytest
 
 import nervenet
 from helpers import ROOT, train
 from nervenet import UNet
+from nervenet.images.data import Loader
 from nervenet.optim import Adam
-from nervenet.study.run_folder import RunFolder, claim, read_config
+from nervenet.study.checkpoint import CheckpointError
+from nervenet.study.run_folder import RunFolder, check_resumable, claim, dated_folder, read_config, room_for_results
 
 
 def test_a_run_folder_is_never_written_over(tmp_path):
@@ -41,9 +46,9 @@ def test_a_folder_belongs_to_one_process(tmp_path):
 def test_resuming_names_both_values_of_what_differs(loaders, tmp_path):
     train(loaders, tmp_path / 'run', epochs=1)[1].release()
     with pytest.raises(ValueError, match=r'config.json: norm is batch there and None now'):
-        train(loaders, tmp_path / 'run', norm=None, resume=True)
+        train(loaders, tmp_path / 'run', epochs=1, norm=None, resume=True)
     model = UNet(base_channels=3, depth=2, dropout=0.1, input_mean=0.25)
-    run = RunFolder(tmp_path / 'run', {'size': [16, 24], 'norm': 'batch'}, resume=True)
+    run = RunFolder(tmp_path / 'run', {'size': [16, 24], 'norm': 'batch', 'epochs': 1}, resume=True)
     with pytest.raises(ValueError, match='input_mean 0.0, this run gives 0.25; have the images changed'):
         run.restore(model, Adam(model.parameters()))
     with pytest.raises(FileNotFoundError, match='no run to resume; start one with --out'):
@@ -168,3 +173,81 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tmp_
                           capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
+
+
+NAMED_AT_ONCE = '''
+import sys, time
+from nervenet.study import run_folder
+class Clock(run_folder.datetime.datetime):
+    @classmethod
+    def now(cls):
+        return cls(2026, 1, 2, 3, 4, 5)
+run_folder.datetime.datetime = Clock
+time.sleep(max(0, float(sys.argv[1]) - time.time()))
+print([str(run_folder.dated_folder()) for _ in range(20)])
+'''
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path):
+    command = [sys.executable, '-c', NAMED_AT_ONCE, str(time.time() + 1)]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) for _ in range(3)]
+    made = [name for process in processes for name in ast.literal_eval(process.communicate()[0])]
+    assert len(set(made)) == 60 and {Path(name).name for name in made} == set(os.listdir(tmp_path / 'runs'))
+    assert min(made) == 'runs/2026-01-02_03-04-05' and 'runs/2026-01-02_03-04-05_60' in made
+
+
+def test_a_folder_that_work_has_left_empty_is_taken_away_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in None, tmp_path / 'run':
+        with pytest.raises(ZeroDivisionError), room_for_results(path) as room:
+            assert room.is_dir() and not list(room.iterdir())
+            raise ZeroDivisionError
+        assert not room.exists()
+        with pytest.raises(ZeroDivisionError), room_for_results(path) as room:
+            (room / 'last.npz').write_text('kept')
+            raise ZeroDivisionError
+        assert (room / 'last.npz').exists()
+    (tmp_path / 'mine').mkdir()
+    with pytest.raises(ZeroDivisionError), room_for_results(tmp_path / 'mine'):
+        raise ZeroDivisionError
+    assert (tmp_path / 'mine').is_dir(), 'it was there before'
+    with pytest.raises(FileExistsError, match='choose another --out$'), room_for_results(tmp_path / 'run'):
+        pass
+    with room_for_results(tmp_path / 'run', joins=True) as room:
+        assert room == tmp_path / 'run'
+
+
+def test_a_run_that_is_in_use_or_damaged_is_refused_before_any_work(loaders, tmp_path):
+    _, run, _ = train(loaders, tmp_path / 'run', epochs=1)
+    with pytest.raises(BlockingIOError, match='another process is training there'):
+        check_resumable(run.path)
+    run.release()
+    check_resumable(run.path)
+    whole, damaged = run.last.read_bytes(), run.last.read_bytes()[:-100]
+    run.last.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match='last.npz: not a readable model file'):
+        check_resumable(run.path)
+    run.last.write_bytes(whole)
+    (tmp_path / 'cv' / 'fold_2').mkdir(parents=True)
+    (tmp_path / 'cv' / 'fold_2' / 'last.npz').write_bytes(damaged)
+    with pytest.raises(CheckpointError, match='fold_2/last.npz'):
+        check_resumable(tmp_path / 'cv')
+
+
+def test_where_there_is_no_foreground_to_choose_on_nothing_is_chosen(loaders, tmp_path, capsys):
+    training, validation = loaders
+
+    class Empty(Loader):
+        def epoch(self, number):
+            for images, masks in super().epoch(number):
+                yield images, masks * 0
+
+    empty = Empty(validation.samples, validation.reader, 3)
+    for name, inner in ('inner', empty), ('validation', None):
+        _, run, _ = train((training, validation if inner else empty), tmp_path / name, epochs=1, inner=inner)
+        chosen = run.choose_settings('cpu', validation if inner else empty, inner, numpy.zeros((16, 24), 'uint8'))
+        stored = nervenet.load_checkpoint(run.best)[1]['settings']
+        assert stored == chosen['best.npz']['settings'] == {'threshold': 0.5, 'minimal_area': 0.0, 'flip_average': False}
+        assert chosen['last.npz']['chosen on'] == 'nothing'
+        assert f'on the {name} subjects, who have no foreground to choose on' in capsys.readouterr().out

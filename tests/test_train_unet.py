@@ -366,3 +366,119 @@ def test_options_that_do_not_go_together_are_refused_in_one_line(arguments, mess
     said = capsys.readouterr().err.splitlines()[-1] if error.type is SystemExit else str(error.value)
     assert message in said and '\n' not in said
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.fixture
+def no_image_is_read(monkeypatch):
+    monkeypatch.setattr(Reader, 'read', lambda reader, sample: pytest.fail(f'{sample.name} was read'))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--out', 'TAKEN'], 'choose another --out'), (['--dropout', '1.5'], 'is not a probability'),
+    (['--size', '99999x99999'], 'GiB are free'), (['--resume', 'FOREIGN'], 'no run to resume'),
+    (['--out', 'FILE/run'], 'cannot be made a folder'), (['--folds', 9], '3 subjects cannot be dealt into 9 folds'),
+    (['--folds', 2, '--split', 'FILE'], 'is not a split'), (['--folds', 2, '--out', 'TAKEN'], 'choose another --out'),
+    (['--init', 'FILE'], 'not a readable model file'), (['--subject-pattern', '([0-9])_1'], 'finds no subject'),
+    (['--folds', 3, '--fold', 2, '--out', 'CV'], 'epochs is 7 there and 15 now'),
+    (['--resume', 'USED', '--data', 'DATA'], 'another process is training there')])
+def test_what_can_be_refused_is_refused_before_an_image_is_read(arguments, message, tmp_path, rng, main, capsys, no_image_is_read):
+    write_pairs(tmp_path / 'data', rng)
+    for name in 'taken', 'foreign', 'cv', 'used':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'notes.txt').write_text('mine')
+    (tmp_path / 'file').write_text('mine')
+    options = vars(main.module.parse(['--data', str(tmp_path / 'data')]))
+    options = {name: value for name, value in options.items() if name not in ('out', 'fold', 'resume', 'preview_augmentation')}
+    config = options | {'data': str(tmp_path / 'data'), 'device': 'cpu', 'precision': 'fp32'}
+    (tmp_path / 'cv' / 'config.json').write_text(json.dumps(config | {'folds': 3, 'epochs': 7}))
+    (tmp_path / 'used' / 'config.json').write_text(json.dumps(config))
+    release = claim(tmp_path / 'used')
+    before = sorted(tmp_path.rglob('*'))
+    places = {name.upper(): tmp_path / name for name in ('taken', 'foreign', 'file', 'cv', 'data', 'used')} | {
+        'FILE/run': tmp_path / 'file' / 'run'}
+    given = [places.get(argument, argument) for argument in arguments]
+    with pytest.raises((SystemExit, Exception)) as error:
+        main(*([] if '--resume' in given else ['--data', tmp_path / 'data', *([] if '--out' in given else ['--out', tmp_path / 'new'])]),
+             '--device', 'cpu', *given)
+    release()
+    said = capsys.readouterr().err if error.type is SystemExit else str(error.value)
+    assert message in said and not isinstance(error.value, pytest.fail.Exception)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_finished_run_is_trained_on_and_an_unfinished_one_first_to_its_end(tmp_path, rng, main, capsys, monkeypatch):
+    write_pairs(tmp_path / 'data', rng)
+    with stopped_after(1, main, monkeypatch):
+        main('--data', tmp_path / 'data', *TINY, '--epochs', 2, '--out', tmp_path / 'run')
+    with pytest.raises(SystemExit):
+        main('--resume', tmp_path / 'run', '--epochs', 3)
+    assert f'--epochs is 3, but {tmp_path / "run" / "config.json"} has 2, and {tmp_path / "run"} has not come to its end; ' \
+           f'first train it to there: --resume {tmp_path / "run"}' in capsys.readouterr().err
+    main('--resume', tmp_path / 'run')
+    main('--resume', tmp_path / 'run', '--epochs', 4)
+    out = capsys.readouterr().out
+    assert 'Epochs 3 to 4 were added to a run of 2' in out and 'not bit for bit a run of 4 epochs' in out
+    config, history = read_config(tmp_path / 'run'), nervenet.load_checkpoint(tmp_path / 'run' / 'last.npz')[1]['history']
+    assert (config['epochs'], config['begun']) == (4, 2) and [row['epoch'] for row in history] == [1, 2, 3, 4]
+    assert history[2]['learning_rate'] == history[0]['learning_rate'] > history[1]['learning_rate'], 'the schedule begins anew'
+    assert history[3]['learning_rate'] == history[1]['learning_rate'], 'and ends as that of two epochs does'
+    with pytest.raises(SystemExit):
+        main('--resume', tmp_path / 'run', '--epochs', 3)
+    assert '--epochs is 3, but' in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
+    main('--resume', tmp_path / 'run')
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
+
+
+def test_a_finished_cross_validation_is_trained_on_fold_by_fold(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng, images=2)
+    options = ['--data', tmp_path / 'data', *TINY, '--folds', 2, '--out', tmp_path / 'run']
+    main(*options, '--epochs', 1, '--fold', 1)
+    with pytest.raises(SystemExit):
+        main('--resume', tmp_path / 'run', '--epochs', 2)
+    assert f'{tmp_path / "run" / "fold_2"} has not come to its end' in capsys.readouterr().err
+    main('--resume', tmp_path / 'run')
+    with pytest.raises(ValueError, match='epochs is 1 there and 2 now'):
+        main(*options, '--epochs', 2, '--fold', 2)
+    main('--resume', tmp_path / 'run', '--epochs', 2, '--fold', 2)
+    assert (tmp_path / 'run' / 'summary.txt').read_text().startswith('1 of 2 folds; not complete yet: 1\n')
+    main('--resume', tmp_path / 'run')
+    assert (tmp_path / 'run' / 'summary.txt').read_text().startswith('2 of 2 folds\n')
+    assert [(config['epochs'], config['begun']) for config in (read_config(tmp_path / 'run' / f'fold_{n}') for n in (1, 2))] == [(2, 1)] * 2
+
+
+def test_a_run_can_start_from_the_network_of_a_file(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng, subjects=6)
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--out', tmp_path / 'first')
+    model = tmp_path / 'first' / 'best.npz'
+    options = ['--data', tmp_path / 'data', '--size', '16x24', '--device', 'cpu', '--learning-rate', '1e-30', '--epochs', 1]
+    main(*options, '--init', model, '--out', tmp_path / 'same')
+    out = capsys.readouterr().out
+    assert 'comes from a run on the same data that has seen 1 of the subjects set aside here' in out
+    assert (tmp_path / 'same' / 'summary.txt').read_text().startswith('WARNING: ') and read_config(tmp_path / 'same')['init'] == str(model)
+    first, same = (nervenet.load(path).parameters() for path in (model, tmp_path / 'same' / 'last.npz'))
+    assert all(numpy.array_equal(first[name], same[name]) for name in first)
+    copied = tmp_path / 'copied.npz'
+    copied.write_bytes(model.read_bytes())
+    main(*options, '--init', copied, '--out', tmp_path / 'other')
+    assert 'WARNING' not in capsys.readouterr().out, 'where it comes from is not known'
+    copied.unlink()
+    main('--resume', tmp_path / 'other')                # which holds all that it needs by now
+
+
+def test_validation_without_foreground_is_told_before_training_and_in_the_summary(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng)
+    for image in 1, 2, 3, 4:
+        Image.new('L', (36, 24)).save(tmp_path / 'data' / f'2_{image}_mask.tif')
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 2, '--folds', 3, '--out', tmp_path / 'run')
+    warning = 'WARNING: none of the 4 validation masks holds any foreground (subjects 2): '
+    out, = [text for text in capsys.readouterr().out.split('\nFold ') if warning in text]
+    assert out.index(warning) < out.index('run folder:') and out.count(warning) == 2
+    fold = tmp_path / 'run' / f'fold_{out[0]}'
+    assert (fold / 'summary.txt').read_text().startswith(warning)
+    settings = json.loads((fold / 'settings.json').read_text())['best.npz']
+    assert settings['chosen on'] == 'nothing' and settings['settings']['threshold'] == 0.5
+    history = nervenet.load_checkpoint(fold / 'last.npz')[1]['history']
+    assert settings['epoch'] == min(history, key=lambda row: row['validation_loss'])['epoch']
+    text = (tmp_path / 'run' / 'summary.txt').read_text()
+    assert text.startswith(f'3 of 3 folds; no foreground at all is validated in fold {out[0]}, where Dice says little\n')
