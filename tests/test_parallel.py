@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import json
 import multiprocessing
 import operator
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy
 import pytest
@@ -39,6 +41,16 @@ def meet(parties):
         barrier.wait(10)
         return block, threading.get_ident()
     return work
+
+
+@pytest.fixture
+def two_blas_threads():
+    if parallel._blas.set is None:
+        pytest.skip('the BLAS behind NumPy cannot be asked for its threads')
+    before = parallel._blas.get()
+    parallel._blas.set(2)
+    yield
+    parallel._blas.set(before)
 
 
 @pytest.mark.parametrize('threads', [1, 2, 3, 8])
@@ -273,6 +285,35 @@ def test_blas_returns_to_its_own_number_when_the_last_of_several_callers_is_done
         parallel._blas.set(before)
 
 
+# Places of products, 'file:function', that need no context; a place is all places that begin so.
+ON_A_GPU = 'convolution/device.py', 'engine/backend.py:probe_gpu'
+TOO_SMALL_FOR_THREADS = 'images/augment.py:affine', 'study/kfold.py:folds_by_subject'
+ONLY_COMPARED_WITH_A_TOLERANCE = 'gradcheck.py',
+TO_COME = 'convolution/plain.py', 'convolution/winograd_1d.py:forward', 'images/phantom.py'
+
+
+@pytest.mark.skipif(parallel._blas.set is None, reason='the BLAS behind NumPy cannot be asked for its threads')
+def test_every_product_in_the_library_runs_on_one_blas_thread():
+    program = Path(__file__).with_name('products.py')
+    result = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120,
+                            env=os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
+    assert (result.returncode, result.stderr) == (0, '')
+    left_alone = ON_A_GPU + TOO_SMALL_FOR_THREADS + ONLY_COMPARED_WITH_A_TOLERANCE + TO_COME
+    places = json.loads(result.stdout)
+    assert len(places) > 20 and all(any(place.startswith(known) for place in places) for known in left_alone)
+    wrong = {place: counts for place, counts in places.items() if counts != [1] and not place.startswith(left_alone)}
+    assert not wrong, ('number of BLAS threads of these products; expected 1: put those with another number into parallel_for or '
+                       f'one_thread_per_product(), and have tests/products.py run those with none: {wrong}')
+
+
+def test_one_thread_per_product_decorates_functions_too(two_blas_threads):
+    @one_thread_per_product()
+    def count():
+        return parallel._blas.get()
+
+    assert [count(), count(), parallel._blas.get()] == [1, 1, 2]
+
+
 def test_without_a_settable_blas_everything_still_runs(monkeypatch):
     monkeypatch.setattr(parallel._blas, 'set', None)
     monkeypatch.setattr(parallel._blas, 'get', None)
@@ -338,16 +379,6 @@ def computes():
     with set_threads(2):
         together = [ident for _, ident in parallel_for(range(2), meet(2))]
     return len(set(together)) == 2 and parallel._blas_users == [] and parallel._blas.get() == 2
-
-
-@pytest.fixture
-def two_blas_threads():
-    if parallel._blas.set is None:
-        pytest.skip('the BLAS behind NumPy cannot be asked for its threads')
-    before = parallel._blas.get()
-    parallel._blas.set(2)
-    yield
-    parallel._blas.set(before)
 
 
 @needs_fork
