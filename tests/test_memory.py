@@ -91,6 +91,37 @@ def test_little_more_memory_is_held_than_was_in_use_at_once(pool):
     held.clear()
 
 
+def test_the_smallest_piece_that_fits_is_taken_and_of_equals_the_one_used_last(pool):
+    like, size = numpy.zeros(1, 'uint8'), memory.LEAST_BYTES
+    arrays = {name: empty((factor * size,), like) for name, factor in (('large', 14), ('first', 12), ('last', 12), ('small', 10))}
+    place = {name: address(array) for name, array in arrays.items()}
+    for name in ('first', 'last', 'large', 'small'):
+        del arrays[name]                                # its memory returns
+    taken = [empty((11 * size,), like) for _ in range(3)]
+    assert [address(array) for array in taken] == [place['last'], place['first'], place['large']]
+
+
+def test_the_memory_that_has_been_waiting_longest_is_given_back_first(pool):
+    like, size = numpy.zeros(1, 'uint8'), memory.LEAST_BYTES
+    arrays = [empty((factor * size,), like) for factor in (8, 9, 10)]
+    last = address(arrays[2])
+    while arrays:
+        arrays.pop(0)
+    held = empty((20 * size,), like)                    # nothing fits; with all, 47 would be there where 27 were in use at most
+    assert [address(piece) for piece in pool.waiting] == [last] and pool.total == held.nbytes + pool.waiting[0].nbytes
+
+
+def test_one_thread_at_a_time_takes_memory(pool):
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(pool.take(memory.LEAST_BYTES).nbytes))
+    with pool.lock:
+        thread.start()
+        thread.join(0.1)
+        assert not taken
+    thread.join()
+    assert taken == [memory.LEAST_BYTES]
+
+
 def test_too_much_is_a_memory_error_and_changes_no_account(pool):
     kept = empty(LARGE, numpy.zeros(1, 'float32'))
     before = pool.used, pool.total
