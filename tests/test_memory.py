@@ -1,12 +1,20 @@
 import gc
+import mmap
+import os
+import queue
+import signal
 import threading
+import warnings
+from pathlib import Path
 
 import numpy
 import pytest
 
+from nervenet import UNet
 from nervenet.engine import backend, memory
 from nervenet.engine.memory import empty, scratch
 from nervenet.engine.parallel import parallel_for, set_threads
+from nervenet.train import predict
 
 LARGE = (5, memory.LEAST_BYTES // 4)                    # of float32: five times the least size that is pooled
 
@@ -21,6 +29,28 @@ def pool(monkeypatch):
 
 def address(array):
     return array.ctypes.data
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system cannot fork')
+
+
+def in_a_child(work):
+    """Fork; return the pid of a child that ends with 0 if `work()` is true, and is killed after 20 s."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)             # Python warns of forking beside threads; here it must work
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        code = 1
+        try:
+            code = 0 if work() else 2
+        finally:
+            os._exit(code)
+    return child
+
+
+def outcome(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float64', 'complex128'])
@@ -59,6 +89,37 @@ def test_little_more_memory_is_held_than_was_in_use_at_once(pool):
         assert in_use <= pool.used <= memory.WASTE * in_use
         assert pool.total == pool.used + waiting <= memory.SLACK * pool.peak
     held.clear()
+
+
+def test_the_smallest_piece_that_fits_is_taken_and_of_equals_the_one_used_last(pool):
+    like, size = numpy.zeros(1, 'uint8'), memory.LEAST_BYTES
+    arrays = {name: empty((factor * size,), like) for name, factor in (('large', 14), ('first', 12), ('last', 12), ('small', 10))}
+    place = {name: address(array) for name, array in arrays.items()}
+    for name in ('first', 'last', 'large', 'small'):
+        del arrays[name]                                # its memory returns
+    taken = [empty((11 * size,), like) for _ in range(3)]
+    assert [address(array) for array in taken] == [place['last'], place['first'], place['large']]
+
+
+def test_the_memory_that_has_been_waiting_longest_is_given_back_first(pool):
+    like, size = numpy.zeros(1, 'uint8'), memory.LEAST_BYTES
+    arrays = [empty((factor * size,), like) for factor in (8, 9, 10)]
+    last = address(arrays[2])
+    while arrays:
+        arrays.pop(0)
+    held = empty((20 * size,), like)                    # nothing fits; with all, 47 would be there where 27 were in use at most
+    assert [address(piece) for piece in pool.waiting] == [last] and pool.total == held.nbytes + pool.waiting[0].nbytes
+
+
+def test_one_thread_at_a_time_takes_memory(pool):
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(pool.take(memory.LEAST_BYTES).nbytes))
+    with pool.lock:
+        thread.start()
+        thread.join(0.1)
+        assert not taken
+    thread.join()
+    assert taken == [memory.LEAST_BYTES]
 
 
 def test_too_much_is_a_memory_error_and_changes_no_account(pool):
@@ -109,3 +170,142 @@ def test_scratch_is_reused_in_a_thread_and_never_shared_between_threads():
 
     with set_threads(2):
         assert all(parallel_for(range(2), work))
+
+
+@needs_fork
+def test_a_forked_child_and_its_parent_do_not_write_into_each_others_arrays(pool):
+    like = numpy.zeros(1, 'float32')
+    array, waiting = empty(LARGE, like), empty(LARGE, like)
+    array[...], waiting[...] = 1, 1
+    del waiting
+    to_child, to_parent = os.pipe(), os.pipe()
+
+    def work():
+        new = empty(LARGE, like)
+        array[...], new[...] = 2, 3
+        os.write(to_parent[1], b'.')
+        os.read(to_child[0], 1)                         # the parent has written meanwhile
+        return (array == 2).all() and (new == 3).all()
+
+    child = in_a_child(work)
+    os.read(to_parent[0], 1)
+    new = empty(LARGE, like)
+    assert (array == 1).all()
+    array[...], new[...] = 4, 5
+    os.write(to_child[1], b'.')
+    assert outcome(child) == 0 and (array == 4).all() and (new == 5).all()
+    for end in (*to_child, *to_parent):
+        os.close(end)
+
+
+@needs_fork
+def test_workers_that_predict_with_one_model_at_once_predict_what_it_predicts(rng):
+    model, x = UNet(base_channels=4, depth=2, rng=rng), rng.random((4, 96, 128, 1), dtype='float32')
+    expected = predict(model, x)
+    children = [in_a_child(lambda: all(numpy.array_equal(predict(model, x), expected) for _ in range(2))) for _ in range(8)]
+    assert numpy.array_equal(predict(model, x), expected)
+    assert [outcome(child) for child in children] == [0] * 8
+
+
+@needs_fork
+def test_a_child_can_take_memory_whatever_another_thread_was_at_and_its_account_holds(pool):
+    like = numpy.zeros(1, 'float32')
+    held, free, stop = [empty(LARGE, like) for _ in range(2)], [empty(LARGE, like) for _ in range(4)], threading.Event()
+    del free
+
+    def take_and_return():
+        while not stop.is_set():
+            empty((LARGE[0], LARGE[1] + len(held)), like)
+
+    def work():
+        fresh = pool.total == pool.peak == pool.used >= 2 * held[0].nbytes and not pool.waiting
+        array = empty((LARGE[0], LARGE[1] * 8), like)
+        grown = pool.used >= 2 * held[0].nbytes + array.nbytes
+        held.clear()
+        del array
+        empty(LARGE, like)
+        return fresh and grown and pool.total == pool.used + sum(piece.nbytes for piece in pool.waiting) <= memory.SLACK * pool.peak
+
+    thread = threading.Thread(target=take_and_return)
+    thread.start()
+    outcomes = [outcome(in_a_child(work)) for _ in range(30)]
+    stop.set()
+    thread.join()
+    held.clear()
+    assert outcomes == [0] * 30
+
+
+@needs_fork
+def test_a_fork_waits_for_who_holds_the_lock_of_the_pool(pool):
+    locked = threading.Event()
+
+    def hold():
+        with pool.lock:
+            locked.set()
+            stop.wait(0.3)
+
+    stop, thread = threading.Event(), threading.Thread(target=hold)
+    thread.start()
+    locked.wait(10)
+    child = in_a_child(lambda: empty(LARGE, numpy.zeros(1)).shape == LARGE)
+    thread.join()
+    assert outcome(child) == 0 and not pool.lock.locked()
+
+
+@pytest.mark.skipif(not os.path.exists('/sys/kernel/mm/transparent_hugepage/enabled'), reason='this system has no huge pages')
+def test_large_arrays_lie_in_huge_pages():
+    if '[never]' in Path('/sys/kernel/mm/transparent_hugepage/enabled').read_text() or not hasattr(mmap, 'MADV_HUGEPAGE'):
+        pytest.skip('huge pages are switched off')
+
+    def huge():
+        return sum(int(line.split()[1]) for line in Path('/proc/self/smaps').read_text().splitlines() if line.startswith('AnonHugePages'))
+
+    before, array = huge(), memory._pages(2**26)
+    array[::4096] = 1
+    assert huge() - before >= 2**16 / 2                 # kB, of 64 MiB: half of it at least, where memory is in pieces
+
+
+def test_arrays_never_overlap_while_views_are_cut_freed_elsewhere_and_collected_at_odd_moments(pool):
+    """Threads hold views of some arrays in cycles, hand others on to be freed by others, and look whether their own stay as they are."""
+    like, faults, handed = numpy.zeros(1, 'float32'), [], queue.SimpleQueue()
+
+    class Cycle:
+        def __init__(self, view):
+            self.view, self.self = view, self
+
+    def work(number):
+        rng, mine = numpy.random.default_rng(number), []
+        for round in range(150):
+            value = number * 1000 + round
+            array = empty((int(rng.integers(1, 5)), memory.LEAST_BYTES // 4), like)
+            array[...] = value
+            view = array[::2, 5:-5].T if rng.random() < 0.5 else array.reshape(-1)[3:].view('int32')[1:].view('float32')
+            mine.append((view, value))
+            del array
+            if rng.random() < 0.5:
+                Cycle(mine[int(rng.integers(len(mine)))][0])            # garbage that only the collector finds
+            if rng.random() < 0.3:
+                handed.put(mine.pop(int(rng.integers(len(mine)))))
+            if rng.random() < 0.3 and not handed.empty():
+                mine.append(handed.get())
+            while len(mine) > 6:
+                view, value = mine.pop(int(rng.integers(len(mine))))
+                if not (view == value).all():
+                    faults.append(value)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(7)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*threshold)
+    while not handed.empty():
+        handed.get()
+    gc.collect()
+    assert not faults
+    empty(LARGE, like)
+    assert pool.used == numpy.prod(LARGE) * 4

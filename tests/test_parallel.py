@@ -1,17 +1,25 @@
 """Blocks on threads: order, errors, nesting, concurrency, BLAS, and that nothing is left behind."""
 
+import contextlib
 import contextvars
+import json
+import multiprocessing
+import operator
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
+from pathlib import Path
 
 import numpy
 import pytest
 
 from nervenet.engine import parallel
-from nervenet.engine.parallel import parallel_for, set_threads
+from nervenet.engine.parallel import one_thread_per_product, parallel_for, set_threads
+from nervenet.engine.pixelwise import channel_sums
 
 
 def wait_until(condition):
@@ -33,6 +41,16 @@ def meet(parties):
         barrier.wait(10)
         return block, threading.get_ident()
     return work
+
+
+@pytest.fixture
+def two_blas_threads():
+    if parallel._blas.set is None:
+        pytest.skip('the BLAS behind NumPy cannot be asked for its threads')
+    before = parallel._blas.get()
+    parallel._blas.set(2)
+    yield
+    parallel._blas.set(before)
 
 
 @pytest.mark.parametrize('threads', [1, 2, 3, 8])
@@ -267,6 +285,35 @@ def test_blas_returns_to_its_own_number_when_the_last_of_several_callers_is_done
         parallel._blas.set(before)
 
 
+# Places of products, 'file:function', that need no context; a place is all places that begin so.
+ON_A_GPU = 'convolution/device.py', 'engine/backend.py:probe_gpu'
+TOO_SMALL_FOR_THREADS = 'images/augment.py:affine', 'study/kfold.py:folds_by_subject'
+ONLY_COMPARED_WITH_A_TOLERANCE = 'gradcheck.py',
+TO_COME = 'convolution/plain.py', 'convolution/winograd_1d.py:forward', 'images/phantom.py'
+
+
+@pytest.mark.skipif(parallel._blas.set is None, reason='the BLAS behind NumPy cannot be asked for its threads')
+def test_every_product_in_the_library_runs_on_one_blas_thread():
+    program = Path(__file__).with_name('products.py')
+    result = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120,
+                            env=os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
+    assert (result.returncode, result.stderr) == (0, '')
+    left_alone = ON_A_GPU + TOO_SMALL_FOR_THREADS + ONLY_COMPARED_WITH_A_TOLERANCE + TO_COME
+    places = json.loads(result.stdout)
+    assert len(places) > 20 and all(any(place.startswith(known) for place in places) for known in left_alone)
+    wrong = {place: counts for place, counts in places.items() if counts != [1] and not place.startswith(left_alone)}
+    assert not wrong, ('number of BLAS threads of these products; expected 1: put those with another number into parallel_for or '
+                       f'one_thread_per_product(), and have tests/products.py run those with none: {wrong}')
+
+
+def test_one_thread_per_product_decorates_functions_too(two_blas_threads):
+    @one_thread_per_product()
+    def count():
+        return parallel._blas.get()
+
+    assert [count(), count(), parallel._blas.get()] == [1, 1, 2]
+
+
 def test_without_a_settable_blas_everything_still_runs(monkeypatch):
     monkeypatch.setattr(parallel._blas, 'set', None)
     monkeypatch.setattr(parallel._blas, 'get', None)
@@ -274,7 +321,10 @@ def test_without_a_settable_blas_everything_still_runs(monkeypatch):
     assert 'cannot be set' in parallel.describe_blas()
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system cannot fork')
+needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system cannot fork')
+
+
+@needs_fork
 def test_a_forked_child_and_the_end_of_the_program_are_clean():
     program = '''
 import os, threading, warnings
@@ -293,3 +343,161 @@ print('clean')
 '''
     result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, 'clean\n', '')
+
+
+def outcome_of_child(work):
+    """Fork; return 0 if `work()` is true in the child, a negative number if it did not come to an end within 20 s."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        code = 1
+        try:
+            code = 0 if work() else 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextlib.contextmanager
+def another_thread(work):
+    """Run `work(started, release)` in a thread that the body finds started, and that is released and waited for after it."""
+    started, release = threading.Event(), threading.Event()
+    thread = threading.Thread(target=work, args=(started, release))
+    thread.start()
+    try:
+        assert started.wait(10)
+        yield
+    finally:
+        release.set()
+        thread.join()
+
+
+def computes():
+    """Say whether blocks run here, on helpers too, and leave BLAS with two threads and without a user."""
+    with set_threads(2):
+        together = [ident for _, ident in parallel_for(range(2), meet(2))]
+    return len(set(together)) == 2 and parallel._blas_users == [] and parallel._blas.get() == 2
+
+
+@needs_fork
+@pytest.mark.parametrize('lock', ['_helpers.lock', '_blas_changed'])
+def test_a_child_computes_though_another_thread_held_a_lock_at_the_fork(lock, two_blas_threads):
+    def hold(started, release):
+        with operator.attrgetter(lock)(parallel):
+            started.set()
+            release.wait(0.3)
+
+    with another_thread(hold):
+        assert outcome_of_child(computes) == 0
+    assert computes()
+
+
+@needs_fork
+def test_a_fork_waits_until_no_other_thread_is_in_a_block(two_blas_threads):
+    finished = []
+
+    def stay(started, release):
+        def work(block):
+            started.set()
+            release.wait(0.3)
+            finished.append(block)
+        parallel_for(range(1), work)
+
+    with another_thread(stay):
+        assert outcome_of_child(lambda: finished == [0] and computes()) == 0
+    assert computes()
+
+
+@needs_fork
+def test_nobody_starts_to_multiply_while_a_fork_waits(two_blas_threads):
+    """With blocks of several threads that overlap without end, a fork would never come."""
+    stop = threading.Event()
+
+    def multiply():
+        while not stop.is_set():
+            parallel_for(range(1), lambda block: time.sleep(0.02))
+
+    threads = [threading.Thread(target=multiply) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    outcomes = [outcome_of_child(lambda: parallel._blas_users == [] and computes()) for _ in range(20)]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert outcomes == [0] * 20 and computes()
+
+
+@needs_fork
+def test_a_fork_comes_in_the_end_though_a_block_waits_for_it_and_the_child_is_right(two_blas_threads, monkeypatch):
+    monkeypatch.setattr(parallel, 'PATIENCE', 0.1)
+
+    def stay(started, release):
+        parallel_for(range(1), lambda block: (started.set(), release.wait(10)))
+
+    with another_thread(stay):
+        assert outcome_of_child(computes) == 0
+        assert len(parallel._blas_users) == 1
+    assert computes()
+
+
+@needs_fork
+def test_a_block_can_fork_and_the_child_goes_on_in_it(two_blas_threads, monkeypatch):
+    def work(block):
+        meet(block)
+        return outcome_of_child(lambda: parallel_for(range(3), lambda inner: inner) == [0, 1, 2])
+
+    def meet(block):
+        together.wait(10)                           # so that one block forks in a helper, for which the caller waits
+        if block == 0:
+            monkeypatch.setattr(parallel._blas_changed, 'wait_for', lambda *args, **kwargs: waited.append(block))
+        together.wait(10)
+
+    together, waited = threading.Barrier(2), []
+    with set_threads(2):
+        assert parallel_for(range(2), work) == [0, 0]
+    assert not waited
+    monkeypatch.undo()
+    with one_thread_per_product():
+        assert outcome_of_child(lambda: len(parallel._blas_users) == 1 and parallel._blas.get() == 1) == 0
+    assert computes()
+
+
+@needs_fork
+def test_children_of_a_busy_parent_finish_and_compute_what_it_computes(rng):
+    a = rng.standard_normal((300, 16, 16)).astype('float32')
+    expected, stop, wrong = numpy.matmul(a, a), threading.Event(), []
+
+    def right():
+        return numpy.array_equal(numpy.concatenate(parallel_for(range(3), lambda n: numpy.matmul(a[n::3], a[n::3]))),
+                                 numpy.concatenate([expected[n::3] for n in range(3)]))
+
+    def multiply():
+        while not stop.is_set():
+            if not right():
+                wrong.append(1)
+
+    with set_threads(2):
+        threads = [threading.Thread(target=multiply) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        outcomes = [outcome_of_child(right) for _ in range(40)]
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert outcomes == [0] * 40 and not wrong
+
+
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='this system cannot fork')
+def test_a_pool_of_forked_workers_computes_what_one_process_computes():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        with multiprocessing.get_context('fork').Pool(3) as workers:
+            results = workers.map(channel_sums_of_noise, range(24))
+    for seed, result in enumerate(results):
+        assert numpy.array_equal(result, channel_sums_of_noise(seed))
+
+
+def channel_sums_of_noise(seed):
+    return channel_sums(numpy.random.default_rng(seed).standard_normal((4, 64, 64, 8), dtype='float32'))[0]

@@ -10,14 +10,19 @@ Three rules keep this invisible to everything above it.
 
 - **The blocks never depend on the number of threads.** A floating-point sum depends on its order. With the same blocks
   everywhere, and partial results that come back in block order, one thread and sixteen give the same bits.
-- **A matrix product inside a block uses one thread.** Otherwise every block would start as many threads again as there
-  are cores, and OpenBLAS makes concurrent callers wait for each other. While blocks run, BLAS is set to one thread;
-  then it is put back.
+- **A matrix product uses one thread.** In a block, more would be as many again as there are cores, and OpenBLAS makes
+  concurrent callers wait for each other. So while blocks run, BLAS is set to one thread; then it is put back. That holds
+  for the whole process, so a product outside blocks would run on one thread or several as it happens, and its last bits
+  differ with their number: if a result depends on it, it belongs into `with one_thread_per_product():`.
 - **The caller works too, and waits for the others.** Helpers take blocks from the same list until it is empty. So a
   helper that starts late costs speed, never correctness, and a call made inside a block simply runs where it is.
 
 Helpers start on demand, wait `LINGER` seconds for more work, and end. No thread outlives its use; a program that ends
 waits at most that long.
+
+A forked child has only the thread that forked. A lock that another one held at that moment, of this library or inside
+BLAS, would stay locked in the child for good; so a fork waits until no other thread is within `parallel_for` or
+`one_thread_per_product`. A thread that multiplies outside of both has to take care of that itself.
 """
 
 import contextlib
@@ -30,7 +35,10 @@ from pathlib import Path
 
 import numpy
 
+from . import memory
+
 LINGER = 0.25                                       # seconds: far longer than the gaps between two layers of a network
+PATIENCE = 10                                       # seconds that a fork waits; longer only if blocks wait for who forks
 
 _inside = contextvars.ContextVar('inside a block', default=False)
 
@@ -43,7 +51,7 @@ def parallel_for(blocks, work):
     of the first block that failed is raised, as itself.
     """
     blocks = list(blocks)
-    with _one_thread_per_product():
+    with one_thread_per_product():
         job = _Job(blocks, work)
         if not _inside.get():
             _helpers.call(job, min(number_of_threads(), len(blocks)) - 1)
@@ -205,15 +213,6 @@ class _Helpers:
 _helpers = _Helpers()
 
 
-def _forget_helpers():
-    global _helpers                                 # a forked child has none of its parent's threads
-    _helpers = _Helpers()
-
-
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_forget_helpers)
-
-
 # --- BLAS -------------------------------------------------------------------------------------------------------------
 
 class _Blas:
@@ -258,31 +257,70 @@ class _Blas:
 
 
 _blas = _Blas()
-_blas_lock = threading.Lock()
-_blas_users, _blas_threads_before = 0, None
+_blas_changed = threading.Condition()               # guards the three below
+_blas_users, _blas_threads_before = [], None        # the threads within the context, as often as each entered it
+_forks = 0                                          # threads that are about to fork
 
 
 @contextlib.contextmanager
-def _one_thread_per_product():
-    """Set BLAS to one thread; the last of several concurrent users puts its own number back."""
-    global _blas_users, _blas_threads_before
-    if _blas.set is None:
-        yield
-        return
-    with _blas_lock:
-        if _blas_users == 0:
+def one_thread_per_product():
+    """Within this context, or a function decorated with it, matrix products use one thread each, so their bits are always the same.
+
+    The number belongs to the process: the last of several concurrent users puts back the one that the first found.
+    """
+    global _blas_threads_before
+    me = threading.get_ident()
+    with _blas_changed:
+        if not _inside.get() and me not in _blas_users:     # else a fork waits for what this thread is at
+            _blas_changed.wait_for(lambda: _forks == 0)
+        if not _blas_users and _blas.set is not None:
             _blas_threads_before = _blas.get()
             _blas.set(1)
-        _blas_users += 1
+        _blas_users.append(me)
     try:
         yield
     finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if _blas_users == 0:
+        with _blas_changed:
+            _blas_users.remove(me)
+            _blas_changed.notify_all()
+            if not _blas_users and _blas.set is not None:
                 _blas.set(_blas_threads_before)
 
 
 def describe_blas():
     """Return one line about the BLAS behind NumPy: name, version and the kernels it chose for this processor."""
     return _blas.description()
+
+
+# --- Forks ------------------------------------------------------------------------------------------------------------
+
+def _before_fork():
+    """Wait until no other thread multiplies, and keep it so over the fork. In a block, where others wait for it, do not wait."""
+    global _forks
+    _blas_changed.acquire()
+    _forks += 1
+    if not _inside.get():
+        _blas_changed.wait_for(lambda: set(_blas_users) <= {threading.get_ident()}, timeout=PATIENCE)
+    memory.pool().before_fork()                     # last, for those who multiply need it
+
+
+def _after_fork_in_parent():
+    global _forks
+    memory.pool().after_fork(in_child=False)
+    _forks -= 1
+    _blas_changed.notify_all()
+    _blas_changed.release()
+
+
+def _after_fork_in_child():
+    """Start anew, but for what the thread that forked is in itself: it is the only one there is now."""
+    global _forks, _blas_changed, _blas_users, _helpers
+    memory.pool().after_fork(in_child=True)
+    users, _blas_users = _blas_users, [user for user in _blas_users if user == threading.get_ident()]
+    if users and not _blas_users and _blas.set is not None:
+        _blas.set(_blas_threads_before)
+    _forks, _blas_changed, _helpers = 0, threading.Condition(), _Helpers()
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -35,6 +35,7 @@ from types import SimpleNamespace
 import numpy
 
 from ..engine.backend import generator_like, get_array_module
+from ..engine.parallel import one_thread_per_product
 
 FILL_MODES = 'nearest', 'reflect', 'constant'
 
@@ -83,7 +84,8 @@ def smooth_field(controls, size, spacing):
     """
     xp = get_array_module(controls)
     down, across = (xp.asarray(spline_basis(length, spacing).astype(controls.dtype)) for length in size)
-    return down @ controls @ across.T                                # (H, a) @ (N, 2, a, b) @ (b, W)
+    with one_thread_per_product():
+        return down @ controls @ across.T                            # (H, a) @ (N, 2, a, b) @ (b, W)
 
 
 def positions(matrices, size, displacement=None):
