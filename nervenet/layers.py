@@ -77,6 +77,7 @@ class Layer:
 
     @property
     def training(self):
+        """The mode of the layer, but for a thread that is within `inference`."""
         return self._training and not _inferring.get()
 
     @training.setter
@@ -85,6 +86,7 @@ class Layer:
 
     @property
     def keep_cache(self):
+        """Whether forward keeps what backward needs; never within `inference`."""
         return self._keep_cache and not _inferring.get()
 
     @keep_cache.setter
@@ -118,7 +120,7 @@ class Layer:
         return 0
 
     def input_range(self, first, last, axis):
-        """Return the first and last input row (axis 0) or column (axis 1) that the output's from `first` to `last` depend on."""
+        """Return (first, last): the input rows (axis 0) or columns (axis 1) that the output's from `first` to `last` depend on."""
         return first, last
 
     def layers(self, prefix=''):
@@ -423,9 +425,13 @@ class Conv2D(Layer):
             self.add_parameter('bias', numpy.zeros(C_out, dtype))
 
     def forward(self, x):
-        self.output_shape(x.shape)
         self.keep(x)
-        return convolution.forward(x, self.params['weight'], self.geometry, self.params.get('bias'))
+        return self.convolve(x, self.params['weight'], self.params.get('bias'))
+
+    def convolve(self, x, weight, bias):
+        """Return forward's result for another weight and bias, and keep nothing."""
+        self.output_shape(x.shape)                              # raises for an input that does not fit
+        return convolution.forward(x, weight, self.geometry, bias)
 
     def backward(self, dy, input_gradient=True):
         """Return dx; without `input_gradient` None, because nobody learns from the gradient of the images."""
@@ -466,7 +472,7 @@ class ConvTranspose2D(Layer):
 
     keeps = ('input',)
 
-    def __init__(self, in_channels, out_channels, kernel_size=2, stride=2, bias=True, *, rng=None, dtype=numpy.float32):
+    def __init__(self, in_channels, out_channels, kernel_size=2, stride=2, *, bias=True, rng=None, dtype=numpy.float32):
         super().__init__()
         self.geometry = Geometry(kernel_size, stride)           # of the convolution whose way back this is
         if self.geometry.stride != self.geometry.kernel_size:
@@ -549,12 +555,12 @@ class BatchNorm2D(Layer):
 
     `normalized` and `normalized_gradient` above are that formula and its derivative, term by term, and within `nervenet.plain()`
     they are what is computed. The fast way needs two walks over memory each way. Forward, y = x·slope + shift, with one number of
-    each for a channel. Backward, with dx̂ = dy·weight put into the three terms and what all pixels share taken out,
+    each for a channel. Backward, dx̂ is dy·weight, and with x̂ for (x − mean)/σ the term of the mean is −mean(dx̂)/σ, that of the
+    variance −x̂·mean(dx̂·x̂)/σ. So
 
-        dx = (dy − mean(dy) − x̂·mean(dy·x̂)) · weight / √(variance + eps)
+        dx = (dy − mean(dy) − x̂·mean(dy·x̂)) · weight / σ
 
-    The second and third term are what went through the mean and the variance: they take out of dy what would only move the mean or
-    the length of x̂, which x̂ cannot do.
+    The last two take out of dy what would only move the mean or the length of x̂, which x̂ cannot do.
 
     In training, mean and variance are those of the batch, and running averages of them are kept for inference:
     running ← (1 − momentum)·running + momentum·batch. The running variance is the unbiased one, Σ(x − mean)² / (M − 1); with

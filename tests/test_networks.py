@@ -14,6 +14,7 @@ from nervenet.networks import NETWORKS
 from nervenet.networks.blocks import pad_to_multiple, padded_size
 from nervenet.networks.fusing import in_sequence
 from nervenet.networks.network import Network
+from nervenet.networks.summary import trace
 
 
 def norm_with_statistics(channels, rng, dtype='float64'):
@@ -198,3 +199,30 @@ def test_sizes_are_rounded_up_and_images_padded_at_the_bottom_and_right(rng):
 
 def test_every_network_is_known_by_a_name_and_exported():
     assert NETWORKS['unet'] is UNet and all(issubclass(network, Network) and issubclass(network, Layer) for network in NETWORKS.values())
+
+
+def test_a_trace_follows_what_is_cut_off_at_the_end_and_refuses_what_it_would_get_wrong(rng):
+    class Cut(Strange):
+        start, stop = 0, 7
+
+        def forward(self, x, observe=None):
+            x = self.wide.forward(self.prepare(x))[:, self.start:self.stop, :]
+            y = self.up.forward(self.down.forward(x))
+            observe('up', y)
+            return y
+
+    model = Cut(rng=rng)
+    made, stages, _ = trace(model, (1, 12, 15, 2))
+    assert [y.shape[1:3] for y in made] == [(12, 15), (2, 5), (6, 15)]
+    assert stages['up'].input_range(4, 4, 0) == (-1, 9)                         # upconv: row 1 → rows 3 to 5 → ∓4
+    model.start = 1
+    with pytest.raises(NotImplementedError, match='a trace follows'):
+        model.summary((12, 15))
+
+
+def test_a_norm_is_done_by_the_layer_s_own_convolution(rng, monkeypatch):
+    """Whatever a convolution comes to know, it must not vanish in inference."""
+    conv, norm = Conv2D(3, 4, bias=False, rng=rng, dtype=float).eval(), norm_with_statistics(4, rng).eval()
+    convolve, x = Conv2D.convolve, rng.standard_normal((2, 6, 7, 3))
+    monkeypatch.setattr(Conv2D, 'convolve', lambda layer, x, weight, bias: convolve(layer, 5 * x, weight, bias))
+    numpy.testing.assert_allclose(in_sequence(x, conv, norm), norm.forward(conv.forward(x)), rtol=1e-10, atol=1e-12)

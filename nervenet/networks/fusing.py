@@ -4,7 +4,6 @@ This is the one place that knows such shortcuts. It asks the layers what they ar
 another norm, it leaves to the layers themselves.
 """
 
-from .. import convolution
 from ..engine import kernels
 from ..engine.paths import note, only_plain
 from ..layers import BatchNorm2D, Conv2D, ReLU
@@ -35,11 +34,10 @@ def norm_in_convolution(x, conv, norm):
         slope·(x ∗ weight + bias) + shift  =  x ∗ (weight·slope) + (bias·slope + shift)
     """
     note('norm folded into the convolution')
-    conv.output_shape(x.shape)                              # raises for an input that does not fit
-    weight, (slope, shift) = conv.params['weight'], norm.running_slope_and_shift()
+    slope, shift = norm.running_slope_and_shift()
     if 'bias' in conv.params:
         shift = conv.params['bias'] * slope + shift
-    return convolution.forward(x, weight * slope, conv.geometry, shift)
+    return conv.convolve(x, conv.params['weight'] * slope, shift)
 
 
 def norm_and_relu(x, norm, activation):

@@ -9,7 +9,7 @@ import math
 
 from ..engine.memory import SLACK
 from ..engine.parallel import number_of_threads
-from ..layers import Dropout, forwards_replaced
+from ..layers import Dropout, Layer, forwards_replaced
 from .blocks import padded_size
 
 SCRATCH_BYTES = 2**24             # about what the convolutions of one thread need to work in
@@ -22,11 +22,18 @@ class Traced:
         self.shape, self.dtype, self.name, self.layer, self.inputs = tuple(shape), dtype, name, layer, inputs
         self.size = math.prod(shape)
 
-    def itself(self, _):
+    def standardised(self, number):
         return self
 
-    __sub__ = __truediv__ = itself                          # standardising
-    __getitem__ = itself                                    # cutting off padding, of which there is none in a trace
+    __sub__ = __truediv__ = standardised
+
+    def __getitem__(self, index):
+        """Return what is left when rows and columns are cut off at the end. Raises NotImplementedError for anything else."""
+        index = index if isinstance(index, tuple) else (index,)
+        if not all(isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1) for part in index):
+            raise NotImplementedError(f'a trace follows x[:, :H, :W], which cuts off the end, and no other index, found {index}')
+        shape = tuple(len(range(length)[part]) for length, part in zip(self.shape, index)) + self.shape[len(index):]
+        return self if shape == self.shape else Traced(shape, self.dtype, self.name, Layer(), (self,))
 
     def input_range(self, first, last, axis):
         """Return the first and last position in what came in from outside that this array's from `first` to `last` depend on."""
@@ -68,8 +75,9 @@ def trace(model, shape):
 def receptive_field(model, stage, position, axis=0):
     """Return (first, last): the input pixels, along an axis, that the unit at `position` of a stage's output depends on.
 
-    `stage` is a name as given to `observe`; axis 0 are rows, 1 columns. The numbers are exact, positions outside the image included.
-    The field of a unit depends on where it lies in the pooling grid. Raises ValueError for an unknown stage.
+    `stage` is a name as given to `observe`; axis 0 are rows, 1 columns. Positions outside the image are included. The numbers are the
+    ends of what each layer says of itself (`input_range`), one after the other; the field of a unit depends on where it lies in the
+    pooling grid. Raises ValueError for an unknown stage.
     """
     _, stages, _ = trace(model, (1, 1, 1, model.in_channels))
     if stage not in stages:
