@@ -76,10 +76,10 @@ def test_main_job_stopped_by_a_signal_exits_130_and_goes_on_to_the_same_end(tmp_
     for number in signal.SIGINT, signal.SIGTERM:
         run = tmp_path / str(int(number))
         process = start_example('train_unet.py', *options, '--out', run)
-        while not process.stdout.readline().startswith('2/20'):
-            pass
+        said = next((line for line in process.stdout if line.startswith('2/20')), None)     # None if it ended before
         process.send_signal(number)
         _, error = process.communicate()
+        assert said, error
         assert process.returncode == 130 and 'Traceback' not in error, error
         assert 'stopping after this batch; once more to stop at once' in error and f'train_unet.py --resume {run}' in error
         assert 2 <= nervenet.load_checkpoint(run / 'last.npz')[1]['epoch'] < 20
