@@ -40,7 +40,7 @@ from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_im
                                   write_split)
 from nervenet.study.options import LOSSES, OPTIMIZERS, augmentation, check_memory, describe_need, options_to_store, parse
 from nervenet.study.pictures import draw_run, preview_augmentation
-from nervenet.study.report import caveat, print_epoch, print_header, print_scores, without_foreground
+from nervenet.study.report import caveat, print_epoch, print_header, print_scores, print_whatever_comes, without_foreground
 from nervenet.study.run_folder import RunFolder, read_config, room_for_results, seen_before
 
 
@@ -197,6 +197,7 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
 
 
 if __name__ == '__main__':
+    print_whatever_comes()
     try:
         main()
     except Interrupted as error:

@@ -272,7 +272,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def size(text):
     """Return (H, W) of a text such as 96x128."""
-    height, cross, width = text.lower().partition('x')
+    height, cross, width = text.lower().replace('×', 'x').partition('x')
     if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f'{text!r} is not of the form HxW, rows x columns, such as 96x128')
     return int(height), int(width)

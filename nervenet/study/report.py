@@ -14,6 +14,13 @@ NO_SUBJECTS = ('WARNING: no subject is known, so every image counts as its own. 
                'both sides of the split and the scores are too good to be true: give --subject-pattern.')
 
 
+def print_whatever_comes():
+    """Let a terminal that lacks a character, of a file name or a ±, get an escape in its place, where it would end the process."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):                  # that of a notebook has none, and takes all
+            stream.reconfigure(errors='backslashreplace')
+
+
 def caveat(samples, split_by_image):
     """Return what is to be said, first of all, of scores of these samples; '' if nothing."""
     if split_by_image:

@@ -130,7 +130,7 @@ class RunFolder:
 
     def write(self, name, text):
         with atomic_write(self.path / name) as file:
-            file.write(text.encode())
+            file.write(text.encode(errors='backslashreplace'))         # it may name files whose names are no Unicode
 
     def restore(self, model, optimizer):
         """Bring model and optimizer to where they were after the last recorded epoch, and the records with them.
@@ -233,6 +233,8 @@ def read_config(folder):
         raise FileNotFoundError(f'{path}: no such file, so there is no run to resume; start one with --out {folder}')
     try:
         config = json.loads(path.read_text())
+    except OSError as error:
+        raise OSError(f'{path}: cannot be read ({error.strerror})') from error
     except ValueError as error:
         raise ValueError(f'{path}: cannot be read ({error})') from None
     if not isinstance(config, dict):
