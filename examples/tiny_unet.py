@@ -2,8 +2,8 @@
 
     python examples/tiny_unet.py                    trains for some seconds, then draws tiny_unet.png
 
-Twenty synthetic ultrasound images of ten subjects. The network learns from eight subjects, and is then shown two of their images and
-those of the other two, whom it has never seen: so few images teach it what they show, and little about others.
+Twenty synthetic ultrasound images of ten subjects. The network learns from eight subjects, and is then shown two of their images
+and those of the other two, whom it has never seen: so few images teach it what they show, and little about others.
 """
 
 import sys

@@ -40,7 +40,7 @@ from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_im
                                   write_split)
 from nervenet.study.options import LOSSES, OPTIMIZERS, augmentation, check_memory, describe_need, options_to_store, parse
 from nervenet.study.pictures import draw_run, preview_augmentation
-from nervenet.study.report import caveat, print_epoch, print_header, print_scores, without_foreground
+from nervenet.study.report import caveat, print_epoch, print_header, print_scores, print_whatever_comes, without_foreground
 from nervenet.study.run_folder import RunFolder, read_config, room_for_results, seen_before
 
 
@@ -51,8 +51,8 @@ def main(arguments=None):
     stored = read_config(args.resume) if args.resume else {}
     before = stored.get('device', args.device), stored.get('precision') or args.precision
     if before != (args.device, args.precision):
-        print(f'So far the run was computed on the {before[0]} in {before[1]}, now it is on the {args.device} in {args.precision}, '
-              'which rounds otherwise: not bit for bit.')
+        print(f'So far the run was computed on the {before[0]} in {before[1]}, now it is on the {args.device} in '
+              f'{args.precision}, which rounds otherwise: not bit for bit.')
     check_memory(args)
 
     if args.data is None:
@@ -168,8 +168,8 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
           f'{args.size[0]}x{args.size[1]}\nrun folder:  {run.path}'
           + (f', going on after epoch {len(run.history)}' if run.history else '') + '\n')
     if run.begun:
-        print(f'Epochs {run.begun + 1} to {args.epochs} were added to a run of {run.begun}: they have a schedule of their own and an '
-              f'optimizer that began anew, so this is not bit for bit a run of {args.epochs} epochs.\n')
+        print(f'Epochs {run.begun + 1} to {args.epochs} were added to a run of {run.begun}: they have a schedule of their own and '
+              f'an optimizer that began anew, so this is not bit for bit a run of {args.epochs} epochs.\n')
 
     print_header()
     for name, scores in baselines.items():
@@ -197,6 +197,7 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
 
 
 if __name__ == '__main__':
+    print_whatever_comes()
     try:
         main()
     except Interrupted as error:

@@ -4,6 +4,7 @@ How such an image comes about is in `images/phantom.py`.
 """
 
 import argparse
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -13,16 +14,21 @@ from PIL import Image
 
 from .files import make_folder, refuse_content
 from .images.phantom import HEIGHT, WIDTH, Phantom
-from .study.options import size
+from .study.options import available_bytes, size
+from .study.report import print_whatever_comes
 
 
 def write(out, subjects, frames, seed=0, size=(HEIGHT, WIDTH), report=print):
     """Write a set in the layout of the competition: `out`/train/{subject}_{index}.tif and …_mask.tif, masks 0 and 255.
 
     The files are LZW-compressed grey TIFFs. They are written into `out`/train.part, which becomes `out`/train when all
-    are there. `report` gets a line of progress per subject. Raises OSError if `out` is not empty or cannot be made.
+    are there. `report` gets a line of progress per subject. Raises OSError if `out` is not empty or cannot be made, MemoryError for
+    frames larger than memory.
     """
-    out = Path(out)
+    out, needed, there = Path(out), 5 * 8 * math.prod(size), available_bytes()      # some float64 for each pixel
+    if there is not None and needed > there:
+        raise MemoryError(f'a frame of {size[0]}x{size[1]} needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free; '
+                          'lower --size')
     phantom = Phantom(subjects, frames, seed, size, cache_bytes=0)
     refuse_content(out, '--out')
     part = out / 'train.part'
@@ -65,4 +71,5 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
+    print_whatever_comes()
     main()

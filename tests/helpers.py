@@ -83,16 +83,16 @@ def example(name):
     return module
 
 
-def start_example(name, *arguments, cwd=None):
-    """Start a script in examples/ as from a shell; return the process."""
+def start_example(name, *arguments, cwd=None, **environment):
+    """Start a script in examples/ as from a shell, with more variables in the `environment`; return the process."""
     return subprocess.Popen([sys.executable, str(ROOT / 'examples' / name), *map(str, arguments)], cwd=cwd, text=True,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, 'PYTHONPATH': str(ROOT)})
+                            env={**os.environ, 'PYTHONPATH': str(ROOT), **environment})
 
 
-def run_example(name, *arguments, cwd=None):
+def run_example(name, *arguments, cwd=None, **environment):
     """Run a script in examples/ to its end; return what it said and how it ended."""
-    process = start_example(name, *arguments, cwd=cwd)
+    process = start_example(name, *arguments, cwd=cwd, **environment)
     out, error = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 

@@ -148,7 +148,7 @@ def chosen_settings(model, images, masks):
     return best, best_score
 
 
-def check_method(main, folder):
+def check_method(folder, main):
     """Run the main job in `folder`, and compare all it reports with what the functions above find."""
     write_images(folder / 'data')
     main('--data', folder / 'data', *OPTIONS, '--out', folder / 'run')
@@ -173,7 +173,7 @@ def check_method(main, folder):
 
     # The training.
     model, losses = train_by_hand(tuple(subjects['training']))
-    assert [int(row['epoch']) for row in history] == [1, 2, 3, 4] and last_extra['epoch'] == 4
+    assert [int(row['epoch']) for row in history] == [1, 2, 3, 4] and last_extra['epoch'] == EPOCHS
     assert [float(row['train_loss']) for row in history] == pytest.approx(losses, abs=1e-4)
     for name, array in model.parameters().items():
         numpy.testing.assert_allclose(last.parameters()[name], array, atol=2e-5, err_msg=name)
@@ -185,7 +185,7 @@ def check_method(main, folder):
                                     'true_foreground_share': masks.mean()}, f'{name}_')
     inner = [float(row['inner_dice_pooled']) for row in history]
     number = best_extra['epoch']
-    assert inner[number - 1] == max(inner) and number != 4, 'else the two files would be one'
+    assert inner[number - 1] == max(inner) and number != EPOCHS, 'else the two files would be one: another SEED'
     assert_scores(history[number - 1], overlap_scores(nervenet.predict(best, parts['inner'][0]), parts['inner'][1]), 'inner_')
 
     # The choices, and what they score.
@@ -201,10 +201,10 @@ def check_method(main, folder):
 
     # The summary: the last epoch, the one that the inner subjects chose, the last one averaged, the last one with their settings.
     hard_dice = [float(text) for text in re.findall(r'^hard dice: \[(.*)\]', (run / 'summary.txt').read_text(), re.M)]
-    rows = [float(history[epoch - 1]['validation_dice_pooled']) for epoch in (4, number)]
+    rows = [float(history[epoch - 1]['validation_dice_pooled']) for epoch in (EPOCHS, number)]
     expected = [*rows, averaged['dice_pooled'], settings['last.npz']['validation']['dice_pooled']]
     assert hard_dice == pytest.approx(expected, abs=6e-5) and len(set(hard_dice)) == 4
 
 
 def test_every_number_that_the_main_job_reports_is_found_again_in_another_way(tmp_path, main):
-    check_method(main, tmp_path)
+    check_method(tmp_path, main)

@@ -293,3 +293,10 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         command.write(tmp_path / 'set', 2, 3, size=(10, 12), report=lambda text: None)
     assert list((tmp_path / 'set').iterdir()) == []
+
+
+def test_frames_larger_than_memory_are_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, 'available_bytes', lambda: 2**20)
+    with pytest.raises(SystemExit, match=r'a frame of 420x580 needs about 0\.0 GiB, and 0\.0 GiB are free; lower --size'):
+        command.main(['--size', '420x580', '--subjects', '1', '--frames', '1', '--out', str(tmp_path / 'set')])
+    assert not (tmp_path / 'set').exists()

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import signal
+import sys
 
 import numpy
 import pytest
@@ -76,10 +78,10 @@ def test_main_job_stopped_by_a_signal_exits_130_and_goes_on_to_the_same_end(tmp_
     for number in signal.SIGINT, signal.SIGTERM:
         run = tmp_path / str(int(number))
         process = start_example('train_unet.py', *options, '--out', run)
-        while not process.stdout.readline().startswith('2/20'):
-            pass
+        said = next((line for line in process.stdout if line.startswith('2/20')), None)     # None if it ended before
         process.send_signal(number)
         _, error = process.communicate()
+        assert said, error
         assert process.returncode == 130 and 'Traceback' not in error, error
         assert 'stopping after this batch; once more to stop at once' in error and f'train_unet.py --resume {run}' in error
         assert 2 <= nervenet.load_checkpoint(run / 'last.npz')[1]['epoch'] < 20
@@ -482,3 +484,22 @@ def test_validation_without_foreground_is_told_before_training_and_in_the_summar
     assert settings['epoch'] == min(history, key=lambda row: row['validation_loss'])['epoch']
     text = (tmp_path / 'run' / 'summary.txt').read_text()
     assert text.startswith(f'3 of 3 folds; no foreground at all is validated in fold {out[0]}, where Dice says little\n')
+
+
+@pytest.mark.skipif(os.name != 'posix' or sys.platform == 'darwin', reason='file names are Unicode there')
+def test_names_that_are_no_unicode_and_terminals_that_know_ascii_alone_end_nothing(tmp_path, rng):
+    write_pairs(tmp_path / 'data', rng, images=2)
+    for image in 1, 2:
+        for suffix in '.tif', '_mask.tif':
+            os.rename(tmp_path / 'data' / f'2_{image}{suffix}', os.fsencode(tmp_path / 'data') + b'/N\xe9_%d%s' % (image, suffix.encode()))
+            if suffix == '_mask.tif':
+                Image.new('L', (36, 24)).save(os.fsencode(tmp_path / 'data') + b'/N\xe9_%d%s' % (image, suffix.encode()), 'TIFF')
+    done = run_example('train_unet.py', '--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 3, '--subject-pattern', '(.+)_',
+                       '--out', os.fsdecode(os.fsencode(tmp_path) + b'/r\xfcn'), PYTHONIOENCODING='ascii')
+    assert done.returncode == 0, done.stderr
+    assert 'subjects N\\udce9)' in done.stdout and '\\xb1' in done.stdout.replace('\\udcfc', '')
+    folder, = (path for path in tmp_path.iterdir() if path.name != 'data')
+    assert 'average hard dice' in (folder / 'summary.txt').read_text(encoding='utf-8')
+    assert 'subjects N\\udce9)' in ''.join(path.read_text(encoding='utf-8') for path in folder.glob('fold_*/summary.txt'))
+    again = run_example('train_unet.py', '--resume', folder, PYTHONIOENCODING='ascii')
+    assert again.returncode == 0 and 'Fold 3 of 3 is complete' in again.stdout

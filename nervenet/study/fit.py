@@ -79,8 +79,9 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
         except FloatingPointError as error:
             kept = f'. The last good epoch is in {run.last}' if run.history else ''
             raise FloatingPointError(f'epoch {epoch}, {part}: {error}{kept}') from error
+        columns = 'loss', *SCORES, 'true_foreground_share'
         row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
                'images_per_second': round(speed, 1), 'waited_seconds': round(waited, 3),
-               **{f'{part}_{name}': values[name] for part, values in scores.items() for name in ('loss', *SCORES, 'true_foreground_share')}}
+               **{f'{part}_{name}': values[name] for part, values in scores.items() for name in columns}}
         run.record(row, model, optimizer)
         yield row

@@ -90,7 +90,7 @@ def write_split(path, samples, positive, folds, by=BY_SUBJECT):
     split = {'by': by, 'folds': [{'images': images[number], 'positive images': positives[number], 'subjects': fold}
                                  for number, fold in enumerate(folds)]}
     with atomic_write(path) as file:
-        file.write((json.dumps(split, indent=2, ensure_ascii=False) + '\n').encode())
+        file.write((json.dumps(split, indent=2) + '\n').encode())           # ASCII: names need not be Unicode
 
 
 def read_split(path, samples, number, by=BY_SUBJECT):
@@ -199,7 +199,7 @@ class CrossValidation:
             title = f'{note.partition(",")[0]} · {count}' if note else count
             figures.save(figures.fold_curves(histories, baselines=mean, title=title), self.path / 'curves.png')
             with atomic_write(self.path / 'summary.txt') as file:
-                file.write(text.encode())
+                file.write(text.encode(errors='backslashreplace'))
             return text
 
 

@@ -77,8 +77,8 @@ def parse(arguments):
         args.size = rounded
     more_epochs = bool(stored) and args.epochs > stored['epochs']
     if more_epochs and (runs := unfinished(args.resume, args.folds)):
-        parser.error(f'--epochs is {args.epochs}, but {args.resume / "config.json"} has {stored["epochs"]}, and {runs[0]} has not come '
-                     f'to its end; first train it to there: --resume {args.resume}')
+        parser.error(f'--epochs is {args.epochs}, but {args.resume / "config.json"} has {stored["epochs"]}, and {runs[0]} has not '
+                     f'come to its end; first train it to there: --resume {args.resume}')
     for name in given.keys() & stored.keys() - set(WHERE) - ({'epochs'} if more_epochs else set()):
         if getattr(args, name) != stored[name]:
             parser.error(f'--{name.replace("_", "-")} is {getattr(args, name)}, but {args.resume / "config.json"} has '
@@ -118,18 +118,18 @@ def take_architecture(args, given, parser):
     """Set the options that say what network is built to what the network in the file --init is; refuse others that were given."""
     model, _ = load_checkpoint(args.init)
     if not isinstance(model, UNet) or (model.in_channels, model.config['out_channels']) != (1, 1):
-        raise CheckpointError(f'{args.init}: holds a {type(model).__name__} of other channels; expected a network for grey images and '
-                              'one kind of mask, as train_unet.py writes it')
+        raise CheckpointError(f'{args.init}: holds a {type(model).__name__} of other channels; expected a network for grey images '
+                              'and one kind of mask, as train_unet.py writes it')
     for name in 'base_channels', 'depth', 'norm':
         option, found = f'--{name.replace("_", "-")}', model.config[name]
         if name in given and getattr(args, name) != found:
-            parser.error(f'{option} is {getattr(args, name) or "none"}, but the network in {args.init} has {found or "none"}; leave out '
-                         f'{option}, or train without --init')
+            parser.error(f'{option} is {getattr(args, name) or "none"}, but the network in {args.init} has {found or "none"}; leave '
+                         f'out {option}, or train without --init')
         setattr(args, name, found)
 
 
 def check_memory(args):
-    """Raise MemoryError if training as `args` say takes more memory than there is; once it is taken, the system ends the process."""
+    """Raise MemoryError if training as `args` say takes more memory than there is: else the system would end the process."""
     needed, there = training_bytes(args), available_bytes()
     if there is not None and needed > there:
         raise MemoryError(f'{describe_need(args, needed)}, and {there / 2**30:.1f} GiB are free')
@@ -138,9 +138,9 @@ def check_memory(args):
 def training_bytes(args):
     """Return about how many bytes of this computer's memory training takes."""
     pixels = args.batch_size * math.prod(args.size)
-    batches = 4 * 2 * 4 * pixels                            # images and masks, float32: one in use, two read ahead, one in the making
+    batches = 4 * 2 * 4 * pixels                            # images and masks, float32: one in use, two ready, one in the making
     deepest = args.base_channels << args.depth
-    parameters = 4 * 4 * (9 + 9 / 2) * deepest**2           # at least: of the deepest level, with gradients and Adam's two averages
+    parameters = 4 * 4 * (9 + 9 / 2) * deepest**2           # at least: the deepest level, its gradients, Adam's two averages
     if args.device != 'cpu' or parameters > 2**36:          # no network of that size is built to ask it
         return batches + parameters * (args.device == 'cpu')
     model = UNet(base_channels=args.base_channels, depth=args.depth, norm=args.norm, dropout=args.dropout)
@@ -150,8 +150,8 @@ def training_bytes(args):
 def describe_need(args, needed):
     """Return in words what training as `args` say takes: `needed` bytes."""
     height, width = args.size
-    return (f'a training step on {args.batch_size} images of {height}x{width} with --base-channels {args.base_channels} and --depth '
-            f'{args.depth} needs about {needed / 2**30:.1f} GiB')
+    return (f'a training step on {args.batch_size} images of {height}x{width} with --base-channels {args.base_channels} and '
+            f'--depth {args.depth} needs about {needed / 2**30:.1f} GiB')
 
 
 def available_bytes():
@@ -228,7 +228,8 @@ def build_parser():
                          help='channels of the first level; they double at each')
     network.add_argument('--depth', type=whole, default=4, metavar='N', help='how often the image is halved')
     network.add_argument('--norm', choices=['batch', 'none'], default='batch', help='normalisation after each convolution')
-    network.add_argument('--dropout', type=probability, default=0.0, metavar='P', help='probability of dropping a value at the bottom')
+    network.add_argument('--dropout', type=probability, default=0.0, metavar='P',
+                         help='probability of dropping a value at the bottom')
     network.add_argument('--init', type=Path, metavar='MODEL',
                          help='start from the network in this file, such as best.npz of another run: fine-tuning. It decides '
                          '--base-channels, --depth and --norm; intensities are standardised by the new training images')
@@ -242,8 +243,8 @@ def build_parser():
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
     training.add_argument('--epochs', type=whole, metavar='N',
-                          help='how often as many images as there are for training are drawn; default: 15 on scans, 5 on synthetic '
-                          'ultrasound')
+                          help='how often as many images as there are for training are drawn; default: 15 on scans, 5 on '
+                          'synthetic ultrasound')
     training.add_argument('--patience', type=whole, metavar='N',
                           help='stop after so many epochs without a better one on the inner subjects')
     training.add_argument('--seed', type=natural, default=0, metavar='N',
@@ -251,11 +252,13 @@ def build_parser():
     training.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto',
                           help='where to compute; a run may go on elsewhere than it began')
     training.add_argument('--precision', choices=['fp32', 'tf32'],
-                          help='of matrix products on a GPU: tf32 reads its factors rounded to 10 bits; default: tf32 where the GPU has it')
-    training.add_argument('--out', type=Path, metavar='RUN', default=None, help='run folder, new or empty; default: runs/ and the date and time')
+                          help='of matrix products on a GPU: tf32 reads its factors rounded to 10 bits; default: tf32 where the GPU '
+                          'has it')
+    training.add_argument('--out', type=Path, metavar='RUN', default=None,
+                          help='run folder, new or empty; default: runs/ and the date and time')
     training.add_argument('--resume', type=Path, metavar='RUN',
-                          help='go on with the run or the cross-validation in this folder, bit for bit; with more --epochs than it '
-                          'had, one that has come to its end is trained on, with a schedule of its own for the new epochs')
+                          help='go on with the run or the cross-validation in this folder, bit for bit; with more --epochs than '
+                          'it had, one that has come to its end is trained on, with a schedule of its own for the new epochs')
     return parser
 
 
@@ -270,7 +273,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def size(text):
     """Return (H, W) of a text such as 96x128."""
-    height, cross, width = text.lower().partition('x')
+    height, cross, width = text.lower().replace('×', 'x').partition('x')
     if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f'{text!r} is not of the form HxW, rows x columns, such as 96x128')
     return int(height), int(width)

@@ -14,6 +14,13 @@ NO_SUBJECTS = ('WARNING: no subject is known, so every image counts as its own. 
                'both sides of the split and the scores are too good to be true: give --subject-pattern.')
 
 
+def print_whatever_comes():
+    """Let a terminal that lacks a character, of a file name or a ±, get an escape in its place, where it would end the process."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):                  # that of a notebook has none, and takes all
+            stream.reconfigure(errors='backslashreplace')
+
+
 def caveat(samples, split_by_image):
     """Return what is to be said, first of all, of scores of these samples; '' if nothing."""
     if split_by_image:
@@ -25,8 +32,8 @@ def without_foreground(part, samples):
     """Return the warning about a part of the data, 'validation' or 'inner', none of whose masks holds any foreground."""
     subjects = sorted({sample.subject for sample in samples}, key=natural_key)
     who = ', '.join(subjects if len(subjects) <= 6 else [*subjects[:5], f'… {len(subjects) - 5} more'])
-    return (f'WARNING: none of the {len(samples)} {part} masks holds any foreground (subjects {who}): Dice there says only whether '
-            'anything was predicted, so the lowest loss chooses the best epoch, and threshold and minimal area stay as they are. '
+    return (f'WARNING: none of the {len(samples)} {part} masks holds any foreground (subjects {who}): Dice there says only '
+            'whether anything was predicted, so the lowest loss chooses the best epoch, and threshold and minimal area stay as they are. '
             f'Another --seed or a larger {"--validation-share" if part == "validation" else "--inner-share"} deals otherwise.')
 
 
@@ -68,7 +75,7 @@ def summaries(histories, baselines, chosen, note=''):
 
 
 def summary(rows, baselines, title='Scores on validation subjects after the last epoch'):
-    """Return a list for each score, one value per row (a run, or one per fold), and of folds mean ± deviation; so too of baselines.
+    """Return a list for each score, one value per row (a run, or one per fold), and of folds mean ± deviation; baselines likewise.
 
     The deviation is that of the population, √(Σ(x − mean)² / folds): it describes these folds, and is no error of their mean.
     `dicecoefs` is the soft Dice coefficient; with a loss of DiceLoss alone it is about minus the loss.

@@ -103,8 +103,8 @@ class RunFolder:
     def __init__(self, path, config, resume=False):
         """Make the folder and write `config`, a dict that JSON can hold, into it; or, with `resume`, take up what is there.
 
-        A run that has come to its end can be given more epochs, 'epochs' in `config`: then `begun` is the number of those done, and
-        the others are trained like a run of their own that starts from this network, with a schedule and an optimizer that begin
+        A run that has come to its end can be given more epochs, 'epochs' in `config`: then `begun` is the number of those done,
+        and the others are trained like a run of their own that starts from this network, with a schedule and an optimizer that begin
         anew. Else `begun` is 0.
 
         The folder belongs to this process until the RunFolder is gone. Raises BlockingIOError if another process has it,
@@ -130,7 +130,7 @@ class RunFolder:
 
     def write(self, name, text):
         with atomic_write(self.path / name) as file:
-            file.write(text.encode())
+            file.write(text.encode(errors='backslashreplace'))         # it may name files whose names are no Unicode
 
     def restore(self, model, optimizer):
         """Bring model and optimizer to where they were after the last recorded epoch, and the records with them.
@@ -205,7 +205,8 @@ class RunFolder:
             settings, there = found[epoch]
             self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask)
             chosen[path.name] = {'epoch': extra['epoch'], 'settings': asdict(settings),
-                                 'chosen on': f'{where} subjects' if there_is_foreground else 'nothing', 'dice per image there': there}
+                                 'chosen on': f'{where} subjects' if there_is_foreground else 'nothing',
+                                 'dice per image there': there}
             print(f'{path}: epoch {extra["epoch"]}, threshold {settings.threshold:g}, minimal area {settings.minimal_area:.2%}, '
                   f'flip average {"on" if settings.flip_average else "off"}: Dice per image {there:.4f} on the {where} subjects, '
                   + ('flattered, since chosen there' if there_is_foreground else 'who have no foreground to choose on'))
@@ -213,7 +214,7 @@ class RunFolder:
                 honest = chosen[path.name]['validation'] = score(network, validation.epoch(0), settings)
                 print(f'    on the validation subjects: hard Dice {honest["dice_pooled"]:.4f} pooled, '
                       f'{honest["dice_per_image"]:.4f} per image')
-            if path == self.last:       # averaging over flips at the usual threshold is no choice: its score needs no inner subjects
+            if path == self.last:       # averaging over flips at the usual threshold is no choice, and needs no inner subjects
                 chosen[path.name]['flip average'] = score(network, validation.epoch(0), Settings(flip_average=True))
         self.write('settings.json', json.dumps(chosen, indent=2) + '\n')
         return chosen
@@ -232,6 +233,8 @@ def read_config(folder):
         raise FileNotFoundError(f'{path}: no such file, so there is no run to resume; start one with --out {folder}')
     try:
         config = json.loads(path.read_text())
+    except OSError as error:
+        raise OSError(f'{path}: cannot be read ({error.strerror})') from error
     except ValueError as error:
         raise ValueError(f'{path}: cannot be read ({error})') from None
     if not isinstance(config, dict):
@@ -257,7 +260,7 @@ def unfinished(folder, folds):
 
 
 def seen_before(args, parts):
-    """Return warnings, if any, that the network in the file `args.init` was fitted to, or chosen by, subjects it is to be scored on.
+    """Return warnings, if any, that the network in the file `args.init` has seen subjects that it is to be scored on.
 
     `parts` is {name: samples}. What that network has seen is read from the config of its run folder, if the file lies in one.
     """
@@ -267,8 +270,8 @@ def seen_before(args, parts):
     same_data = config.get('data') == (args.data and str(args.data)) and (args.data or config.get('seed') == args.seed)
     seen = {subject for part in ('training', 'inner', 'validation') for subject in config.get(f'{part}_subjects', []) if same_data}
     common = seen & {sample.subject for part, samples in parts.items() if part != 'training' for sample in samples}
-    return [f'WARNING: {args.init} comes from a run on the same data that has seen {len(common)} of the subjects set aside here: their '
-            'scores are too good to be true.'] if common else []
+    return [f'WARNING: {args.init} comes from a run on the same data that has seen {len(common)} of the subjects set aside here: '
+            'their scores are too good to be true.'] if common else []
 
 
 def wants_more_epochs(stored, config):
@@ -279,8 +282,8 @@ def wants_more_epochs(stored, config):
 def check_config(path, config, more_epochs=False):
     """Raise ValueError, naming both values, if the config in the file `path` says another thing than `config`.
 
-    Where the folder lies, which versions are at work and what WHERE names makes no difference, nor, with `more_epochs`, how many they
-    are.
+    Where the folder lies, which versions are at work and what WHERE names makes no difference, nor, with `more_epochs`, how many
+    epochs there are to be.
     """
     stored = read_config(path.parent)
     free = {'out', 'nervenet', 'numpy', 'begun', *WHERE} | ({'epochs'} if more_epochs else set())
