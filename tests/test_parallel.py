@@ -376,9 +376,10 @@ def another_thread(work):
 
 def computes():
     """Say whether blocks run here, on helpers too, and leave BLAS with two threads and without a user."""
+    together = meet(2)
     with set_threads(2):
-        together = [ident for _, ident in parallel_for(range(2), meet(2))]
-    return len(set(together)) == 2 and parallel._blas_users == [] and parallel._blas.get() == 2
+        idents = {ident for ((_, ident),) in parallel_for(range(2), lambda block: parallel_for([block], together))}
+    return len(idents) == 2 and parallel._blas_users == [] and parallel._blas.get() == 2
 
 
 @needs_fork
