@@ -412,6 +412,28 @@ def test_a_fork_waits_until_no_other_thread_is_in_a_block(two_blas_threads):
 
 
 @needs_fork
+def test_who_multiplies_already_can_go_on_while_a_fork_waits_for_it(two_blas_threads, monkeypatch):
+    monkeypatch.setattr(parallel, 'PATIENCE', 2)                        # after that the child would come too early
+    finished = []
+
+    def stay(started, release):
+        def work(block):
+            together.wait(10)                       # one block in the caller, one in a helper
+            started.set()
+            wait_until(lambda: parallel._forks == 1)
+            parallel_for(range(3), lambda inner: inner)
+            finished.append(block)
+
+        together = threading.Barrier(2)
+        with set_threads(2), one_thread_per_product():
+            parallel_for(range(2), work)
+            parallel_for(range(2), lambda block: finished.append(block))
+
+    with another_thread(stay):
+        assert outcome_of_child(lambda: len(finished) == 4 and computes()) == 0
+
+
+@needs_fork
 def test_nobody_starts_to_multiply_while_a_fork_waits(two_blas_threads):
     """With blocks of several threads that overlap without end, a fork would never come."""
     stop = threading.Event()
