@@ -18,7 +18,7 @@ import numpy
 import pytest
 
 from nervenet.engine import parallel
-from nervenet.engine.parallel import one_thread_per_product, parallel_for, set_threads
+from nervenet.engine.parallel import cut, cut_images, one_thread_per_product, parallel_for, set_threads
 from nervenet.engine.pixelwise import channel_sums
 
 
@@ -228,6 +228,30 @@ def test_helpers_leave_after_many_short_calls_from_many_threads():
             thread.join()
     wait_until(lambda: not helpers())
     assert (parallel._helpers.alive, parallel._helpers.idle, parallel._helpers.jobs.qsize()) == (0, 0, 0)
+
+
+def test_cut_covers_the_range_in_nearly_equal_parts_of_at_most_the_size():
+    for length in range(13):
+        for size in range(8):
+            parts = [range(length)[part] for part in cut(length, size)]
+            assert [index for part in parts for index in part] == list(range(length))
+            sizes = [len(part) for part in parts] or [1]
+            assert max(sizes) <= max(size, 1) and min(sizes) >= max(1, max(sizes) - 1)
+            assert len(parts) == -(-length // max(size, 1))             # no more than it takes
+
+
+def test_cut_images_gives_several_small_images_or_strips_of_one():
+    whole = slice(0, 6)
+    assert cut_images(3, 6, 12) == [(slice(0, 1), whole), (slice(1, 3), whole)]
+    assert cut_images(2, 6, 6) == [(slice(0, 1), whole), (slice(1, 2), whole)]
+    assert cut_images(2, 6, 3) == [(slice(n, n + 1), rows) for n in (0, 1) for rows in (slice(0, 3), slice(3, 6))]
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_getaffinity'), reason='this system does not say which cores a process may use')
+def test_only_cores_that_this_process_may_use_count(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {3, 5, 7})
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    assert parallel.number_of_threads() == 3
 
 
 def test_set_threads_holds_and_returns():
