@@ -6,12 +6,20 @@ A loss is a layer whose output is that number:
     dlogits = loss.backward()                # ∂value/∂logits, in the shape and dtype of the logits
 
 `logits` (N, H, W, C) are the network's raw outputs, any real numbers; `target` (N, H, W, C) is 0 for background and 1
-for foreground, in any dtype. The losses apply the sigmoid p = σ(logits) themselves, because the two together can be
-computed for logits of any size, where the logarithm of a sigmoid that has rounded to 0 is −∞.
+for foreground, or between them where that is uncertain, in any dtype. The losses apply the sigmoid p = σ(logits)
+themselves, because the two together can be computed for logits of any size, where the logarithm of a sigmoid that has
+rounded to 0 is −∞.
+
+A target outside [0, 1], such as a mask of 0 and 255, would make nonsense of every loss. On the CPU it raises ValueError.
+On a GPU, where to look would be to wait, the loss is NaN.
 
 Sums run over many pixels, so they accumulate in float64 whatever the dtype of the logits. Nothing here fetches the
 value from the device: the caller decides when to wait for it.
 """
+
+import math
+
+import numpy
 
 from .engine.backend import get_array_module
 from .layers import Layer, sigmoid
@@ -34,31 +42,34 @@ class DiceLoss(Layer):
 
     def __init__(self, smooth=1.0, per_image=False):
         super().__init__()
-        if not smooth > 0:
-            raise ValueError(f'smooth is {smooth}; it must be positive, or two empty masks would divide 0 by 0')
-        self.smooth, self.per_image = smooth, per_image
+        if not 0 < smooth < math.inf:
+            raise ValueError(f'smooth is {smooth}; expected a positive number, or two empty masks would divide 0 by 0')
+        self.smooth, self.per_image = float(smooth), per_image
 
     def forward(self, logits, target):
-        """Return L. Raises ValueError if logits and target, both (N, H, W, C), differ in shape."""
-        check_shapes(logits, target)
-        p, y = sigmoid(logits), target.astype(logits.dtype, copy=False)
+        """Return L. Raises ValueError unless logits and target, both (N, H, W, C), fit; see `checked`."""
+        y, doubt = checked(logits, target)
+        p = sigmoid(logits)
         overlap = 2 * self.sums(p * y) + self.smooth                     # (1, 1, 1, C), or (N, 1, 1, C) per image
         extent = self.sums(p) + self.sums(y) + self.smooth               # the same
-        self.keep(p, y, overlap, extent)
-        return -(overlap / extent).mean()
+        self.keep(logits, y, overlap, extent)
+        return doubt - (overlap / extent).mean()
 
     def backward(self):
         """Return ∂L/∂logits, (N, H, W, C).
 
         One p enters the overlap with 2y and the extent with 1. By the quotient rule, and then the chain rule through σ,
 
-            ∂L/∂p = overlap / extent² − 2y / extent        ∂p/∂logits = p·(1 − p)
+            ∂L/∂p = overlap / extent² − 2y / extent        ∂p/∂logits = p·(1 − p) = σ(x)·σ(−x)
+
+        In the last form no digits are lost where p is near 1: in float32, 1 − p is 0 from x = 17 on, and a false alarm
+        that the network is sure of would never be unlearned.
         """
-        p, y, overlap, extent = self.take()
-        fractions = overlap.size                                         # L is their mean
-        background = (overlap / extent**2 / fractions).astype(p.dtype)   # what every pixel receives
-        foreground = (2 / extent / fractions).astype(p.dtype)            # what pixels with y = 1 receive on top
-        return (background - foreground * y) * (p * (1 - p))
+        logits, y, overlap, extent = self.take()
+        fractions, dtype = overlap.size, logits.dtype                    # L is the mean of so many
+        background = (overlap / extent**2 / fractions).astype(dtype)     # what every pixel receives
+        foreground = (2 / extent / fractions).astype(dtype)              # what pixels with y = 1 receive on top
+        return (background - foreground * y) * (sigmoid(logits) * sigmoid(-logits))
 
     def sums(self, x):
         """Return the sums over x (N, H, W, C) that a Dice fraction is made of, in float64 or complex128."""
@@ -74,13 +85,13 @@ class BCEWithLogitsLoss(Layer):
     """
 
     def forward(self, logits, target):
-        """Return L. Raises ValueError if logits and target, both (N, H, W, C), differ in shape."""
-        check_shapes(logits, target)
-        xp, y = get_array_module(logits), target.astype(logits.dtype, copy=False)
+        """Return L. Raises ValueError unless logits and target, both (N, H, W, C), fit; see `checked`."""
+        y, doubt = checked(logits, target)
+        xp = get_array_module(logits)
         positive = xp.maximum(logits, 0)
         softplus = positive + xp.log1p(xp.exp(logits - 2 * positive))    # x − 2·max(x, 0) is −|x|
         self.keep(logits, y)
-        return (softplus - logits * y).mean(dtype=xp.result_type(logits.dtype, 'float64'))
+        return doubt + (softplus - logits * y).mean(dtype=xp.result_type(logits.dtype, 'float64'))
 
     def backward(self):
         """Return ∂L/∂logits, (N, H, W, C): as ln(1 + eˣ) has the derivative σ(x), a pixel receives (p − y) / number."""
@@ -89,14 +100,17 @@ class BCEWithLogitsLoss(Layer):
 
 
 class WeightedSum(Layer):
-    """A weighted sum of losses: `WeightedSum([(1.0, DiceLoss()), (0.5, BCEWithLogitsLoss())])`."""
+    """A weighted sum of losses: `WeightedSum([(1.0, DiceLoss()), (0.5, BCEWithLogitsLoss())])`. The weights are finite numbers."""
 
     def __init__(self, weighted_losses):
         super().__init__()
-        self.weights = [weight for weight, _ in weighted_losses]
+        # As Python's floats: a number of NumPy's would turn float32 gradients, and so all of backward, into float64.
+        self.weights = [float(weight) for weight, _ in weighted_losses]
         self.children = {str(i): loss for i, (_, loss) in enumerate(weighted_losses)}
         if not self.children:
             raise ValueError('a weighted sum of losses needs at least one pair (weight, loss)')
+        if not all(map(math.isfinite, self.weights)):
+            raise ValueError(f'the weights of the losses are {self.weights}; expected finite numbers')
 
     def forward(self, logits, target):
         """Return Σ weight · loss from logits and target, both (N, H, W, C)."""
@@ -107,7 +121,25 @@ class WeightedSum(Layer):
         return sum(weight * loss.backward() for weight, loss in zip(self.weights, self.children.values()))
 
 
-def check_shapes(logits, target):
-    """Raise ValueError unless the shapes are equal: broadcasting would compare the wrong pixels in silence."""
-    if logits.shape != target.shape:
-        raise ValueError(f'logits {logits.shape} and target {target.shape} differ in shape; both must be (N, H, W, C)')
+def checked(logits, target):
+    """Return (y, doubt): the target in the dtype of the logits, and a number to add to the loss, 0, or NaN on a GPU for a bad target.
+
+    Raises ValueError unless logits are floating-point and target numbers, of one shape (N, H, W, C) with at least one pixel
+    (broadcasting would compare the wrong pixels in silence), and, on the CPU, unless the target lies in [0, 1]. Both may be complex,
+    for the complex step.
+    """
+    if logits.shape != target.shape or logits.ndim != 4 or logits.size == 0:
+        raise ValueError(f'logits {logits.shape} and target {target.shape} differ in shape, or are no images; both must be '
+                         '(N, H, W, C) with at least one pixel')
+    if logits.dtype.kind not in 'fc' or target.dtype.kind not in 'buifc':
+        raise ValueError(f'logits are {logits.dtype} and target is {target.dtype}; expected floating-point logits, and a target of '
+                         'numbers')
+    y, doubt = target.astype(logits.dtype, copy=False), 0.0
+    if target.dtype.kind != 'b':
+        xp, low, high = get_array_module(target), target.real.min(), target.real.max()
+        if xp is not numpy:
+            doubt = xp.where((low >= 0) & (high <= 1), 0.0, math.nan)
+        elif not (low >= 0 and high <= 1):                               # also for NaN
+            raise ValueError(f'the target holds values from {low} to {high}; expected 0 for background to 1 for foreground: '
+                             'divide a mask of 0 and 255 by 255')
+    return y, doubt

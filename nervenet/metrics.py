@@ -37,6 +37,24 @@ def ratio(numerator, denominator):
     return numpy.where(empty, 1.0, numerator / numpy.where(empty, 1.0, denominator))
 
 
+def foreground(target):
+    """Return (y, doubt): where `target`, of any shape and dtype, is foreground, bool; and 0, or NaN on a GPU if it is no mask.
+
+    A mask is 0 for background and 1 for foreground or, as files have it, 255. On the CPU, anything else raises ValueError.
+    """
+    if target.dtype.kind == 'b' or target.size == 0:
+        return target != 0, 0.0
+    xp, y, value = get_array_module(target), target != 0, target.max()
+    is_mask = (target == y * value).all() & ((value == 0) | (value == 1) | (value == 255))
+    if xp is not numpy:
+        return y, xp.where(is_mask, 0.0, numpy.nan)
+    if not is_mask:
+        values = ', '.join(map(str, numpy.unique(target)[:5].tolist()))
+        raise ValueError(f'the target holds the values {values}…; expected 0 and 1, or 0 and 255: a score needs a mask, cut soft '
+                         'targets at a threshold')
+    return y, 0.0
+
+
 class SegmentationScores:
     """Scores over a whole part of the data, from batches that come one after another.
 
@@ -56,16 +74,27 @@ class SegmentationScores:
         self.counts = []                                        # one (6, N, C) float64 array per batch
 
     def update(self, probabilities, target):
-        """Count one batch: probabilities in [0, 1] and target 0 or 1, both (N, H, W, C) of any dtype, on one device.
+        """Count one batch: probabilities in [0, 1] of any dtype, and target as `foreground` takes it, both (N, H, W, C), on one device.
 
-        Raises ValueError if the two differ in shape.
+        A batch without a pixel counts for nothing. Raises ValueError if the two differ in shape or hold other values; on a GPU,
+        where to look would be to wait, all scores then are NaN. So are those of an image with a probability of NaN.
         """
-        if probabilities.shape != target.shape:
-            raise ValueError(f'probabilities {probabilities.shape} and target {target.shape} differ in shape')
-        xp = get_array_module(probabilities)
-        p, y, m = probabilities, target != 0, probabilities > self.threshold
+        p, xp = probabilities, get_array_module(probabilities)
+        if p.shape != target.shape or p.ndim != 4:
+            raise ValueError(f'probabilities {p.shape} and target {target.shape} differ in shape, or are not (N, H, W, C)')
+        y, doubt = foreground(target)
+        if p.size == 0:
+            return
+        low, high = p.min(), p.max()
+        if xp is not numpy:
+            doubt = doubt + xp.where((low < 0) | (high > 1), numpy.nan, 0.0)
+        elif low < 0 or high > 1:
+            raise ValueError(f'the probabilities lie from {low} to {high}; expected 0 to 1. Take the sigmoid of logits, and divide '
+                             'masks of 0 and 255 by 255')
+        m = p > self.threshold
         counted = p * y, p, m & y, m, y, xp.ones_like(y)        # the order in which compute takes them apart
-        self.counts.append(xp.stack([pixels.sum(axis=(1, 2), dtype='float64') for pixels in counted]))
+        counts = xp.stack([pixels.sum(axis=(1, 2), dtype='float64') for pixels in counted])      # (6, N, C)
+        self.counts.append(counts + 0 * counts[1] + doubt)      # Σp, NaN if one p is, makes all counts of its image so
 
     def compute(self):
         """Return the scores of everything counted so far: a dict of name → float.
@@ -115,8 +144,16 @@ class Baselines:
         self.total, self.images = 0, 0
 
     def update(self, target):
-        """Count one batch of training masks, 0 or 1, (N, H, W, C). Raises ValueError unless all have one size."""
-        batch = (target != 0).sum(axis=0, dtype='float64')                                       # (H, W, C)
+        """Count one batch of training masks, (N, H, W, C), as `foreground` takes them. Raises ValueError unless all have one size.
+
+        A batch without a pixel counts for nothing.
+        """
+        if target.ndim != 4:
+            raise ValueError(f'masks have the shape {target.shape}; expected (N, H, W, C)')
+        y, doubt = foreground(target)
+        if target.size == 0:
+            return
+        batch = y.sum(axis=0, dtype='float64') + doubt                                           # (H, W, C)
         if self.images and batch.shape != self.total.shape:
             raise ValueError(f'masks of {batch.shape} and {self.total.shape} (height, width, channels) have no mean; '
                              'resize them to one size')
@@ -132,6 +169,8 @@ class Baselines:
         """
         if not self.images:
             raise ValueError('there is no mean training mask: no mask was counted')
+        if numpy.isnan(to_cpu(self.total)).any():
+            raise ValueError('there is no mean training mask: masks held other values than 0 and 1, or 0 and 255')
         xp = get_array_module(self.total)
         q = self.total / self.images                                                             # (H, W, C)
         descending = xp.sort(q.reshape(-1, q.shape[2]), axis=0)[::-1]                            # (H·W, C)

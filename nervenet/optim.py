@@ -13,6 +13,9 @@ far:
 updated in place, so build the optimizer after `model.to(device)`, which replaces them. An optimizer only reads the
 gradients.
 
+A copy of an optimizer (`copy.deepcopy`, `pickle`) has parameters of its own, and steps those. To get a model and the
+optimizer of its parameters, copy both at once: `model, optimizer = copy.deepcopy((model, optimizer))`.
+
 In the equations, η is the learning rate, λ the weight decay, ← an update in place; all of it is element by element.
 """
 
@@ -39,33 +42,37 @@ class Optimizer:
     def __init__(self, parameters, learning_rate, weight_decay):
         if not parameters:
             raise ValueError('there are no parameters to optimize')
-        self.parameters, self.learning_rate, self.weight_decay = parameters, learning_rate, weight_decay
-        check_range('learning_rate', learning_rate, math.inf)
-        check_range('weight_decay', weight_decay, math.inf)
-        self.steps = 0
-        self.xp = get_array_module(*parameters.values())
-        self.joined, self.state = {}, {}
-        for average in self.averages:
-            if self.xp is numpy:
-                self.state[average] = {name: numpy.zeros_like(w) for name, w in parameters.items()}
-            else:
-                self.joined[average] = self.join(map(self.xp.zeros_like, parameters.values()))
-                self.state[average] = self.parted(self.joined[average])
+        self.parameters, self.steps = parameters, 0
+        self.learning_rate = in_range('learning_rate', learning_rate, math.inf)
+        self.weight_decay = in_range('weight_decay', weight_decay, math.inf)
+        self.state = {average: self.zeros() for average in self.averages}
+
+    @property
+    def xp(self):
+        """The array module of the parameters."""
+        return get_array_module(*self.parameters.values())
 
     def step(self, gradients):
-        """Update every parameter from the gradient of its name. Raises ValueError if names or shapes do not match.
+        """Update every parameter from the gradient of its name.
+
+        Raises ValueError, and changes nothing, unless names, shapes and dtypes match and the learning rate is a finite number.
 
         To start an operation on a GPU takes longer than the operation itself takes on most parameters, and the rules are element by
         element. So there all parameters are one vector for the time of the step, and its running averages always are one.
         """
         check_match(self.parameters, gradients, 'gradient', 'the parameters')
+        for name, w in self.parameters.items():
+            if gradients[name].dtype != w.dtype:
+                raise ValueError(f'the gradient of {name} is {gradients[name].dtype} and the parameter {w.dtype}; was a loss, or the '
+                                 'input of the model, of another dtype than the model?')
+        self.learning_rate = in_range('learning_rate', self.learning_rate, math.inf)
         self.steps += 1
         if self.xp is numpy:
             for name, w in self.parameters.items():
                 self.advance(w, gradients[name], *(self.state[average][name] for average in self.averages))
             return
         joined = self.join(self.parameters.values())
-        self.advance(joined, self.join(gradients[name] for name in self.parameters), *self.joined.values())
+        self.advance(joined, self.join(gradients[name] for name in self.parameters), *self.state.values())
         for name, w in self.parted(joined).items():
             self.parameters[name][...] = w
 
@@ -73,6 +80,11 @@ class Optimizer:
         """Move `w` in place, given its gradient and its running averages, all of one shape."""
         g = self.decayed(w, g, empty(w.shape, w))
         self.update(w, g, *averages, scratch=empty(w.shape, w))
+
+    def zeros(self):
+        """Return what one running average starts as: {name: zeros}, or, on a GPU, one vector for all parameters."""
+        zeros = {name: self.xp.zeros_like(w) for name, w in self.parameters.items()}
+        return zeros if self.xp is numpy else self.join(zeros.values())
 
     def join(self, arrays):
         """Return one vector of all values of `arrays`, which are in the order of the parameters."""
@@ -107,8 +119,9 @@ class Optimizer:
         return {'steps': self.steps} | self.arrays()
 
     def arrays(self):
-        """Return the running averages under flat names."""
-        return {f'{average}.{name}': array for average, arrays in self.state.items() for name, array in arrays.items()}
+        """Return the running averages under flat names, as views."""
+        parted = self.state if self.xp is numpy else {average: self.parted(vector) for average, vector in self.state.items()}
+        return {f'{average}.{name}': array for average, arrays in parted.items() for name, array in arrays.items()}
 
     def load_state_dict(self, state):
         """Copy `state`, as `state_dict` returns it, into this optimizer.
@@ -139,10 +152,9 @@ class SGD(Optimizer):
 
     def __init__(self, parameters, learning_rate, momentum=0.0, nesterov=False, weight_decay=0.0):
         super().__init__(parameters, learning_rate, weight_decay)
-        check_range('momentum', momentum, 1)
+        self.momentum, self.nesterov = in_range('momentum', momentum, 1), nesterov
         if nesterov and momentum == 0:
             raise ValueError('nesterov needs a momentum above 0')
-        self.momentum, self.nesterov = momentum, nesterov
 
     def update(self, w, g, v, scratch):
         xp = get_array_module(w)
@@ -152,7 +164,7 @@ class SGD(Optimizer):
             xp.multiply(v, self.momentum, out=scratch)
             scratch += g
         step = scratch if self.nesterov else v
-        w -= xp.multiply(step, float(self.learning_rate), out=scratch)
+        w -= xp.multiply(step, self.learning_rate, out=scratch)
 
 
 class Adam(Optimizer):
@@ -171,17 +183,16 @@ class Adam(Optimizer):
 
     def __init__(self, parameters, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         super().__init__(parameters, learning_rate, weight_decay)
-        check_range('betas[0]', betas[0], 1)
-        check_range('betas[1]', betas[1], 1)
-        if not eps > 0:
-            raise ValueError(f'eps is {eps}; it must be positive, or a gradient of 0 would divide 0 by 0')
-        self.betas, self.eps = betas, eps
+        self.betas = in_range('betas[0]', betas[0], 1), in_range('betas[1]', betas[1], 1)
+        self.eps = in_range('eps', eps, math.inf)
+        if eps == 0:
+            raise ValueError('eps is 0; it must be positive, or a gradient of 0 would divide 0 by 0')
 
     def update(self, w, g, m, v, scratch):
         xp = get_array_module(w)
         beta1, beta2 = self.betas
         correction1, correction2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
-        eta, eps = float(self.learning_rate) * correction2 / correction1, self.eps * correction2
+        eta, eps = self.learning_rate * correction2 / correction1, self.eps * correction2
         if kernels.can_compute(w, g, m, v):
             kernels.adam(w, g, m, v, self.betas, eta, eps)
             return
@@ -213,7 +224,7 @@ class AdamW(Adam):
 
     def decayed(self, w, g, scratch):
         """Shrink w, and return g as it is."""
-        w *= 1 - float(self.learning_rate) * self.weight_decay
+        w *= 1 - self.learning_rate * self.weight_decay
         return g
 
 
@@ -222,10 +233,14 @@ def clip_gradients(gradients, max_norm):
 
     The norm √Σg² runs over all elements of all arrays and accumulates in float64. One factor for all keeps the
     direction of the step (Pascanu, Mikolov & Bengio 2013, Algorithm 1). The norm is a 0-d value on the device of the
-    gradients, and the factor stays there too: nothing waits. Raises ValueError if `max_norm` is not positive.
+    gradients, and the factor stays there too: nothing waits. Raises ValueError unless `max_norm` is a positive number.
+
+    A NaN among the gradients makes all of them NaN, and an infinite one is NaN afterwards and all others are 0: no factor would be
+    right. The norm that is returned shows it, NaN or ∞, and so does the loss of the next batch.
     """
-    if not max_norm > 0:
-        raise ValueError(f'max_norm is {max_norm}; it must be positive')
+    if not 0 < max_norm < math.inf:
+        raise ValueError(f'max_norm is {max_norm}; expected a positive number')
+    max_norm = float(max_norm)
     xp = get_array_module(*gradients.values())
     norm = xp.sqrt(sum(xp.square(g, dtype='float64').sum() for g in gradients.values()))
     factor = max_norm / xp.maximum(norm, max_norm)    # 1 for a small norm, and no division by a norm of 0
@@ -243,9 +258,7 @@ class ConstantSchedule:
     """
 
     def __init__(self, base, warmup_steps=0):
-        check_range('base', base, math.inf)
-        check_range('warmup_steps', warmup_steps, math.inf)
-        self.base, self.warmup_steps = base, warmup_steps
+        self.base, self.warmup_steps = in_range('base', base, math.inf), in_range('warmup_steps', warmup_steps, math.inf)
 
     def __call__(self, step):
         if step < self.warmup_steps:
@@ -264,10 +277,9 @@ class CosineSchedule(ConstantSchedule):
 
     def __init__(self, base, total_steps, warmup_steps=0, final=0.0):
         super().__init__(base, warmup_steps)
-        check_range('final', final, math.inf)
+        self.final, self.total_steps = in_range('final', final, math.inf), in_range('total_steps', total_steps, math.inf)
         if not total_steps > warmup_steps:
             raise ValueError(f'total_steps is {total_steps}; it must be above warmup_steps, which is {warmup_steps}')
-        self.total_steps, self.final = total_steps, final
 
     def __call__(self, step):
         if step < self.warmup_steps:
@@ -276,8 +288,11 @@ class CosineSchedule(ConstantSchedule):
         return self.final + (self.base - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def check_range(name, value, end):
-    """Raise ValueError unless 0 ≤ value < end."""
+def in_range(name, value, end):
+    """Return the number as a Python float. Raises ValueError unless 0 ≤ value < end.
+
+    A number of NumPy's, as a search over a grid gives it, would turn float32 arrays into float64 where it meets them.
+    """
     if not 0 <= value < end:
         raise ValueError(f'{name} is {value}; expected a number from 0 up to, not including, {end}')
-
+    return float(value)

@@ -132,6 +132,68 @@ def test_different_shapes_are_refused_with_both_shapes(name):
 
 
 @pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('value', [255, 1.0001, -0.0001, -1, math.nan, math.inf])
+def test_targets_outside_zero_to_one_are_refused_and_on_a_device_make_the_loss_nan(name, value, xp):
+    logits, target = numpy.zeros((2, 3, 4, 1), 'float32'), numpy.zeros((2, 3, 4, 1), 'float32' if value != 255 else 'uint8')
+    target[1, 2, 3, 0] = value
+    loss = LOSSES[name]()
+    if xp is numpy:
+        with pytest.raises(ValueError, match='target holds values from .* to .*divide a mask of 0 and 255 by 255'):
+            loss.forward(logits, target)
+        assert all(part.cache is None for _, part in loss.layers())
+    else:
+        with numpy.errstate(invalid='ignore'):
+            assert numpy.isnan(backend.to_cpu(loss.forward(xp.asarray(logits), xp.asarray(target))))
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_soft_targets_and_bool_and_whole_numbers_are_taken(name, xp):
+    logits = xp.asarray(numpy.linspace(-2, 2, 24).reshape(2, 3, 4, 1))
+    for target in (numpy.linspace(0, 1, 24), numpy.arange(24) % 2 == 0, numpy.arange(24) % 2, numpy.ones(24, 'uint8')):
+        value = LOSSES[name]().forward(logits, xp.asarray(target.reshape(2, 3, 4, 1)))
+        assert numpy.isfinite(backend.to_cpu(value))
+        assert backend.to_cpu(value) == backend.to_cpu(LOSSES[name]().forward(logits, xp.asarray(target.reshape(2, 3, 4, 1) * 1.0)))
+
+
+@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('shape', [(3, 4), (2, 3, 4), (0, 3, 4, 1), (2, 3, 0, 1), (1, 2, 3, 4, 1)])
+def test_what_is_no_batch_of_images_is_refused(name, shape):
+    with pytest.raises(ValueError, match='must be .N, H, W, C. with at least one pixel'):
+        LOSSES[name]().forward(numpy.zeros(shape), numpy.zeros(shape))
+
+
+@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('logits, target', [('uint8', 'float32'), ('int64', 'bool'), ('bool', 'bool'), ('float32', 'U1'), ('float32', 'O')])
+def test_logits_that_are_no_floating_point_numbers_and_targets_that_are_no_numbers_are_refused(name, logits, target):
+    with pytest.raises(ValueError, match='expected floating-point logits, and a target of numbers'):
+        LOSSES[name]().forward(numpy.zeros((1, 2, 2, 1), logits), numpy.zeros((1, 2, 2, 1), target))
+
+
+@pytest.mark.parametrize('number', [numpy.float64, numpy.float32, numpy.array])
+def test_gradients_keep_the_dtype_of_the_logits_though_weights_and_smooth_are_numbers_of_numpy(number, xp, rng):
+    logits, target = rng.standard_normal((2, 3, 4, 1)), (rng.random((2, 3, 4, 1)) < 0.3)
+    for dtype in 'float32', 'float64':
+        results = []
+        for kind in float, number:
+            dice, per_image = DiceLoss(smooth=kind(0.5)), DiceLoss(smooth=kind(0.25), per_image=True)
+            loss = WeightedSum([(kind(0.5), dice), (kind(2.0), BCEWithLogitsLoss()), (kind(0.25), WeightedSum([(kind(2.0), per_image)]))])
+            value = loss.forward(xp.asarray(logits.astype(dtype)), xp.asarray(target.astype('float64')))
+            dlogits = loss.backward()
+            assert value.dtype == 'float64' and value.shape == () and dlogits.dtype == dtype
+            results.append((backend.to_cpu(value), backend.to_cpu(dlogits)))
+        assert results[0][0] == results[1][0] and numpy.array_equal(results[0][1], results[1][1])
+
+
+def test_dice_smooth_is_one_by_default():
+    y = pixels([1, 0, 0], [0, 0, 0])
+    for per_image in False, True:
+        assert DiceLoss().smooth == 1.0
+        assert DiceLoss(per_image=per_image).forward(logit(0.5 * y + 0.25), y) == DiceLoss(1.0, per_image).forward(logit(0.5 * y + 0.25), y)
+    # Σpy = 0.75, Σp = 0.75 + 5 · 0.25 = 2, Σy = 1
+    assert DiceLoss().forward(logit(0.5 * y + 0.25), y) == pytest.approx(-(2 * 0.75 + 1) / (2 + 1 + 1))
+
+
+@pytest.mark.parametrize('name', LOSSES)
 def test_each_forward_serves_one_backward_and_the_cache_is_freed(name, rng):
     loss = LOSSES[name]()
     with pytest.raises(RuntimeError, match='forward first'):
@@ -145,7 +207,9 @@ def test_each_forward_serves_one_backward_and_the_cache_is_freed(name, rng):
 
 @pytest.mark.parametrize('make, message', [
     (lambda: DiceLoss(smooth=0), 'smooth is 0'), (lambda: DiceLoss(smooth=-1), 'smooth is -1'),
-    (lambda: DiceLoss(smooth=math.nan), 'smooth is nan'), (lambda: WeightedSum([]), 'at least one')])
+    (lambda: DiceLoss(smooth=math.nan), 'smooth is nan'), (lambda: DiceLoss(smooth=math.inf), 'smooth is inf'),
+    (lambda: WeightedSum([]), 'at least one'), (lambda: WeightedSum([(math.nan, DiceLoss())]), r'weights .* \[nan\]; expected finite'),
+    (lambda: WeightedSum([(1, DiceLoss()), (math.inf, DiceLoss())]), r'\[1.0, inf\]; expected finite')])
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

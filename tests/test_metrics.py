@@ -119,6 +119,87 @@ def test_scores_refuse_what_cannot_be_scored():
             SegmentationScores(threshold)
 
 
+@pytest.mark.parametrize('values', [(0, 0.3), (0, 2), (-1, 0), (1, 255), (0, 254), (numpy.nan, 0), (0, 1e-3)])
+def test_targets_that_are_no_masks_are_refused_and_on_a_device_make_the_scores_nan(values, xp):
+    target, p = images(values, [0, 0]), images([0.0, 1.0], [0, 1])
+    if xp is numpy:
+        for count in lambda: score(p, target), lambda: mean_mask(target):
+            with pytest.raises(ValueError, match='target holds the values .*; expected 0 and 1, or 0 and 255'):
+                count()
+        return
+    scores = score(xp.asarray(p), xp.asarray(target))
+    assert numpy.isnan(list(scores.values())).all()
+    with pytest.raises(ValueError, match='other values than 0 and 1'):
+        mean_mask(xp.asarray(target))
+
+
+@pytest.mark.parametrize('values', [(0, 1.01), (-0.01, 1), (0, numpy.inf), (-numpy.inf, 0)])
+def test_probabilities_out_of_range_are_refused_and_on_a_device_make_the_scores_nan(values, xp):
+    p, target = images(values, [0, 0]), images([0, 1], [0, 1])
+    if xp is numpy:
+        with pytest.raises(ValueError, match=f'probabilities lie from {float(min(values))} to {float(max(values))}; expected 0 to 1'):
+            score(p, target)
+    else:
+        with numpy.errstate(invalid='ignore'):
+            assert numpy.isnan(list(score(xp.asarray(p), xp.asarray(target)).values())).all()
+    with pytest.raises(ValueError, match='probabilities lie from 0 to 255'):
+        score((images([0, 1]) * 255).astype('uint8'), images([0, 1]))
+
+
+def test_predicted_masks_of_whole_numbers_score_as_their_probabilities_do(rng):
+    p, y = rng.random((3, 5, 4, 1)) < 0.4, rng.random((3, 5, 4, 1)) < 0.3
+    for dtype in 'uint8', 'int64', 'float32', 'float64':
+        assert score(p.astype(dtype), y) == score(p, y)
+
+
+def test_an_image_with_a_probability_of_nan_has_no_score(xp):
+    p, y = images([0.9, 0.2, numpy.nan], [0.9, 0.8, 0.1]), images([1, 0, 0], [1, 1, 1])
+    scores = SegmentationScores()
+    scores.update(xp.asarray(p), xp.asarray(y))
+    assert numpy.isnan(list(scores.compute().values())).all()
+    dice = scores.dice_of_images()
+    assert numpy.isnan(dice[0]) and dice[1] == pytest.approx(2 * 2 / (2 + 3))
+
+
+def test_batches_without_a_pixel_count_for_nothing(xp):
+    p, y = images([0.9, 0.2, 0.7], [0.9, 0.8, 0.1]), images([1, 0, 0], [1, 1, 1])
+    scores, baselines = SegmentationScores(), Baselines()
+    for empty in ((0, 1, 3, 1), (2, 0, 3, 1), (0, 7, 7, 2)):
+        scores.update(xp.asarray(numpy.zeros(empty)), xp.asarray(numpy.zeros(empty, 'uint8')))
+        baselines.update(xp.asarray(numpy.zeros(empty)))
+    with pytest.raises(ValueError, match='nothing to score'):
+        scores.compute()
+    with pytest.raises(ValueError, match='no mask was counted'):
+        baselines.mean_mask()
+    scores.update(xp.asarray(p), xp.asarray(y))
+    scores.update(xp.asarray(p[:0]), xp.asarray(y[:0]))
+    baselines.update(xp.asarray(y))
+    baselines.update(xp.asarray(y[:0]))
+    assert scores.compute() == score(p, y) and baselines.images == 2
+    assert numpy.array_equal(backend.to_cpu(baselines.mean_mask()), mean_mask(y))
+    assert baselines.compute([xp.asarray(y[:0]), xp.asarray(y)]) == baselines.compute([xp.asarray(y)])
+
+
+def test_dice_of_images_is_the_hard_dice_of_each_and_means_over_all_channels(rng):
+    p, y = rng.random((4, 5, 6, 3)), rng.random((4, 5, 6, 3)) < [0.1, 0.5, 0.9]
+    scores = SegmentationScores()
+    for part in slice(0, 1), slice(1, 4):
+        scores.update(p[part], y[part])
+    m = p > 0.5
+    by_hand = [[2 * (m[n, ..., c] & y[n, ..., c]).sum() / (m[n, ..., c].sum() + y[n, ..., c].sum()) for c in range(3)] for n in range(4)]
+    assert scores.dice_of_images() == pytest.approx(numpy.mean(by_hand, axis=1))
+    assert scores.compute()['dice_per_image'] == pytest.approx(numpy.mean(by_hand))
+    assert numpy.ptp(by_hand, axis=1).min() > 0.1                       # so that no channel stands for the others
+
+
+def test_what_is_no_batch_of_images_is_refused():
+    for shape in (3, 4), (2, 3, 4):
+        with pytest.raises(ValueError, match=r'not \(N, H, W, C\)'):
+            score(numpy.zeros(shape), numpy.zeros(shape))
+        with pytest.raises(ValueError, match=r'expected \(N, H, W, C\)'):
+            mean_mask(numpy.zeros(shape))
+
+
 def test_mean_mask_is_the_best_set_of_pixels_for_its_own_masks(rng):
     """Compared with every one of the 2⁸ masks, by pooled Dice over the training masks."""
     for _ in range(6):

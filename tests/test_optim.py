@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 import tracemalloc
 
 import numpy
@@ -21,7 +23,7 @@ def walk(make, gradients, start=1.0):
     parameters, values = {'w': numpy.array([start])}, []
     optimizer = make(parameters)
     for gradient in gradients:
-        optimizer.step({'w': numpy.array([gradient])})
+        optimizer.step({'w': numpy.array([gradient], float)})
         values.append(parameters['w'][0])
     return values
 
@@ -193,6 +195,88 @@ def test_gradients_that_do_not_match_are_refused_and_nothing_moves(rng):
     assert optimizer.steps == 0 and all(numpy.array_equal(parameters[key], before[key]) for key in before)
 
 
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_gradients_of_another_dtype_are_refused_and_nothing_moves(name, xp, rng):
+    parameters, (gradients,) = parameters_and_gradients(rng)
+    parameters, gradients = ({key: xp.asarray(value) for key, value in arrays.items()} for arrays in (parameters, gradients))
+    optimizer = OPTIMIZERS[name](parameters)
+    optimizer.step(gradients)
+    before = {key: backend.to_cpu(value).copy() for key, value in (parameters | optimizer.arrays()).items()}
+    for dtype in 'float64', 'float16', 'complex64', 'int32':
+        with pytest.raises(ValueError, match=f'gradient of a.bias is {dtype} and the parameter float32'):
+            optimizer.step(gradients | {'a.bias': gradients['a.bias'].astype(dtype)})
+    assert optimizer.steps == 1
+    for key, value in (parameters | optimizer.arrays()).items():
+        assert numpy.array_equal(backend.to_cpu(value), before[key])
+
+
+@pytest.mark.parametrize('rate', [math.nan, math.inf, -0.1])
+def test_a_learning_rate_that_is_no_rate_is_refused_before_anything_moves(rate, rng):
+    for make in OPTIMIZERS.values():
+        parameters, (gradients,) = parameters_and_gradients(rng)
+        before = {key: value.copy() for key, value in parameters.items()}
+        optimizer = make(parameters)
+        optimizer.learning_rate = rate
+        with pytest.raises(ValueError, match='learning_rate is'):
+            optimizer.step(gradients)
+        assert optimizer.steps == 0 and all(numpy.array_equal(parameters[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize('number', [numpy.float64, numpy.float32, numpy.array])
+def test_hyperparameters_that_are_numbers_of_numpy_give_the_very_steps_of_pythons(number, xp):
+    """In float32 throughout: with numbers of NumPy, float32 arrays become float64 where they meet, and are rounded twice."""
+    makers = {
+        'SGD': lambda p, n: SGD(p, n(0.125), momentum=n(0.75), nesterov=True, weight_decay=n(0.25)),
+        'Adam': lambda p, n: Adam(p, n(0.125), betas=(n(0.75), n(0.875)), eps=n(0.25), weight_decay=n(0.5)),
+        'AdamW': lambda p, n: AdamW(p, n(0.125), betas=(n(0.75), n(0.875)), eps=n(0.25), weight_decay=n(0.5))}
+    for name, make in makers.items():
+        results = []
+        for kind in float, number:
+            host, sequence = parameters_and_gradients(numpy.random.default_rng(5), steps=3)
+            parameters = {key: xp.asarray(value) for key, value in host.items()}
+            optimizer = make(parameters, kind)
+            for key, value in vars(optimizer).items():
+                if key not in ('parameters', 'state'):
+                    assert all(type(part) in (float, int, bool) for part in (value if isinstance(value, tuple) else [value])), key
+            for gradients in sequence:
+                gradients = {key: xp.asarray(value) for key, value in gradients.items()}
+                clip_gradients(gradients, kind(2.0))
+                assert all(value.dtype == 'float32' for value in gradients.values())
+                optimizer.learning_rate = CosineSchedule(kind(0.5), kind(8), kind(1), kind(0.25))(optimizer.steps)
+                assert type(optimizer.learning_rate) is float
+                optimizer.learning_rate = kind(0.5 / 2**optimizer.steps)
+                optimizer.step(gradients)
+            assert all(value.dtype == 'float32' for value in parameters.values())
+            results.append({key: backend.to_cpu(value) for key, value in parameters.items()})
+        assert all(numpy.array_equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=['deepcopy', 'pickle'])
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_a_copy_of_an_optimizer_is_independent_and_goes_on_as_the_original_does(name, copied, xp, rng):
+    parameters, sequence = parameters_and_gradients(rng, steps=4)
+    parameters = {key: xp.asarray(value) for key, value in parameters.items()}
+    sequence = [{key: xp.asarray(value) for key, value in gradients.items()} for gradients in sequence]
+    optimizer = OPTIMIZERS[name](parameters)
+    for gradients in sequence[:2]:
+        optimizer.step(gradients)
+    alone = copied(optimizer)
+    arrays, both = copied((parameters, optimizer))                      # as a model and its optimizer: they stay together
+    assert all(both.parameters[key] is arrays[key] for key in arrays)
+    before = {key: backend.to_cpu(value).copy() for key, value in (parameters | optimizer.arrays()).items()}
+    for gradients in sequence[2:]:
+        alone.step(gradients)
+        both.step(gradients)
+    assert optimizer.steps == 2 and alone.steps == both.steps == 4
+    for key, value in (parameters | optimizer.arrays()).items():
+        assert numpy.array_equal(backend.to_cpu(value), before[key])
+    for gradients in sequence[2:]:
+        optimizer.step(gradients)
+    for other in alone, both:
+        for key, value in (optimizer.parameters | optimizer.arrays()).items():
+            assert numpy.array_equal(backend.to_cpu(value), backend.to_cpu((other.parameters | other.arrays())[key]))
+
+
 def test_every_optimizer_finds_the_minimum_of_a_stretched_bowl():
     for make in (lambda p: SGD(p, 0.01), lambda p: SGD(p, 0.01, momentum=0.9),
                  lambda p: SGD(p, 0.01, momentum=0.9, nesterov=True), lambda p: Adam(p, 0.05),
@@ -228,6 +312,35 @@ def test_clipping_leaves_zero_gradients_alone_and_counts_in_double_precision():
     assert gradients['a'] == pytest.approx(math.sqrt(0.5))
 
 
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_clipping_shows_gradients_that_are_not_finite(bad, xp):
+    gradients = {'a': xp.asarray(numpy.array([3.0, bad], 'float32')), 'b': xp.asarray(numpy.array([-4.0], 'float32'))}
+    with numpy.errstate(invalid='ignore'):
+        norm = backend.to_cpu(clip_gradients(gradients, 1.0))
+    assert numpy.array_equal(norm, bad, equal_nan=True)
+    rest = [backend.to_cpu(gradients['a'])[0], backend.to_cpu(gradients['b'])[0]]
+    assert numpy.isnan(backend.to_cpu(gradients['a'])[1]) and (numpy.isnan(rest).all() if math.isnan(bad) else rest == [0, 0])
+
+
+def test_the_norm_is_that_of_all_gradients_together_and_bounds_the_step():
+    """Each array alone is within the bound; of plain SGD, the step is as long as the clipped gradient times the rate."""
+    parameters = {'a': numpy.zeros(3), 'b': numpy.zeros((2, 2))}
+    gradients = {'a': numpy.full(3, 0.5), 'b': numpy.full((2, 2), -0.5)}
+    assert clip_gradients(gradients, 1.0) == pytest.approx(math.sqrt(7) / 2)
+    assert sum((g * g).sum() for g in gradients.values()) == pytest.approx(1)
+    SGD(parameters, 0.25).step(gradients)
+    assert math.sqrt(sum((w * w).sum() for w in parameters.values())) == pytest.approx(0.25)
+
+
+def test_schedules_say_the_rate_of_the_step_that_follows_exactly():
+    """A step early or late shows at each edge: first step, end of the warm-up, last step."""
+    assert [ConstantSchedule(1.0, 2)(step) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    schedule = CosineSchedule(1.0, total_steps=6, warmup_steps=2, final=0.0)
+    values = [0.5, 1.0, 1.0, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 - 0.5 * math.cos(math.pi / 4), 0.0, 0.0]
+    assert [schedule(step) for step in range(8)] == pytest.approx(values, abs=1e-15)
+    assert schedule(2) == 1.0 and schedule(5) > 0 and schedule(6) == 0 and schedule(1) == 1.0
+
+
 def test_constant_schedule_by_hand():
     assert [ConstantSchedule(0.4)(step) for step in (0, 5)] == [0.4, 0.4]
     schedule = ConstantSchedule(0.4, warmup_steps=4)
@@ -247,6 +360,12 @@ def test_cosine_schedule_by_hand():
 @pytest.mark.parametrize('make, message', [
     (lambda p: SGD(p, -0.1), 'learning_rate is -0.1'), (lambda p: SGD(p, math.nan), 'learning_rate is nan'),
     (lambda p: SGD(p, 0.1, momentum=1.0), 'momentum is 1.0'),
+    (lambda p: SGD(p, math.inf), 'learning_rate is inf'), (lambda p: SGD(p, 0.1, momentum=math.nan), 'momentum is nan'),
+    (lambda p: SGD(p, 0.1, weight_decay=math.nan), 'weight_decay is nan'), (lambda p: Adam(p, betas=(0.9, math.nan)), r'betas\[1\] is nan'),
+    (lambda p: Adam(p, eps=math.nan), 'eps is nan'), (lambda p: Adam(p, eps=math.inf), 'eps is inf'), (lambda p: Adam(p, eps=-1), 'eps is -1'),
+    (lambda p: clip_gradients(p, math.nan), 'max_norm is nan'), (lambda p: clip_gradients(p, math.inf), 'max_norm is inf'),
+    (lambda p: clip_gradients(p, -1), 'max_norm is -1'), (lambda p: ConstantSchedule(math.nan), 'base is nan'),
+    (lambda p: CosineSchedule(1, math.inf), 'total_steps is inf'), (lambda p: CosineSchedule(1, math.nan), 'total_steps is nan'),
     (lambda p: SGD(p, 0.1, nesterov=True), 'needs a momentum'),
     (lambda p: SGD(p, 0.1, weight_decay=-1), 'weight_decay is -1'),
     (lambda p: Adam(p, betas=(1.0, 0.9)), r'betas\[0\] is 1.0'),

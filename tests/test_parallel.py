@@ -18,7 +18,7 @@ import numpy
 import pytest
 
 from nervenet.engine import parallel
-from nervenet.engine.parallel import one_thread_per_product, parallel_for, set_threads
+from nervenet.engine.parallel import cut, cut_images, one_thread_per_product, parallel_for, set_threads
 from nervenet.engine.pixelwise import channel_sums
 
 
@@ -230,6 +230,30 @@ def test_helpers_leave_after_many_short_calls_from_many_threads():
     assert (parallel._helpers.alive, parallel._helpers.idle, parallel._helpers.jobs.qsize()) == (0, 0, 0)
 
 
+def test_cut_covers_the_range_in_nearly_equal_parts_of_at_most_the_size():
+    for length in range(13):
+        for size in range(8):
+            parts = [range(length)[part] for part in cut(length, size)]
+            assert [index for part in parts for index in part] == list(range(length))
+            sizes = [len(part) for part in parts] or [1]
+            assert max(sizes) <= max(size, 1) and min(sizes) >= max(1, max(sizes) - 1)
+            assert len(parts) == -(-length // max(size, 1))             # no more than it takes
+
+
+def test_cut_images_gives_several_small_images_or_strips_of_one():
+    whole = slice(0, 6)
+    assert cut_images(3, 6, 12) == [(slice(0, 1), whole), (slice(1, 3), whole)]
+    assert cut_images(2, 6, 6) == [(slice(0, 1), whole), (slice(1, 2), whole)]
+    assert cut_images(2, 6, 3) == [(slice(n, n + 1), rows) for n in (0, 1) for rows in (slice(0, 3), slice(3, 6))]
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_getaffinity'), reason='this system does not say which cores a process may use')
+def test_only_cores_that_this_process_may_use_count(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {3, 5, 7})
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    assert parallel.number_of_threads() == 3
+
+
 def test_set_threads_holds_and_returns():
     available = parallel.number_of_threads()
     with set_threads(5):
@@ -376,9 +400,10 @@ def another_thread(work):
 
 def computes():
     """Say whether blocks run here, on helpers too, and leave BLAS with two threads and without a user."""
+    together = meet(2)
     with set_threads(2):
-        together = [ident for _, ident in parallel_for(range(2), meet(2))]
-    return len(set(together)) == 2 and parallel._blas_users == [] and parallel._blas.get() == 2
+        idents = {ident for ((_, ident),) in parallel_for(range(2), lambda block: parallel_for([block], together))}
+    return len(idents) == 2 and parallel._blas_users == [] and parallel._blas.get() == 2
 
 
 @needs_fork
@@ -408,6 +433,28 @@ def test_a_fork_waits_until_no_other_thread_is_in_a_block(two_blas_threads):
     with another_thread(stay):
         assert outcome_of_child(lambda: finished == [0] and computes()) == 0
     assert computes()
+
+
+@needs_fork
+def test_who_multiplies_already_can_go_on_while_a_fork_waits_for_it(two_blas_threads, monkeypatch):
+    monkeypatch.setattr(parallel, 'PATIENCE', 2)                        # after that the child would come too early
+    finished = []
+
+    def stay(started, release):
+        def work(block):
+            together.wait(10)                       # one block in the caller, one in a helper
+            started.set()
+            wait_until(lambda: parallel._forks == 1)
+            parallel_for(range(3), lambda inner: inner)
+            finished.append(block)
+
+        together = threading.Barrier(2)
+        with set_threads(2), one_thread_per_product():
+            parallel_for(range(2), work)
+            parallel_for(range(2), lambda block: finished.append(block))
+
+    with another_thread(stay):
+        assert outcome_of_child(lambda: len(finished) == 4 and computes()) == 0
 
 
 @needs_fork

@@ -67,7 +67,7 @@ def parallel_for(blocks, work):
 def cut(length, size):
     """Return slices that cover range(length) in nearly equal parts of at most `size`, at least one each."""
     parts = -(-length // max(1, size))
-    edges = [length * part // parts for part in range(parts + 1)]
+    edges = [length * part // parts for part in range(parts)] + [length]
     return [slice(start, stop) for start, stop in zip(edges, edges[1:])]
 
 
