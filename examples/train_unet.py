@@ -37,7 +37,7 @@ from nervenet.images.augment import FILL_MODES, ULTRASOUND, Augmentation, median
 from nervenet.engine.backend import select_device
 from nervenet.files import make_folder
 from nervenet.images.data import (DataError, Filtered, Loader, Reader, find_samples, holds_foreground,
-                                  intensity_statistics, is_split_by_image, split_by_subject)
+                                  intensity_statistics, split_by_subject, subject_warning)
 from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, LEAKS, CrossValidation, each_image_alone, folds_by_subject,
                                   read_split, sides, write_split)
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
@@ -53,8 +53,6 @@ LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 
           'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}
 OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
-NO_SUBJECTS = ('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on both '
-               'sides of the split and the scores are too good to be true: give --subject-pattern.')
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
 
 
@@ -192,7 +190,7 @@ def note(args, samples):
     """Return what is to be said, first of all, of scores of these samples; '' if nothing."""
     if args.leaky_split_by_image:
         return LEAKS
-    return NO_SUBJECTS if is_split_by_image(samples) else ''
+    return subject_warning(samples, args.subject_pattern)
 
 
 def choose(run, device, validation, inner, mean_training_mask):
