@@ -84,6 +84,7 @@ def pixel(text):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')         # no letter that the terminal lacks ends the work
     try:
         main()
     except KeyboardInterrupt:

@@ -23,7 +23,8 @@ from nervenet.study import figures
 from nervenet.engine.backend import select_device
 from nervenet.files import atomic_write
 from nervenet.files import make_folder, refuse_content
-from nervenet.images.data import DataError, find_samples, read_ahead, read_image, read_pair, resize_mask
+from nervenet.images.data import (DataError, find_samples, mask_oddity, oddity_warning, read_ahead, read_image, read_pair,
+                                  resize_mask, white_of)
 from nervenet.metrics import SegmentationScores
 from nervenet.study.segment import Segmenter, describe
 from nervenet.study.submission import TEST_HEADER, encode, write_submission
@@ -42,7 +43,7 @@ def main(arguments=None):
     print(f'{reason}\nmodel:    {args.model}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}\nsettings: '
           + ', '.join(f'{name} {value}' for name, value in asdict(settings).items()))
 
-    samples = [sample for path in args.input for sample in find_samples(path, masks='optional')]
+    samples = find_samples(args.input, masks='optional', tell=print)
     names = [sample.name for sample in samples]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice:
@@ -56,10 +57,10 @@ def main(arguments=None):
     if args.submission:
         make_folder(args.submission.absolute().parent, '--submission')
 
-    results, judged, failed, runs = [], [], [], []
+    results, judged, failed, runs, odd_images, odd_masks = [], [], [], [], [], []
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
     batches = [samples[start:start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
-    for batch in progress(read_ahead(partial(read_batch, mask_threshold=args.mask_threshold), batches), len(batches),
+    for batch in progress(read_ahead(partial(read_batch, mask_threshold=args.mask_threshold, white=args.white), batches), len(batches),
                           'predicting'):
         for sample, image, _, error in batch:
             if error:
@@ -71,7 +72,9 @@ def main(arguments=None):
         for (sample, image, truth), probability in zip(good, probabilities):
             mask = settings.mask(probability)
             result = {'image': sample.name, **describe(mask, probability), 'dice': ''}
+            odd_images.append((sample, segmenter.oddity(image)))
             if truth is not None:
+                odd_masks.append((sample.mask_path.name, mask_oddity(sample, truth)))
                 count(scores, mask, truth, extra)
                 judged.append(result)
             results.append(result)
@@ -95,6 +98,9 @@ def main(arguments=None):
     found = sum(result['area'] > 0 for result in results)
     print(f'{len(results)} images predicted, {found} with nerve; masks and results.csv are in {args.output}')
     print_scores(scores)
+    for said in intensity_warning(odd_images), odd_masks and oddity_warning('masks', *zip(*odd_masks)):
+        if said:
+            print(said)
     if failed:
         print(f'predict.py: {len(failed)} of {len(samples)} images skipped or not scored: {", ".join(failed[:5])}'
               + (', …' if len(failed) > 5 else ''), file=sys.stderr)
@@ -102,15 +108,25 @@ def main(arguments=None):
     return 0
 
 
-def read_batch(samples, mask_threshold):
+def intensity_warning(odd_images):
+    """Return what is to be said of [(sample, words or '')] about intensities far from those of training; '' if nothing."""
+    said = oddity_warning('images', [sample.name for sample, _ in odd_images],
+                          [oddity and f'{oddity} than those the network was trained on, so their masks may be wrong' for _, oddity in odd_images])
+    dark = next((sample for sample, oddity in odd_images if oddity), None)
+    if dark and (white := white_of(dark.image_path)):
+        said += f'\n{dark.image_path.name} uses few levels of its 16 bits: if it holds fewer bits, give --white {white}'
+    return said
+
+
+def read_batch(samples, mask_threshold, white):
     """Return [(sample, image (H, W) or None, truth (H, W) or None, error or None)]: one bad file does not stop the others."""
     batch = []
     for sample in samples:
         image = truth = error = None
         try:
-            image = read_image(sample.image_path)
+            image = read_image(sample.image_path, white)
             if sample.mask_path:
-                truth = read_pair(sample, mask_threshold)[1]
+                truth = read_pair(sample, mask_threshold, white)[1]
         except DataError as problem:
             error = problem
         batch.append((sample, image, truth, error))
@@ -156,6 +172,8 @@ def parse(arguments):
                         help="also write the masks' run-length encoding, as the Kaggle competition takes it")
     parser.add_argument('--mask-threshold', type=positive, default=None, metavar='N',
                         help='where masks are there to compare with: count their values from N up as foreground')
+    parser.add_argument('--white', type=positive, default=None, metavar='LEVEL',
+                        help='level that is white in the images, such as 4095 for 12 bits in a 16-bit file; by default the highest of the file')
     parser.add_argument('--no-overlays', dest='overlays', action='store_false', default=True, help='write masks only')
     parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='images predicted at once')
     parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
@@ -175,6 +193,7 @@ def parse(arguments):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')         # no letter that the terminal lacks ends the work
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -30,8 +30,8 @@ import numpy
 import nervenet
 from nervenet.engine.backend import select_device
 from nervenet.images.augment import median_filter
-from nervenet.images.data import (DataError, Filtered, Loader, Reader, find_samples, holds_foreground, intensity_statistics,
-                                  split_by_subject)
+from nervenet.images.data import (DataError, Filtered, Loader, Reader, data_warning, find_samples, holds_foreground,
+                                  intensity_statistics, split_by_subject)
 from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
 from nervenet.optim import ConstantSchedule, CosineSchedule
@@ -63,11 +63,12 @@ def main(arguments=None):
         reader = Reader(args.size, args.mask_threshold)
         if args.resume and not args.data.exists():
             raise DataError(f'{args.data}: no such folder; if the images lie elsewhere now: --resume {args.resume} --data DIR')
-        samples = find_samples(args.data, args.subject_pattern)
+        samples = find_samples(args.data, args.subject_pattern, tell=print)
     if args.median_filter:
         reader = Filtered(reader, lambda image: median_filter(image, args.median_filter))
-    if said := caveat(samples, args.leaky_split_by_image):
-        print(said)
+    args.caveat = caveat(samples, args.leaky_split_by_image, args.subject_pattern)
+    if args.caveat:
+        print(args.caveat)
     if args.leaky_split_by_image:
         samples = each_image_alone(samples)
 
@@ -82,7 +83,8 @@ def main(arguments=None):
             split_by_subject(samples, args.validation_share, args.seed)         # refuses too few subjects
             print('reading:     all images once', flush=True)
             positive = holds_foreground(samples, reader)
-            train(args, args.out, reader, *split_by_subject(samples, args.validation_share, args.seed, positive))
+            train(args, args.out, reader, *split_by_subject(samples, args.validation_share, args.seed, positive,
+                                                            training_positives=2 if args.inner_share else 1))
 
 
 def cross_validate(args, samples, reader):
@@ -110,7 +112,7 @@ def cross_validate(args, samples, reader):
                 if args.fold:
                     raise
                 print(f'skipped: {error}')
-    print('\n' + (whole.summarize(args.folds, caveat(samples, args.leaky_split_by_image)) or 'No fold is complete yet.'))
+    print('\n' + (whole.summarize(args.folds, args.caveat) or 'No fold is complete yet.'))
 
 
 def train(args, path, reader, training_samples, validation_samples, fold=None):
@@ -127,11 +129,12 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
                 if part != 'training' and not holds_foreground(chosen, reader).any()]
     if args.init:
         warnings += seen_before(args, parts)
-    for warning in warnings:
-        print(warning)
 
     # Intensities and baselines are measured on the training part only, as it is: in order, and not augmented.
     input_mean, input_std = intensity_statistics(parts['training'], reader)
+    warnings += filter(None, [data_warning(training_samples + validation_samples, reader, input_mean, input_std)])
+    for warning in warnings:
+        print(warning)
     in_order = {part: Loader(chosen, reader, args.batch_size) for part, chosen in parts.items()}
     validation, inner = in_order['validation'], in_order.get('inner')
     training = Loader(parts['training'], reader, args.batch_size, seed=args.seed, shuffle=True,
@@ -192,8 +195,7 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
 
     draw_run(run, model, validation, baselines)
     chosen = run.choose_settings(args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
-    note = caveat(training_samples + validation_samples, args.leaky_split_by_image)
-    print('\n' + run.summarize(baselines, chosen['last.npz'], '\n'.join([note] * bool(note) + warnings)))
+    print('\n' + run.summarize(baselines, chosen['last.npz'], '\n'.join(filter(None, [args.caveat, *warnings]))))
 
 
 if __name__ == '__main__':

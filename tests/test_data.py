@@ -9,8 +9,8 @@ from PIL import Image
 
 from nervenet.images import data
 from nervenet.images.data import (DataError, Loader, Reader, Sample, find_samples, holds_foreground,
-                                  intensity_statistics, is_split_by_image, read_image, read_mask, read_pair, resize,
-                                  resize_mask, split_by_subject)
+                                  intensity_statistics, read_image, read_mask, read_pair, resize,
+                                  resize_mask, split_by_subject, subject_warning)
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data'
 GREY = numpy.arange(6 * 5, dtype=numpy.uint8).reshape(6, 5) * 8            # 0 to 232, no two equal
@@ -64,7 +64,7 @@ def test_kaggle_layout_is_found_in_train_or_in_the_folder_itself(tmp_path, rng):
     assert samples == find_samples(tmp_path / 'train')
     assert [sample.name for sample in samples[:5]] == ['1_1', '1_2', '2_1', '2_2', '3_1'] and samples[-1].name == '11_2'
     assert samples[4] == Sample('3_1', '3', tmp_path / 'train' / '3_1.tif', tmp_path / 'train' / '3_1_mask.tif')
-    assert not is_split_by_image(samples)
+    assert not subject_warning(samples)
 
 
 def test_plain_layout_pairs_by_name_across_formats(tmp_path):
@@ -80,13 +80,14 @@ def test_plain_layout_pairs_by_name_across_formats(tmp_path):
 
 def test_without_a_pattern_every_image_of_the_plain_layout_is_its_own_subject(tmp_path):
     samples = find_samples(plain(tmp_path, ['1_1', '1_2', '2_1']))
-    assert [sample.subject for sample in samples] == ['1_1', '1_2', '2_1'] and is_split_by_image(samples)
+    assert [sample.subject for sample in samples] == ['1_1', '1_2', '2_1']
+    assert subject_warning(samples).startswith('WARNING: no subject is known')
 
 
 @pytest.mark.parametrize('pattern', [r'^(\w+?)-', r'(left|right)?-?(?P<subject>^[a-z]+)'])
 def test_subject_pattern(tmp_path, pattern):
     samples = find_samples(plain(tmp_path, ['ann-left-1', 'ann-right-1', 'bo-1']), pattern)
-    assert [sample.subject for sample in samples] == ['ann', 'ann', 'bo'] and not is_split_by_image(samples)
+    assert [sample.subject for sample in samples] == ['ann', 'ann', 'bo'] and not subject_warning(samples, pattern)
 
 
 def test_subject_pattern_overrides_the_kaggle_name(tmp_path, rng):
@@ -404,7 +405,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
     with pytest.raises(DataError) as error:
         read_image(path)
-    message(error, path, 'decompression bomb')
+    message(error, path, 'has more than 10 pixels')
 
 
 # --- Resizing ---------------------------------------------------------------------------------------------------------
@@ -572,7 +573,7 @@ def test_a_transform_cannot_spoil_what_the_reader_remembers(samples):
 
 def test_small_sets_are_read_once_and_large_ones_stay_within_the_budget(samples, monkeypatch):
     reads = []
-    monkeypatch.setattr(data, 'read_image', lambda path: reads.append(path) or read_image(path))
+    monkeypatch.setattr(data, 'read_image', lambda path, white: reads.append(path) or read_image(path))
     bytes_per_sample = 8 * 12 * 3
     for cache_bytes, expected in ((2**30, 12), (bytes_per_sample * 5 + 7, 12 + 2 * 7), (0, 36)):
         reads.clear()

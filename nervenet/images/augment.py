@@ -34,7 +34,7 @@ from types import SimpleNamespace
 
 import numpy
 
-from ..engine.backend import generator_like, get_array_module
+from ..engine.backend import device_of, generator_like, get_array_module, move, to_cpu
 from ..engine.parallel import one_thread_per_product
 
 FILL_MODES = 'nearest', 'reflect', 'constant'
@@ -121,11 +121,13 @@ def inside(position, length, fill_mode):
 def resample(images, masks, source, fill_mode='nearest', cval=0.0):
     """Return (images, masks) read at `source` = (y, x), each (N, H, W): images bilinearly, masks at the nearest pixel.
 
-    images (N, H, W, C) float and masks (N, H, W, C') keep their dtypes. Beyond the edge they continue as `inside` says,
+    images (N, H, W, C) of floats and masks (N, H, W, C') keep their dtypes. Beyond the edge they continue as `inside` says,
     or, if `fill_mode` is 'constant', with `cval` around images and background around masks. At whole-numbered positions
-    the result is the very pixel.
+    the result is the very pixel. Raises ValueError for an unknown fill_mode and for images that are not of floats.
     """
     xp, (y, x) = get_array_module(images), source
+    if images.dtype.kind != 'f':                                     # differences of unsigned levels would wrap around
+        raise ValueError(f'images are of dtype {images.dtype}; expected floats')
     if fill_mode not in FILL_MODES:
         raise ValueError(f'fill_mode is {fill_mode!r}; expected one of {FILL_MODES}')
     if fill_mode == 'constant':                                      # a frame of it, one pixel wide, to continue from
@@ -265,16 +267,27 @@ class Augmentation:
         """Return (images, masks), changed: images (N, H, W, C) float in [0, 1], clipped to it, masks (N, H, W, C') 0/1.
 
         `rngs` holds one `numpy.random.Generator` per sample; a sample's result depends on its own alone, not on the
-        batch. With nothing on, the arguments themselves come back. Raises ValueError if their numbers or sizes differ.
+        batch. With nothing on, the arguments themselves come back. Raises ValueError if their numbers or sizes differ,
+        or values are others than these; on a device, where a look at them would wait for it, wrong ones become NaN.
         """
         N, xp = len(images), get_array_module(images)
         if images.ndim != 4 or masks.ndim != 4 or images.shape[:3] != masks.shape[:3] or len(rngs) != N:
             raise ValueError(f'images {images.shape}, masks {masks.shape} and {len(rngs)} generators differ; expected '
                              "(N, H, W, C), (N, H, W, C') with the same N, H, W, and N generators")
+        if images.dtype.kind != 'f':
+            raise ValueError(f'images are of dtype {images.dtype}; expected floats in [0, 1]: divide them by the value that is white')
+        right = [(images >= 0) & (images <= 1), (masks == 0) | (masks == 1)]                      # NaN is not
+        if xp is numpy and not right[0].all():
+            raise ValueError(f'images hold values from {images.min():g} to {images.max():g}; expected intensities in [0, 1]: divide '
+                             'them by the value that is white')
+        if xp is numpy and not right[1].all():
+            raise ValueError(f'masks hold values from {masks.min():g} to {masks.max():g}; expected 0 and 1 only')
         off = Augmentation()
         on = {field.name for field in fields(self) if getattr(self, field.name) != getattr(off, field.name)}
         if N == 0 or not on - {'elastic_grid', 'fill_mode', 'cval'}:
             return images, masks
+        if xp is not numpy:
+            images, masks = (xp.where(good, values, xp.nan).astype(values.dtype) for good, values in zip(right, (images, masks)))
         draws = [self.draw(rng, images.shape[1:3]) for rng in rngs]
         # One image's arrays stay in the processor's cache; a device is best given all at once.
         blocks = [slice(n, n + 1) for n in range(N)] if xp is numpy else [slice(N)]
@@ -335,23 +348,36 @@ def median_filter(images, size=3, fill_mode='nearest'):
 
     Against speckle: a median drops bright and dark grains and, unlike a mean, leaves edges sharp. Nothing in it is
     random: what a network is trained on filtered, it must be given filtered. `size` is odd, 3 or more; beyond the edge
-    images continue as `fill_mode` 'nearest' or 'reflect' says. Any dtype. Raises ValueError.
+    images continue as `fill_mode` 'nearest' or 'reflect' says. Any dtype that can be ordered. Raises ValueError.
 
-    The median of n = size² values is found by forgetting (Paeth 1990, "Median finding on a 3×3 grid"): of any n//2 + 2
-    of them, the smallest has too many above it to be the median, and the largest too many below. Drop both, take in the
-    next value, and so on until one is left. It takes only minima and maxima of whole images.
+    A small window's median is found by forgetting, a large one's by counting; the second takes equally long for any size.
     """
-    if size % 2 == 0 or size < 3 or fill_mode not in FILL_MODES[:2]:
+    if not isinstance(size, numbers.Integral) or size % 2 == 0 or size < 3 or fill_mode not in FILL_MODES[:2]:
         raise ValueError(f'size is {size}, fill_mode {fill_mode!r}; expected an odd size from 3 up and one of '
                          f'{FILL_MODES[:2]}')
+    if images.ndim not in (2, 4):
+        raise ValueError(f'images have shape {images.shape}; expected (H, W) or (N, H, W, C)')
     xp, x = get_array_module(images), images if images.ndim == 4 else images[None, ..., None]
     (H, W), reach = x.shape[1:3], size // 2
     for axis, length in (1, H), (2, W):
         around = xp.arange(-reach, length + reach).astype(xp.float64)
         x = x.take(inside(around, length, fill_mode).astype(xp.int64), axis=axis)     # (N, H + 2·reach, W + 2·reach, C)
-    windows = [x[:, i:i + H, j:j + W] for i in range(size) for j in range(size)]
+    if size <= 11:
+        return _median_by_forgetting([x[:, i:i + H, j:j + W] for i in range(size) for j in range(size)]).reshape(images.shape)
+    host, filtered = to_cpu(x), numpy.empty((len(x), H, W, x.shape[3]), x.dtype)      # counting is work for the host
+    for n, c in numpy.ndindex(len(x), x.shape[3]):
+        filtered[n, :, :, c] = _median_by_counting(host[n, :, :, c], size)
+    return move(filtered, device_of(images)).reshape(images.shape)
 
-    kept, waiting = windows[:size**2 // 2 + 2], windows[size**2 // 2 + 2:]
+
+def _median_by_forgetting(windows):
+    """Return the median of an odd number of equally large arrays, element by element (Paeth 1990, "Median finding on a 3×3 grid").
+
+    Of any n//2 + 2 of n values, the smallest has too many above it to be the median, and the largest too many below.
+    Drop both, take in the next value, and so on until one is left. It takes only minima and maxima of whole images.
+    """
+    xp, first = get_array_module(windows[0]), len(windows) // 2 + 2
+    kept, waiting = windows[:first], windows[first:]
 
     def order(a, b):
         kept[a], kept[b] = xp.minimum(kept[a], kept[b]), xp.maximum(kept[a], kept[b])
@@ -365,4 +391,45 @@ def median_filter(images, size=3, fill_mode='nearest'):
         for a in range(len(kept) // 2, last):
             order(a, last)                                           # the largest last
         kept = kept[1:-1] + ([waiting.pop()] if waiting else [])
-    return kept[0].reshape(images.shape)
+    return kept[0]
+
+
+def _median_by_counting(x, size):
+    """Return the medians (H, W) of all size×size windows of x (H + size − 1, W + size − 1), NumPy.
+
+    Let all pixels of x stand in order, cut into about √(pixels) parts of equal length. How many pixels of the first
+    parts lie in each window is a difference of running sums, whatever the window's size. So halving the parts again and
+    again finds the one that holds a window's middle pixel; there its pixels are counted one by one.
+    """
+    H, W = (length - size + 1 for length in x.shape)
+    order, middle = x.ravel().argsort(kind='stable'), size**2 // 2
+    length = math.isqrt(len(order)) + 1
+    part_of = numpy.empty(x.shape, numpy.int32)
+    part_of.flat[order] = numpy.arange(len(order)) // length
+    rows, columns = (order // x.shape[1]).astype(numpy.int32), (order % x.shape[1]).astype(numpy.int32)
+
+    def counted(there):                                              # in each window: (H·W,) of there, bool like x
+        sums = numpy.zeros((x.shape[0] + 1, x.shape[1] + 1), numpy.int32)
+        there.cumsum(axis=0, dtype=numpy.int32, out=sums[1:, 1:])
+        sums = (sums[size:] - sums[:H]).cumsum(axis=1, dtype=numpy.int32)                         # (H, W + size)
+        return (sums[:, size:] - sums[:, :W]).ravel()
+
+    result, before = numpy.empty(H * W, x.dtype), numpy.zeros(H * W, numpy.int32)
+    todo = [(0, -(-len(order) // length), numpy.arange(H * W))]
+    while todo:                                                      # windows whose middle pixel is in parts low … high − 1
+        low, high, windows = todo.pop()
+        if high - low > 1 and len(windows):
+            half = (low + high) // 2
+            number = counted(part_of < half)[windows]
+            later = number <= middle
+            before[windows[later]] = number[later]
+            todo += [(low, half, windows[~later]), (half, high, windows[later])]
+            continue
+        for some in numpy.array_split(windows, -(-len(windows) // 4096)) if len(windows) else ():
+            start = low * length
+            row = rows[start:start + length] - (some // W).astype(numpy.int32)[:, None]           # (windows, length)
+            column = columns[start:start + length] - (some % W).astype(numpy.int32)[:, None]
+            inside_ = (row >= 0) & (row < size) & (column >= 0) & (column < size)
+            number = inside_.cumsum(axis=1, dtype=numpy.int32) + before[some, None]
+            result[some] = x.flat[order[start + (number > middle).argmax(axis=1)]]
+    return result.reshape(H, W)

@@ -27,12 +27,11 @@ places in the tissue (depth and across) that these show, which motion and pressu
 `(seed, subject, index)`, in float64, so that frames need no storage and agree to one grey level between machines.
 """
 
-import threading
 from functools import lru_cache
 
 import numpy as np
 
-from .data import Sample
+from .data import Remembering, Sample
 
 HEIGHT, WIDTH = 420, 580
 STEP = 2.5                                       # distance of the grid points on which tissue and echoes are computed
@@ -406,7 +405,7 @@ def make_frame(subject, index, seed=0, size=(96, 128)):
     return np.rint(image).astype(np.uint8), level > 0
 
 
-class Phantom:
+class Phantom(Remembering):
     """`frames` frames of each of `subjects` subjects, made when they are asked for: a Reader for a Loader.
 
     size          (H, W) of the frames
@@ -422,20 +421,11 @@ class Phantom:
             if not isinstance(count, (int, np.integer)) or count < 1:
                 raise ValueError(f'{name} is {count!r}; expected a whole number of 1 or more')
         check_numbers(first, 1, seed, size)
-        self.seed, self.size, self.free_bytes, self.cache = seed, tuple(size), cache_bytes, {}
-        self.lock = threading.Lock()
+        super().__init__(cache_bytes)
+        self.seed, self.size = seed, tuple(size)
         self.samples = [Sample(f'{subject}_{index}', str(subject), None, None)
                         for subject in range(first, first + subjects) for index in range(1, frames + 1)]
 
-    def read(self, sample):
-        """Return (image (H, W) uint16, 65535 being white; mask (H, W) uint8 0/1); do not write into them."""
-        pair = self.cache.get(sample.name)
-        if pair is None:
-            image, mask = make_frame(*map(int, sample.name.split('_')), self.seed, self.size)
-            pair = image.astype(np.uint16) * 257, mask.astype(np.uint8)
-            needed = sum(array.nbytes for array in pair)
-            with self.lock:
-                if needed <= self.free_bytes and sample.name not in self.cache:
-                    self.free_bytes -= needed
-                    self.cache[sample.name] = pair
-        return pair
+    def make(self, sample):
+        image, mask = make_frame(*map(int, sample.name.split('_')), self.seed, self.size)
+        return image.astype(np.uint16) * 257, mask.astype(np.uint8)

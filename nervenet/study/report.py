@@ -5,13 +5,11 @@ import time
 
 import numpy
 
-from ..images.data import is_split_by_image, natural_key
+from ..images.data import natural_key, subject_warning
 from ..metrics import HARD_SCORES
 
 LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of the split, and they are near copies. '
          'These scores are too good to be true; never quote them.')
-NO_SUBJECTS = ('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on '
-               'both sides of the split and the scores are too good to be true: give --subject-pattern.')
 
 
 def print_whatever_comes():
@@ -21,11 +19,9 @@ def print_whatever_comes():
             stream.reconfigure(errors='backslashreplace')
 
 
-def caveat(samples, split_by_image):
+def caveat(samples, split_by_image, subject_pattern=None):
     """Return what is to be said, first of all, of scores of these samples; '' if nothing."""
-    if split_by_image:
-        return LEAKS
-    return NO_SUBJECTS if is_split_by_image(samples) else ''
+    return LEAKS if split_by_image else subject_warning(samples, subject_pattern)
 
 
 def without_foreground(part, samples):

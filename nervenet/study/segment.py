@@ -11,7 +11,7 @@ import numpy
 
 from ..engine.backend import move, to_cpu
 from ..images.augment import median_filter
-from ..images.data import resize
+from ..images.data import as_intensities, intensity_oddity, resize
 from ..metrics import SegmentationScores, ratio
 from ..train import predict
 from .checkpoint import CheckpointError, load_checkpoint
@@ -87,16 +87,27 @@ class Segmenter:
         return cls(model, size, settings, median_size), extra
 
     def prepare(self, image):
-        """Return image (H, W) float32 as the network is to see it, (h, w): at its size, filtered if it was trained so."""
-        image = resize(image, self.size)
+        """Return image (H, W) as the network is to see it, (h, w) float32: in [0, 1], at its size, filtered if it was trained so.
+
+        uint8 and uint16 are divided by 255 and 65535; floats lie in [0, 1] already, or ValueError is raised.
+        """
+        image = resize(as_intensities(image), self.size)
         return image if self.median_filter is None else median_filter(image, self.median_filter)
 
     def probabilities(self, images):
-        """Return, for each of `images`, (H, W) float32 in [0, 1] of any sizes, its map of probabilities (H, W)."""
+        """Return, for each of `images`, (H, W) of any sizes, its map of probabilities (H, W). For values see `prepare`."""
+        images = [numpy.asarray(image) for image in images]
+        if not images:
+            return []
         x = numpy.stack([self.prepare(image) for image in images])[..., None].astype(self.model.dtype)     # (N, h, w, 1)
         x = move(x, self.model.device)
         p = to_cpu(predict_flips(self.model, x, self.settings.flip_average))[..., 0]                            # (N, h, w)
         return [resize(small.astype('float32'), image.shape) for small, image in zip(p, images)]
+
+    def oddity(self, image):
+        """Return in words how the intensities of an image (H, W) lie far from those in training; '' if near, or training's are unknown."""
+        mean, std = self.model.config['input_mean'], self.model.config['input_std']
+        return '' if (mean, std) == (0, 1) else intensity_oddity(self.prepare(image), mean, std)
 
 
 def choose_settings(model, batches, thresholds=numpy.arange(0.1, 0.91, 0.05), areas=(0, 0.0025, 0.005, 0.01, 0.015, 0.02)):
