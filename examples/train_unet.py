@@ -66,9 +66,9 @@ def main(arguments=None):
         samples = find_samples(args.data, args.subject_pattern, tell=print)
     if args.median_filter:
         reader = Filtered(reader, lambda image: median_filter(image, args.median_filter))
-    args.caveat = caveat(samples, args.leaky_split_by_image, args.subject_pattern)
-    if args.caveat:
-        print(args.caveat)
+    note = caveat(samples, args.leaky_split_by_image, args.subject_pattern)
+    if note:
+        print(note)
     if args.leaky_split_by_image:
         samples = each_image_alone(samples)
 
@@ -78,17 +78,17 @@ def main(arguments=None):
     # Whatever can be refused is refused before the images are read: options, folders and names are known by now.
     with room_for_results(args.out, joins=bool(args.resume or args.folds)) as args.out:
         if args.folds:
-            cross_validate(args, samples, reader)
+            cross_validate(args, samples, reader, note)
         else:
             split_by_subject(samples, args.validation_share, args.seed)         # refuses too few subjects
             print('reading:     all images once', flush=True)
             positive = holds_foreground(samples, reader)
-            train(args, args.out, reader, *split_by_subject(samples, args.validation_share, args.seed, positive,
-                                                            training_positives=2 if args.inner_share else 1))
+            two_sides = split_by_subject(samples, args.validation_share, args.seed, positive, 2 if args.inner_share else 1)
+            train(args, args.out, reader, *two_sides, note)
 
 
-def cross_validate(args, samples, reader):
-    """Train the folds that are not complete yet, or the one that --fold names, and summarise those that are."""
+def cross_validate(args, samples, reader, note):
+    """Train the folds that are not complete yet, or the one that --fold names, and summarise those that are, `note` first."""
     by = BY_IMAGE if args.leaky_split_by_image else BY_SUBJECT
     if args.split:
         given = read_split(args.split, samples, args.folds, by)
@@ -107,16 +107,16 @@ def cross_validate(args, samples, reader):
         print(f'\nFold {number} of {args.folds}' + (' is complete' if whole.is_complete(number) else ''))
         if not whole.is_complete(number):
             try:
-                train(args, whole.fold(number), reader, *sides(samples, whole.folds, number), fold=number)
+                train(args, whole.fold(number), reader, *sides(samples, whole.folds, number), note, fold=number)
             except BlockingIOError as error:                # the other folds may be free
                 if args.fold:
                     raise
                 print(f'skipped: {error}')
-    print('\n' + (whole.summarize(args.folds, args.caveat) or 'No fold is complete yet.'))
+    print('\n' + (whole.summarize(args.folds, note) or 'No fold is complete yet.'))
 
 
-def train(args, path, reader, training_samples, validation_samples, fold=None):
-    """Train one network in the run folder `path`, or go on with it, and write down what came out."""
+def train(args, path, reader, training_samples, validation_samples, note, fold=None):
+    """Train one network in the run folder `path`, or go on with it, and write down what came out, `note` first."""
     parts = {'training': training_samples, 'validation': validation_samples}
     if args.inner_share:
         positive = holds_foreground(training_samples, reader)
@@ -195,7 +195,7 @@ def train(args, path, reader, training_samples, validation_samples, fold=None):
 
     draw_run(run, model, validation, baselines)
     chosen = run.choose_settings(args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
-    print('\n' + run.summarize(baselines, chosen['last.npz'], '\n'.join(filter(None, [args.caveat, *warnings]))))
+    print('\n' + run.summarize(baselines, chosen['last.npz'], '\n'.join(filter(None, [note, *warnings]))))
 
 
 if __name__ == '__main__':
