@@ -42,7 +42,7 @@ LAYOUTS = ('{subject}_{image}.tif beside {subject}_{image}_mask.tif, in this fol
            f'images/ and masks/ with equal names ({", ".join(SUFFIXES)})')
 
 
-# Read in `_read_grey` as an error that names the file.
+# `_read_grey` refuses such images itself, and names the file.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
 
@@ -336,7 +336,7 @@ def subject_warning(samples, subject_pattern=None):
     spelled = {}
     for subject in sorted(subjects, key=natural_key):
         spelled.setdefault(str(natural_key(subject.casefold())[0]), []).append(subject)
-    alike = [' and '.join(several) for several in spelled.values() if len(several) > 1]
+    alike = [] if len(unknown) == len(samples) and subject_pattern is None else [' and '.join(several) for several in spelled.values() if len(several) > 1]
     if alike:
         said.append(f'WARNING: {_some(alike)} count as different subjects. If they are not, rename the files: they land on both sides of '
                     'the split and the scores are too good to be true.')
@@ -523,7 +523,7 @@ def _read_grey(path, convert=None):
             return (convert or _grey)(image, kind)
     except DataError:
         raise
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f'{path}: has more than {limit:,} pixels, the limit for one image; make it smaller') from None
     except Exception as error:              # Pillow's decoders raise OSError, SyntaxError, struct.error and others
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(' <_io')[0]
