@@ -394,7 +394,8 @@ def test_values_out_of_range_are_refused_and_not_clipped_away(xp, rng):
     image, mask = pair(rng)
     rngs = [numpy.random.default_rng(n) for n in range(2)]
     for images, masks, what in ((image * 255, mask, r'images hold values from .*expected intensities in \[0, 1\]'),
-                                (image - 0.5, mask, 'images hold values from -'), (image * numpy.nan, mask, 'images hold values from nan'),
+                                (image - 0.5, mask, 'images hold values from -'),
+                                (image * numpy.nan, mask, 'images hold values from nan'),
                                 (image, mask * 255, 'masks hold values from 0 to 255; expected 0 and 1 only')):
         for augmentation in ULTRASOUND, Augmentation():
             if xp is numpy:

@@ -194,7 +194,7 @@ def test_an_image_with_several_masks_is_refused_or_told_and_not_taken_for_two_im
     assert [(sample.name, sample.mask_path) for sample in samples] == [
         ('benign (1)', tmp_path / 'benign (1)_mask.png'), ('benign (2)', None)]
     assert told == ['1 of the files have several masks, so none is used: benign (2).png']
-    (tmp_path / 'benign (2)_mask.png').rename(tmp_path / 'benign (2)_MASK.png')                # the case of the letters does not matter
+    (tmp_path / 'benign (2)_mask.png').rename(tmp_path / 'benign (2)_MASK.png')        # in any case
     (tmp_path / 'benign (2)_mask_3.png').unlink()
     assert len(find_samples(tmp_path)) == 2
 
@@ -206,7 +206,7 @@ def test_a_pattern_of_the_shell_names_masks_too_and_they_are_left_out(tmp_path):
     write(tmp_path / '1_1_mask_2.png', GREY)
     told = []
     samples = find_samples(sorted(tmp_path.iterdir()), masks='optional', tell=told.append)
-    assert [(sample.name, sample.mask_path and sample.mask_path.name) for sample in samples] == [('1_1', None), ('1_2', '1_2_mask.PNG')]
+    assert [(sample.name, sample.mask_path) for sample in samples] == [('1_1', None), ('1_2', tmp_path / '1_2_mask.PNG')]
     assert '3 of the files left out, being masks, going by name and place: 1_1_mask.PNG, 1_1_mask_2.png, 1_2_mask.PNG' in told
     with pytest.raises(DataError) as error:
         find_samples(sorted(tmp_path.glob('*_mask*')), masks='optional')
@@ -256,8 +256,8 @@ def test_whatever_is_left_out_or_taken_from_elsewhere_is_told(tmp_path, rng):
     with pytest.raises(DataError, match='9_3.tif: is a link that leads nowhere'):
         find_samples(tmp_path / 'a' / 'train' / '9_3.tif', masks='optional')
 
-    line, = told(tmp_path / 'tidy' / 'images')
-    assert line == f'{tmp_path / "tidy" / "images"}: images are taken from {tmp_path / "tidy" / "images"}, masks from {tmp_path / "tidy" / "masks"}'
+    images, masks = tmp_path / 'tidy' / 'images', tmp_path / 'tidy' / 'masks'
+    assert told(images) == [f'{images}: images are taken from {images}, masks from {masks}']
     write(tmp_path / 'tidy' / 'x.png', GREY)
     write(tmp_path / 'tidy' / 'masks' / 'P1' / 'z.png', GREY)
     assert told(tmp_path / 'tidy') == [f'{tmp_path / "tidy"}: left out are folders inside (P1), images beside that (x.png)']
@@ -331,7 +331,8 @@ def test_a_copy_belongs_to_the_subject_of_its_original(tmp_path, name, subject):
     samples = find_samples(tmp_path, tell=told.append)
     assert {sample.name: sample.subject for sample in samples} == {'1_1': '1', '3_1': '3', name: subject}
     is_copy = subject == '1' and name != '1_12'
-    assert told == ['1 of the files are copies, going by their names, and count with the subject of their original: ' + name] * is_copy
+    expected = f'1 of the files are copies, going by their names, and count with the subject of their original: {name}'
+    assert told == [expected] * is_copy
     assert bool(subject_warning(samples)) == (subject != '1')
     assert {sample.name: sample.subject for sample in find_samples(tmp_path, '^(.+)$')}[name] == name
 
@@ -607,7 +608,8 @@ def test_masks_with_more_values_are_refused_with_the_way_out(tmp_path):
 
 
 @pytest.mark.parametrize('values, positives', [
-    ([0, 1, 2], [1, 2]), ([1, 2], [2]), ([120, 163], [163]), ([0, 3, 250, 255], [250, 255]), ([7, 8, 9], [8, 9]), ([254, 255], [255]),
+    ([0, 1, 2], [1, 2]), ([1, 2], [2]), ([120, 163], [163]), ([0, 3, 250, 255], [250, 255]), ([7, 8, 9], [8, 9]),
+    ([254, 255], [255]),
     ([0.0, 0.25, 1.0], [1.0]), ([0.5, 1.0], [1.0]), ([300, 60000], [60000]), (list(range(256)), list(range(128, 256)))])
 def test_the_threshold_that_the_error_suggests_works(tmp_path, values, positives):
     dtype = 'float32' if isinstance(values[0], float) else 'uint16' if max(values) > 255 else 'uint8'
@@ -687,9 +689,10 @@ def test_orientation_marks_that_differ_within_a_pair_are_named(tmp_path):
     with pytest.raises(DataError) as error:
         read_pair(pair(GREY // 232, 6, 1))
     message(error, 'x_mask.png', 'turned against its image', 'they are 1 and 6', 'save both upright')
-    for pixels, image_mark, mask_mark, is_odd in ((GREY // 232, 1, 1, False), (GREY // 232, 3, 3, False), (GREY // 232, 3, 1, True),
-                                                  (GREY // 232, 1, 2, True), (square, 6, 1, True), (square, 6, 6, False),
-                                                  (GREY // 232, 6, 8, True)):
+    oblong = GREY // 232
+    for pixels, image_mark, mask_mark, is_odd in ((oblong, 1, 1, False), (oblong, 3, 3, False), (oblong, 3, 1, True),
+                                                  (oblong, 1, 2, True), (square, 6, 1, True), (square, 6, 6, False),
+                                                  (oblong, 6, 8, True)):
         sample = pair(pixels, image_mark, mask_mark)
         assert ('turned' in mask_oddity(sample, read_pair(sample)[1])) == is_odd
     sample = Sample('x', 'x', marked(tmp_path / 'x.png', GREY, 6), write(tmp_path / 'x_mask.png', numpy.rot90(GREY // 232, -1)))
@@ -762,7 +765,7 @@ def test_a_file_of_several_pages_is_refused(tmp_path):
             message(error, path, '2 pages')
 
 
-@pytest.mark.parametrize('limit', [10, 29])                                     # Pillow raises at twice its limit, and warns above it
+@pytest.mark.parametrize('limit', [10, 29])                                     # Pillow warns, or raises
 def test_an_image_beyond_the_limit_of_pixels_is_refused(tmp_path, monkeypatch, limit):
     path = write(tmp_path / 'x.png', GREY)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)
