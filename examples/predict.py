@@ -21,8 +21,7 @@ from PIL import Image
 
 from nervenet.study import figures
 from nervenet.engine.backend import select_device
-from nervenet.files import atomic_write
-from nervenet.files import make_folder, refuse_content
+from nervenet.files import atomic_write, make_folder, refuse_content
 from nervenet.images.data import (DataError, find_samples, mask_oddity, oddity_warning, read_ahead, read_image, read_pair,
                                   resize_mask, white_of)
 from nervenet.metrics import SegmentationScores
@@ -60,8 +59,8 @@ def main(arguments=None):
     results, judged, failed, runs, odd_images, odd_masks = [], [], [], [], [], []
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
     batches = [samples[start:start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
-    for batch in progress(read_ahead(partial(read_batch, mask_threshold=args.mask_threshold, white=args.white), batches), len(batches),
-                          'predicting'):
+    read = partial(read_batch, mask_threshold=args.mask_threshold, white=args.white)
+    for batch in progress(read_ahead(read, batches), len(batches), 'predicting'):
         for sample, image, _, error in batch:
             if error:
                 failed.append(sample.name)
@@ -98,7 +97,9 @@ def main(arguments=None):
     found = sum(result['area'] > 0 for result in results)
     print(f'{len(results)} images predicted, {found} with nerve; masks and results.csv are in {args.output}')
     print_scores(scores)
-    for said in intensity_warning(odd_images), odd_masks and oddity_warning('masks', *zip(*odd_masks)):
+    if 0 < len(judged) < len(results):
+        print(f'They are those of the {len(judged)} images with a mask; {len(results) - len(judged)} have none.')
+    for said in intensity_warning(odd_images, args.white), odd_masks and oddity_warning('masks', *zip(*odd_masks)):
         if said:
             print(said)
     if failed:
@@ -108,13 +109,17 @@ def main(arguments=None):
     return 0
 
 
-def intensity_warning(odd_images):
-    """Return what is to be said of [(sample, words or '')] about intensities far from those of training; '' if nothing."""
-    said = oddity_warning('images', [sample.name for sample, _ in odd_images],
-                          [oddity and f'{oddity} than those the network was trained on, so their masks may be wrong' for _, oddity in odd_images])
-    dark = next((sample for sample, oddity in odd_images if oddity), None)
-    if dark and (white := white_of(dark.image_path)):
-        said += f'\n{dark.image_path.name} uses few levels of its 16 bits: if it holds fewer bits, give --white {white}'
+def intensity_warning(odd_images, white):
+    """Return what is to be said of [(sample, words or '')] about intensities far from those of training; '' if nothing.
+
+    `white` is the level that was given, or None.
+    """
+    samples, oddities = zip(*odd_images) if odd_images else ((), ())
+    oddities = [oddity and f'{oddity} than those the network was trained on, so their masks may be wrong' for oddity in oddities]
+    said = oddity_warning('images', [sample.name for sample in samples], oddities)
+    first = next((sample for sample, oddity in odd_images if oddity), None)
+    if first and white is None and (likely := white_of(first.image_path)):
+        said += f'\n{first.name} uses few levels of its 16 bits: if it holds fewer bits, give --white {likely}'
     return said
 
 
@@ -173,7 +178,8 @@ def parse(arguments):
     parser.add_argument('--mask-threshold', type=positive, default=None, metavar='N',
                         help='where masks are there to compare with: count their values from N up as foreground')
     parser.add_argument('--white', type=positive, default=None, metavar='LEVEL',
-                        help='level that is white in the images, such as 4095 for 12 bits in a 16-bit file; by default the highest of the file')
+                        help='level that is white in the images, such as 4095 for 12 bits in a 16-bit file; by default the highest '
+                             'of the file')
     parser.add_argument('--no-overlays', dest='overlays', action='store_false', default=True, help='write masks only')
     parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='images predicted at once')
     parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')

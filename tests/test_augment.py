@@ -390,6 +390,55 @@ def test_arrays_that_do_not_belong_together_are_refused(rng):
         resample(image, mask, (image[..., 0], image[..., 0]), 'wrap')
 
 
+def test_values_out_of_range_are_refused_and_not_clipped_away(xp, rng):
+    image, mask = pair(rng)
+    rngs = [numpy.random.default_rng(n) for n in range(2)]
+    for images, masks, what in ((image * 255, mask, r'images hold values from .*expected intensities in \[0, 1\]'),
+                                (image - 0.5, mask, 'images hold values from -'),
+                                (image * numpy.nan, mask, 'images hold values from nan'),
+                                (image, mask * 255, 'masks hold values from 0 to 255; expected 0 and 1 only')):
+        for augmentation in ULTRASOUND, Augmentation():
+            if xp is numpy:
+                with pytest.raises(ValueError, match=what):
+                    augmentation(images, masks, rngs)
+        if xp is not numpy:
+            changed = run(ULTRASOUND, images, masks, range(2), xp)
+            assert numpy.isnan(changed[0] if masks is mask else changed[1]).any()
+    for dtype in ('uint8', 'uint16', 'int64'):
+        with pytest.raises(ValueError, match=f'images are of dtype {dtype}; expected floats'):
+            run(ULTRASOUND, (image * 255).astype(dtype), mask, range(2), xp)
+    with pytest.raises(ValueError, match='images are of dtype uint8; expected floats'):
+        resample(image.astype('uint8'), mask, (image[..., 0], image[..., 0]))
+
+
+def test_masks_of_any_dtype_are_taken(rng):
+    image, mask = pair(rng)
+    expected = run(ULTRASOUND, image, mask, range(2))[1]
+    for dtype in ('bool', 'uint8', 'float64'):
+        found = run(ULTRASOUND, image, mask.astype(dtype), range(2))[1]
+        assert found.dtype == dtype and numpy.array_equal(found, expected)
+
+
+def test_a_batch_of_nothing_comes_back_as_nothing(xp, rng):
+    image, mask = pair(rng)
+    for array, expected in zip(run(ULTRASOUND, image[:0], mask[:0], [], xp), (image[:0], mask[:0])):
+        assert array.shape == expected.shape and array.dtype == expected.dtype
+    assert median_filter(image[:0], 3).shape == median_filter(image[:0], 13).shape == image[:0].shape
+
+
+def test_what_is_outside_the_image_is_background_in_the_mask_whatever_cval_is(xp, rng):
+    image, mask = pair(rng, 1)
+    shifted = Augmentation(width_shift_range=0.9, fill_mode='constant', cval=1.0)
+    new_image, new_mask = run(shifted, image, mask * 0, [3], xp)
+    assert (new_image == 1).mean() > 0.1 and not new_mask.any()
+
+
+def test_elastic_deformation_and_speckle_have_generators_of_their_own():
+    for n in range(20):
+        draw = Augmentation().draw(numpy.random.default_rng(n), (12, 16))
+        assert draw.elastic_seed != draw.speckle_seed
+
+
 # --- Median filter ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('size', [3, 5, 7])
@@ -407,6 +456,28 @@ def test_median_filter_equals_the_median_of_every_window(xp, rng, size, fill_mod
     assert numpy.array_equal(plane, backend.to_cpu(median_filter(*to_device(xp, images), size, fill_mode))[0, ..., 1])
 
 
+@pytest.mark.parametrize('size', [9, 11, 13, 25, 99])
+@pytest.mark.parametrize('dtype', ['float32', 'float64', 'uint8', 'uint16', 'int16', 'bool'])
+def test_a_large_median_filter_is_exact(xp, rng, size, dtype):
+    """By NumPy's median, on levels all different, on few, and on bands that one window holds whole."""
+    H, W, reach = 7, 10, size // 2
+    few = (rng.random((H, W)) * 4).astype(dtype)
+    many = rng.permutation(H * W).reshape(H, W).astype(dtype)
+    bands = numpy.repeat(numpy.arange(H), W).reshape(H, W).astype(dtype)
+    images = numpy.stack([few, many, bands, few[::-1]])[..., None].reshape(2, 2, H, W).transpose(0, 2, 3, 1)         # (2, H, W, 2)
+    filtered = backend.to_cpu(median_filter(*to_device(xp, images), size))
+    around = numpy.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), 'edge')
+    windows = numpy.lib.stride_tricks.sliding_window_view(around, (size, size), axis=(1, 2))
+    expected = numpy.sort(windows.reshape(2, H, W, 2, size**2), axis=-1)[..., size**2 // 2]
+    assert filtered.dtype == dtype and numpy.array_equal(filtered, expected)
+
+
+def test_a_large_median_filter_of_a_large_image_is_exact(rng):
+    image = numpy.cumsum(rng.normal(size=(70, 83)), axis=0).astype('float32')
+    windows = numpy.lib.stride_tricks.sliding_window_view(numpy.pad(image, 10, 'symmetric'), (21, 21))
+    assert numpy.array_equal(median_filter(image, 21, 'reflect'), numpy.median(windows, axis=(2, 3)))
+
+
 def test_median_filter_removes_grains_and_leaves_edges():
     image = numpy.zeros((20, 30), 'float32')
     image[:, 15:] = 0.75
@@ -416,7 +487,9 @@ def test_median_filter_removes_grains_and_leaves_edges():
     assert numpy.array_equal(median_filter(grainy, 3), image) and numpy.array_equal(grainy, before)
 
 
-@pytest.mark.parametrize('arguments', [(4,), (1,), (-3,), (3, 'constant')])
+@pytest.mark.parametrize('arguments', [(4,), (1,), (-3,), (3.0,), (3, 'constant')])
 def test_median_filter_refuses_even_sizes_and_unknown_edges(arguments):
     with pytest.raises(ValueError, match='expected an odd size from 3 up'):
         median_filter(numpy.zeros((8, 8), 'float32'), *arguments)
+    with pytest.raises(ValueError, match=r'shape \(8, 8, 3\)'):
+        median_filter(numpy.zeros((8, 8, 3), 'float32'))

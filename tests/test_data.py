@@ -1,6 +1,9 @@
+import os
+import re
 import struct
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy
@@ -8,9 +11,11 @@ import pytest
 from PIL import Image
 
 from nervenet.images import data
-from nervenet.images.data import (DataError, Loader, Reader, Sample, find_samples, holds_foreground,
-                                  intensity_statistics, read_image, read_mask, read_pair, resize,
-                                  resize_mask, split_by_subject, subject_warning)
+from nervenet.images.augment import median_filter
+from nervenet.images.data import (DataError, Filtered, Loader, Reader, Sample, as_intensities, data_warning, find_samples,
+                                  holds_foreground, intensity_oddity, intensity_statistics, mask_oddity, oddity_warning,
+                                  positive_warning, read_image, read_mask, read_pair, resize, resize_mask, split_by_subject,
+                                  subject_warning, white_of)
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data'
 GREY = numpy.arange(6 * 5, dtype=numpy.uint8).reshape(6, 5) * 8            # 0 to 232, no two equal
@@ -175,11 +180,220 @@ def test_two_images_of_one_name_are_refused(tmp_path):
     message(error, 'x.png', 'x.bmp', 'same name')
 
 
+def test_an_image_with_several_masks_is_refused_or_told_and_not_taken_for_two_images(tmp_path):
+    for name in ('benign (1)', 'benign (2)', 'benign (2)_mask_3'):            # the last is an image: it has a mask of its own
+        write(tmp_path / f'{name}.png', GREY)
+        write(tmp_path / f'{name}_mask.png', GREY // 128)
+    assert [sample.name for sample in find_samples(tmp_path / 'benign (1).png', masks='optional')] == ['benign (1)']
+    (tmp_path / 'benign (2)_mask_3_mask.png').unlink()
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path)
+    message(error, tmp_path / 'benign (2)_mask.png', '2 masks', 'benign (2)_mask_3.png', 'merge them', '1 of 2 images')
+    told = []
+    samples = find_samples(tmp_path, masks='optional', tell=told.append)
+    assert [(sample.name, sample.mask_path) for sample in samples] == [
+        ('benign (1)', tmp_path / 'benign (1)_mask.png'), ('benign (2)', None)]
+    assert told == ['1 of the files have several masks, so none is used: benign (2).png']
+    (tmp_path / 'benign (2)_mask.png').rename(tmp_path / 'benign (2)_MASK.png')        # in any case
+    (tmp_path / 'benign (2)_mask_3.png').unlink()
+    assert len(find_samples(tmp_path)) == 2
+
+
+def test_a_pattern_of_the_shell_names_masks_too_and_they_are_left_out(tmp_path):
+    for name in ('1_1', '1_2'):
+        write(tmp_path / f'{name}.PNG', GREY)
+        write(tmp_path / f'{name}_mask.PNG', GREY // 128)
+    write(tmp_path / '1_1_mask_2.png', GREY)
+    told = []
+    samples = find_samples(sorted(tmp_path.iterdir()), masks='optional', tell=told.append)
+    assert [(sample.name, sample.mask_path) for sample in samples] == [('1_1', None), ('1_2', tmp_path / '1_2_mask.PNG')]
+    assert '3 of the files left out, being masks, going by name and place: 1_1_mask.PNG, 1_1_mask_2.png, 1_2_mask.PNG' in told
+    with pytest.raises(DataError) as error:
+        find_samples(sorted(tmp_path.glob('*_mask*')), masks='optional')
+    message(error, '1_2_mask.PNG', 'is a mask', 'all 3 files')
+    with pytest.raises(DataError, match='absent.png: no such folder or file'):
+        find_samples([tmp_path / '1_1.PNG', tmp_path / 'absent.png'], masks='optional')
+
+
+def test_a_file_is_paired_as_its_folder_is(tmp_path, monkeypatch):
+    plain(tmp_path, ['x', 'y', 'z_mask'], '.png', '.TIF')                       # z_mask is an image that is called so
+    write(tmp_path / 'images' / 'x_mask.png', GREY)                             # a mask in the wrong folder, beside another one
+    expected = [('x', None), ('y', 'y.TIF'), ('z_mask', 'z_mask.TIF')]
+
+    def found(paths):
+        return [(sample.name, sample.mask_path and sample.mask_path.name) for sample in find_samples(paths, masks='optional')]
+
+    assert found(tmp_path) == found(sorted(tmp_path.glob('*/*'))) == found(tmp_path / 'images') == expected
+    monkeypatch.chdir(tmp_path / 'images')
+    assert found([Path('x.png'), Path('y.png'), Path('z_mask.png')]) == found('.') == expected
+    with pytest.raises(DataError, match='masks: holds the masks of .*images; give the images'):
+        find_samples(tmp_path / 'masks', masks='optional')
+    (tmp_path / 'images' / 'x_mask.png').unlink()
+    assert find_samples(tmp_path / 'images') == find_samples(tmp_path)
+
+
+def test_whatever_is_left_out_or_taken_from_elsewhere_is_told(tmp_path, rng):
+    def told(folder, **options):
+        lines = []
+        find_samples(folder, tell=lines.append, **options)
+        return lines
+
+    assert told(kaggle(tmp_path / 'clean', rng)) == [] == told(plain(tmp_path / 'tidy', ['x', 'y']))
+    (tmp_path / 'clean' / 'notes.txt').write_text('no image')
+    (tmp_path / 'clean' / 'thumbnails').mkdir()
+    assert told(tmp_path / 'clean') == []
+
+    kaggle(tmp_path / 'a' / 'train', rng)
+    for name in ('beside.tif', 'test/5_1.tif', 'train/more/5_2.tif'):
+        write(tmp_path / 'a' / name, GREY)
+    (tmp_path / 'a' / 'train' / '9_1.gif').write_bytes(b'')
+    (tmp_path / 'a' / 'train' / '9_2.dcm').write_bytes(b'')
+    (tmp_path / 'a' / 'train' / '9_3.tif').symlink_to(tmp_path / 'gone.tif')
+    line, = told(tmp_path / 'a')
+    for part in (f'{tmp_path / "a"}: images are taken from {tmp_path / "a" / "train"};', 'links that lead nowhere (9_3.tif)',
+                 'folders inside (more, test)', 'files of other formats (9_1.gif, 9_2.dcm)', 'images beside that (beside.tif)'):
+        assert part in line
+    with pytest.raises(DataError, match='9_3.tif: is a link that leads nowhere'):
+        find_samples(tmp_path / 'a' / 'train' / '9_3.tif', masks='optional')
+
+    images, masks = tmp_path / 'tidy' / 'images', tmp_path / 'tidy' / 'masks'
+    assert told(images) == [f'{images}: images are taken from {images}, masks from {masks}']
+    write(tmp_path / 'tidy' / 'x.png', GREY)
+    write(tmp_path / 'tidy' / 'masks' / 'P1' / 'z.png', GREY)
+    assert told(tmp_path / 'tidy') == [f'{tmp_path / "tidy"}: left out are folders inside (P1), images beside that (x.png)']
+    write(tmp_path / 'tidy' / 'masks' / 'w.png', GREY)
+    assert f'{tmp_path / "tidy"}: left out are masks without image, w.png' in told(tmp_path / 'tidy', masks='optional')
+
+
+def test_wrong_content_of_images_and_masks_is_listed_with_the_way_out(tmp_path):
+    plain(tmp_path / 'gif', ['0', '1'])
+    for path in (tmp_path / 'gif' / 'masks').iterdir():
+        path.rename(path.with_suffix('.gif'))
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path / 'gif')
+    message(error, 'Found images/ with 0.png, 1.png, masks/ with 0.gif, 1.gif', 'convert them to PNG')
+    for name in ('images/P0/0.png', 'masks/P0/0.png'):
+        write(tmp_path / 'patients' / name, GREY)
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path / 'patients')
+    message(error, 'Found images/ with P0/ (folders inside are not searched, so put all images into one', 'masks/ with P0/')
+    (tmp_path / 'links').mkdir()
+    (tmp_path / 'links' / '1_1.tif').symlink_to(tmp_path / 'gone')
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path / 'links', masks='optional')
+    message(error, 'Found 1_1.tif (links lead nowhere)')
+    write(tmp_path / 'half' / 'images' / '.hidden.png', GREY)
+    with pytest.raises(DataError, match='Found images/ with nothing, the folder is empty, and no masks/'):
+        find_samples(tmp_path / 'half')
+
+
+def test_names_are_compared_in_composed_form(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, 'Müller_1') for form in ('NFC', 'NFD'))
+    write(tmp_path / 'images' / f'{decomposed}.png', GREY)
+    write(tmp_path / 'masks' / f'{composed}.png', GREY // 128)
+    if not (tmp_path / 'images' / f'{decomposed}.png').exists() or (tmp_path / 'images' / f'{composed}.png').exists():
+        pytest.skip('this file system composes names itself')
+    sample, = find_samples(tmp_path, '(Mü.+)_')
+    assert sample.name == composed and sample.subject == unicodedata.normalize('NFC', 'Müller')
+    write(tmp_path / 'images' / f'{composed}.png', GREY)
+    with pytest.raises(DataError, match='has the same name'):
+        find_samples(tmp_path)
+
+
+def test_names_that_are_not_utf8_are_spelled_out(tmp_path):
+    stem = os.fsdecode(b'M\xfcller_1')
+    try:
+        write(tmp_path / f'{stem}.png', GREY)
+    except OSError:
+        pytest.skip('this file system refuses such names')
+    write(tmp_path / f'{stem}_mask.png', GREY // 128)
+    sample, = find_samples(tmp_path, '(M.+)_')
+    assert sample.name == 'M\\xfcller_1' and sample.subject == 'M\\xfcller' and sample.name.encode()
+    read_pair(sample)
+    assert find_samples(sample.image_path, masks='optional')[0].mask_path == sample.mask_path
+
+
 # --- Splitting --------------------------------------------------------------------------------------------------------
 
 def samples_of(images_per_subject):
     return [Sample(f'{subject}_{image}', str(subject), Path(f'{subject}_{image}.tif'), Path('mask'))
             for subject, count in enumerate(images_per_subject) for image in range(count)]
+
+
+@pytest.mark.parametrize('name, subject', [
+    ('1_1_flip', '1'), ('1_1 copy', '1'), ('1_1(1)', '1'), ('1_1 (2)', '1'), ('1_1_aug2', '1'), ('1_1-rot90', '1'), ('1_1b', '1'),
+    ('1_1_2', '1'), ('1_1_flip_aug', '1'), ('1_12', '1'), ('2_1_flip', '2_1_flip'), ('flip_1_1', 'flip_1_1'), ('1_13x', '1_13x')])
+def test_a_copy_belongs_to_the_subject_of_its_original(tmp_path, name, subject):
+    for stem in ('1_1', '3_1', name):
+        write(tmp_path / f'{stem}.png', GREY)
+        write(tmp_path / f'{stem}_mask.png', GREY // 128)
+    told = []
+    samples = find_samples(tmp_path, tell=told.append)
+    assert {sample.name: sample.subject for sample in samples} == {'1_1': '1', '3_1': '3', name: subject}
+    is_copy = subject == '1' and name != '1_12'
+    expected = f'1 of the files are copies, going by their names, and count with the subject of their original: {name}'
+    assert told == [expected] * is_copy
+    assert bool(subject_warning(samples)) == (subject != '1')
+    assert {sample.name: sample.subject for sample in find_samples(tmp_path, '^(.+)$')}[name] == name
+
+
+def test_copies_in_the_plain_layout_stay_together_and_numbered_images_do_not(tmp_path):
+    names = ['scan', 'scan_2', 'scan_flip', 'scans', 'P1_1', 'P1', 'P1_1_flip']
+    subjects = {sample.name: sample.subject for sample in find_samples(plain(tmp_path, names))}
+    assert subjects == {**{name: name for name in names}, 'scan_flip': 'scan', 'P1_1_flip': 'P1_1'}
+
+
+def test_unknown_subjects_are_warned_of_with_examples():
+    def named(*names):
+        return [Sample(name, subject, None, None) for name, subject in names]
+
+    known = named(('1_1', '1'), ('1_2', '1'), ('2_1', '2'))
+    assert subject_warning(known) == subject_warning(known[1:]) == ''
+    some = subject_warning(known + named(('b_1_1', 'b_1_1'), ('b_1_2', 'b_1_2'), ('7', '7'), ('8', '8')))
+    assert some.startswith('WARNING: 4 of 7 names do not say their subject') and 'b_1_1, b_1_2, 7 and 1 more' in some
+    assert subject_warning(named(('1_1', '1_1'), ('1_2', '1_2'))).startswith('WARNING: no subject is known, so every image')
+    assert subject_warning(named(('a_1', 'a_1'), ('a_1_flip', 'a_1'))).startswith('WARNING: no subject is known')
+    assert subject_warning(named(('a_1', 'a'), ('a_2', 'a')), '(.)_') == ''
+    assert subject_warning(named(('a_1', 'a_1'), ('a_2', 'a_2')), '(.+)').startswith('WARNING: no subject is known')
+    alike = subject_warning(known + named(('01_3', '01'), ('002_1', '002')))
+    assert alike.startswith('WARNING: 01 and 1, 002 and 2 count as different subjects') and '\n' not in alike
+    assert 'Ann and ann' in subject_warning(named(('ann-1', 'ann'), ('Ann-2', 'Ann'), ('ann-3', 'ann')), '(.+)-')
+
+
+def split_with(positives, share=0.2, seed=0, counts=(10,) * 10, **options):
+    """Return for both sides of a split how many subjects with foreground they hold, and the sides."""
+    samples = samples_of(counts)
+    positive = numpy.array([int(sample.subject) in positives and sample.name.endswith('_0') for sample in samples])
+    sides = split_by_subject(samples, share, seed, positive, **options)
+    assert not {sample.subject for sample in sides[0]} & {sample.subject for sample in sides[1]}
+    return [len({sample.subject for sample in side} & set(map(str, positives))) for side in sides], sides
+
+
+def test_both_sides_of_a_split_hold_foreground_where_two_subjects_do():
+    for positives in ({0, 1}, {3, 8}, {2, 5, 9}, set(range(9))):
+        for seed in range(20):
+            (trained, validated), sides = split_with(positives, seed=seed)
+            assert trained and validated and len(sides[1]) == 20
+    for seed in range(20):
+        assert split_with({4, 6}, seed=seed, counts=(3, 30, 1, 7, 12, 9, 40, 5, 6, 2))[0] == [1, 1]
+        assert split_with({0, 1}, 0.9, seed)[0] == [1, 1] == split_with({0, 1}, 0.5, seed, (5, 5))[0]
+    assert sorted(split_with({7})[0]) == [0, 1] and split_with(set())[0] == [0, 0]      # not enough
+    for seed in range(20):                                                             # training is split again
+        (trained, validated), _ = split_with({2, 5, 9}, 0.5, seed, training_positives=2)
+        assert (trained, validated) == (2, 1)
+        assert split_with({2, 5}, 0.5, seed, training_positives=2)[0] == [1, 1]
+
+
+def test_a_split_that_has_foreground_on_both_sides_is_the_one_without_looking():
+    for seed in range(10):
+        samples = samples_of([4, 7, 2, 9, 5, 5])
+        blind = split_by_subject(samples, 0.3, seed)
+        assert split_by_subject(samples, 0.3, seed, numpy.ones(len(samples), bool)) == blind
+        assert split_by_subject(samples, 0.3, seed, numpy.zeros(len(samples), bool)) == blind
+        (trained, validated), sides = split_with({0, 5}, 0.3, seed, (4, 7, 2, 9, 5, 5))
+        assert trained == validated == 1 and sides == split_with({0, 5}, 0.3, seed, (4, 7, 2, 9, 5, 5))[1]
+        held = [{sample.subject for sample in side} & {'0', '5'} for side in blind]
+        assert all(held) == (sides == blind)
 
 
 @pytest.mark.parametrize('counts, share', [([120] * 47, 0.2), ([30, 1, 7, 12, 50, 3, 9, 22], 0.25), ([5, 5], 0.9),
@@ -211,6 +425,15 @@ def test_a_split_needs_two_subjects():
         split_by_subject(samples_of([7, 7]), 1, 0)
 
 
+def test_parts_without_foreground_are_warned_of(tmp_path, rng):
+    samples = with_foreground(find_samples(kaggle(tmp_path, rng)), {0, 7})
+    reader = Reader(SIZE)
+    assert positive_warning({'training': samples[:4], 'validation': samples[4:]}, reader) == ''
+    said = positive_warning({'training': samples[:6], 'inner': samples[1:3], 'validation': samples[8:]}, reader)
+    assert [line.split(',')[0] for line in said.splitlines()] == ['WARNING: no inner image holds any foreground',
+                                                                   'WARNING: no validation image holds any foreground']
+
+
 # --- Reading images ---------------------------------------------------------------------------------------------------
 
 def grey16():
@@ -233,10 +456,10 @@ def test_16_bit_grey_is_divided_by_65535_and_not_cut_off(tmp_path, name, options
                                      grey16().astype(numpy.float32) / 65535)
 
 
-def tiff(path, bits, photometric, shape, content):
+def tiff(path, bits, photometric, shape, content, sample_format=1):
     """Write a TIFF of one uncompressed strip by hand, for kinds that Pillow reads and does not write."""
     tags = [(256, 4, shape[1]), (257, 4, shape[0]), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
-            (273, 4, 8 + 2 + 9 * 12 + 4), (277, 3, 1), (278, 4, shape[0]), (279, 4, len(content))]
+            (273, 4, 8 + 2 + 10 * 12 + 4), (277, 3, 1), (278, 4, shape[0]), (279, 4, len(content)), (339, 3, sample_format)]
     directory = b''.join(struct.pack('<HHII', tag, kind, 1, value) for tag, kind, value in tags)
     path.write_bytes(b'II*\0' + struct.pack('<IH', 8, len(tags)) + directory + bytes(4) + content)
     return path
@@ -275,6 +498,45 @@ def test_transparent_pixels_are_black(tmp_path):
     palette.putpalette(bytes(value for level in range(6) for value in [40 * level + 55] * 3))
     numpy.testing.assert_allclose(read_image(write(tmp_path / 'p.png', palette, transparency=2)),
                                   numpy.array([[55, 95, 0], [175, 215, 255]]) / 255, atol=1e-6)
+
+
+def test_arrays_become_intensities_by_their_dtype(rng):
+    image = rng.random((6, 5), dtype=numpy.float32)
+    assert as_intensities(image) is image
+    for given, expected in ((GREY, GREY / 255), (grey16(), grey16() / 65535), (GREY > 99, GREY > 99), (image.astype(float), image),
+                            (Image.fromarray(GREY), GREY / 255)):
+        found = as_intensities(given)
+        assert found.dtype == numpy.float32
+        numpy.testing.assert_allclose(found, expected, rtol=1e-6)
+    for wrong, what in ((image * 255, 'values from .*divide it by the value that is white'), (image - 1, 'values from -'),
+                        (numpy.where(image > 0.5, numpy.nan, image), 'values from nan'), (GREY.astype(int), 'dtype int64'),
+                        (image[..., None], r'shape \(6, 5, 1\)'), (image[:0], r'shape \(0, 5\)')):
+        with pytest.raises(ValueError, match=what):
+            as_intensities(wrong)
+
+
+def test_white_can_be_given_and_is_guessed_from_few_levels(tmp_path):
+    twelve = write(tmp_path / 'twelve.png', (GREY.astype('uint16') * 16))
+    numpy.testing.assert_allclose(read_image(twelve, white=4095), GREY.astype('float32') * 16 / 4095, rtol=1e-6)
+    assert white_of(twelve) == 4095 and white_of(write(tmp_path / 'ten.tif', GREY.astype('uint16') * 4)) == 1023
+    assert white_of(write(tmp_path / 'wide.png', grey16())) is None and white_of(write(tmp_path / 'dark.png', GREY // 100)) is None
+    with pytest.raises(DataError, match='twelve.png: holds values from 0 to 3712, expected 0 to 1023'):
+        read_image(twelve, white=1023)
+    wide = write(tmp_path / 'x.tif', GREY.astype(numpy.int32) * 1000)
+    numpy.testing.assert_allclose(read_image(wide, white=232000), GREY / 232, rtol=1e-6)
+    floats = write(tmp_path / 'floats.tif', GREY.astype('float32') / 255)
+    numpy.testing.assert_array_equal(read_image(floats, white=4095), read_image(floats))
+    assert white_of(floats) is None
+
+
+def test_signed_integers_are_refused_as_images_and_binary_as_masks(tmp_path):
+    for bits, dtype in ((8, '<i1'), (16, '<i2')):
+        pixels = numpy.array([[0, 1, 100, -1]], dtype)
+        with pytest.raises(DataError) as error:
+            read_image(tiff(tmp_path / 'x.tif', bits, 1, (1, 4), pixels.tobytes(), sample_format=2))
+        message(error, 'signed or 32-bit integers (-1 to 100)', 'unsigned')
+        mask = tiff(tmp_path / 'mask.tif', bits, 1, (1, 4), (pixels == 1).astype(dtype).tobytes(), sample_format=2)
+        numpy.testing.assert_array_equal(read_mask(mask), [[0, 1, 0, 0]])
 
 
 def test_1_bit_images(tmp_path):
@@ -345,6 +607,63 @@ def test_masks_with_more_values_are_refused_with_the_way_out(tmp_path):
     numpy.testing.assert_array_equal(read_mask(tmp_path / 'x.png', threshold=100), [[1, 1]])
 
 
+@pytest.mark.parametrize('values, positives', [
+    ([0, 1, 2], [1, 2]), ([1, 2], [2]), ([120, 163], [163]), ([0, 3, 250, 255], [250, 255]), ([7, 8, 9], [8, 9]),
+    ([254, 255], [255]),
+    ([0.0, 0.25, 1.0], [1.0]), ([0.5, 1.0], [1.0]), ([300, 60000], [60000]), (list(range(256)), list(range(128, 256)))])
+def test_the_threshold_that_the_error_suggests_works(tmp_path, values, positives):
+    dtype = 'float32' if isinstance(values[0], float) else 'uint16' if max(values) > 255 else 'uint8'
+    pixels = numpy.array([values, values[::-1]], dtype)
+    path = write(tmp_path / 'x.tif', pixels)
+    with pytest.raises(DataError) as error:
+        read_mask(path)
+    threshold = float(re.search('--mask-threshold N, for example ([0-9.]+)', str(error.value))[1])
+    numpy.testing.assert_array_equal(read_mask(path, threshold), numpy.isin(pixels, positives))
+
+
+def test_no_threshold_is_suggested_where_none_works(tmp_path):
+    with pytest.raises(DataError) as error:
+        read_mask(write(tmp_path / 'x.tif', numpy.array([[-3, -2, 0]], numpy.int32)))
+    assert 'for example' not in message(error, '-3, -2, 0', 'or save it with 0 as background')
+
+
+def indexed(numbers, colours):
+    """Return an image of palette numbers."""
+    image = Image.frombytes('P', numbers.shape[::-1], numbers.astype(numpy.uint8).tobytes())
+    image.putpalette(bytes(colours))
+    return image
+
+
+def test_a_palette_that_shows_nothing_is_read_by_its_numbers_as_a_mask_and_refused_as_an_image(tmp_path):
+    truth = GREY > 100
+    alike = [40, 40, 40] * 2
+    for number, (colours, suffix) in enumerate([([0, 0, 0], 'png'), ([0] * 768, 'tif'), (alike, 'png'), ([0, 0, 0], 'tif')]):
+        path = write(tmp_path / f'{number}.{suffix}', indexed(truth, colours))
+        numpy.testing.assert_array_equal(read_mask(path), truth)
+        with pytest.raises(DataError, match='its palette has one grey for all of its 2 colours; save it as grey'):
+            read_image(path)
+    for numbers, colours in ((truth * 0, [0] * 6), (truth * 0 + 1, [0] * 6)):                # all empty, all full
+        numpy.testing.assert_array_equal(read_mask(write(tmp_path / 'x.png', indexed(numbers, colours))), numbers)
+    for level in (0, 255):                                                                   # one colour, and it shows
+        path = write(tmp_path / 'x.png', indexed(truth * 0, [level] * 3))
+        assert (read_mask(path) == (level > 0)).all()
+    with pytest.raises(DataError, match='x.png: cannot be read as an image .its colours 0, 1 are all black'):
+        read_mask(write(tmp_path / 'x.png', indexed(GREY // 100, [0] * 6 + [128, 0, 0])))
+
+
+def test_labels_that_only_a_dark_colour_or_transparency_tells_apart_are_read(tmp_path):
+    truth = GREY > 100
+    blue = truth[..., None] * numpy.array([0, 0, 1], numpy.uint8)
+    numpy.testing.assert_array_equal(read_mask(write(tmp_path / 'blue.png', blue)), truth)
+    numpy.testing.assert_array_equal(read_mask(write(tmp_path / 'p.png', indexed(truth, [0, 0, 0, 0, 0, 2]))), truth)
+    alpha = Image.fromarray(truth.astype(numpy.uint8) * 255)
+    for name, colour in (('black', 0), ('white', 255)):
+        drawn = Image.merge('LA', [Image.new('L', alpha.size, colour), alpha])
+        numpy.testing.assert_array_equal(read_mask(write(tmp_path / f'{name}.png', drawn)), truth)
+    opaque = Image.merge('LA', [Image.new('L', alpha.size, 0), Image.new('L', alpha.size, 255)])
+    assert not read_mask(write(tmp_path / 'empty.png', opaque)).any()
+
+
 def test_sizes_that_differ_within_a_pair_are_named(tmp_path):
     image, mask = write(tmp_path / 'x.png', GREY), write(tmp_path / 'x_mask.png', GREY.T // 128)
     with pytest.raises(DataError) as error:
@@ -353,6 +672,52 @@ def test_sizes_that_differ_within_a_pair_are_named(tmp_path):
     with pytest.raises(DataError) as error:
         read_pair(Sample('x', 'x', image, None))
     message(error, image, 'has no mask')
+
+
+def marked(path, pixels, mark):
+    exif = Image.Exif()
+    exif[274] = mark
+    return write(path, pixels, exif=exif)
+
+
+def test_orientation_marks_that_differ_within_a_pair_are_named(tmp_path):
+    square = numpy.eye(6, dtype=numpy.uint8)
+
+    def pair(pixels, image_mark, mask_mark):
+        return Sample('x', 'x', marked(tmp_path / 'x.png', pixels, image_mark), marked(tmp_path / 'x_mask.png', pixels, mask_mark))
+
+    with pytest.raises(DataError) as error:
+        read_pair(pair(GREY // 232, 6, 1))
+    message(error, 'x_mask.png', 'turned against its image', 'they are 1 and 6', 'save both upright')
+    oblong = GREY // 232
+    for pixels, image_mark, mask_mark, is_odd in ((oblong, 1, 1, False), (oblong, 3, 3, False), (oblong, 3, 1, True),
+                                                  (oblong, 1, 2, True), (square, 6, 1, True), (square, 6, 6, False),
+                                                  (oblong, 6, 8, True)):
+        sample = pair(pixels, image_mark, mask_mark)
+        assert ('turned' in mask_oddity(sample, read_pair(sample)[1])) == is_odd
+    sample = Sample('x', 'x', marked(tmp_path / 'x.png', GREY, 6), write(tmp_path / 'x_mask.png', numpy.rot90(GREY // 232, -1)))
+    assert mask_oddity(sample, read_pair(sample)[1]) == '', 'a mask drawn on the upright image'
+
+
+def test_odd_masks_and_intensities_are_found_and_named(tmp_path, rng):
+    samples, reader = find_samples(kaggle(tmp_path, rng, subjects=6)), Reader(SIZE)
+    assert data_warning(samples, reader, *intensity_statistics(samples, reader)) == ''
+    for sample in samples[:2]:
+        write(sample.mask_path, 255 - 255 * read_mask(sample.mask_path))
+    write(samples[5].image_path, rng.integers(0, 4096, (10, 14), dtype=numpy.uint16))
+    reader = Reader(SIZE)
+    masks, images = data_warning(samples, reader, *intensity_statistics(samples, reader)).splitlines()
+    assert masks.startswith('WARNING: 2 of 18 masks are foreground for more than half') and masks.endswith(': 1_1, 1_2')
+    assert images.startswith('WARNING: 1 of 18 images are much darker than the others') and images.endswith(': 2_3')
+
+
+def test_intensities_are_far_beyond_one_and_a_half_deviations_or_a_factor_of_three(rng):
+    image = rng.normal(0.4, 0.2, (40, 50)).astype('float32')
+    for scale, shift, words in ((1, 0, ''), (0.5, 0.1, ''), (2, -0.3, ''), (1 / 16, 0, 'much darker'), (1, -0.35, 'much darker'),
+                                (1, 0.35, 'much brighter'), (0.2, 0.32, 'much flatter'), (4, -1.2, 'much richer in contrast')):
+        assert intensity_oddity(image * scale + shift, 0.4, 0.2) == words
+    said = oddity_warning('images', list('abcdef'), ['', 'x', 'y', 'x', 'x', 'x'])
+    assert said == 'WARNING: 4 of 6 images are x: b, d, e and 1 more\nWARNING: 1 of 6 images are y: c'
 
 
 # --- Files that are broken --------------------------------------------------------------------------------------------
@@ -400,12 +765,34 @@ def test_a_file_of_several_pages_is_refused(tmp_path):
             message(error, path, '2 pages')
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize('limit', [10, 29])                                     # Pillow warns, or raises
+def test_an_image_beyond_the_limit_of_pixels_is_refused(tmp_path, monkeypatch, limit):
     path = write(tmp_path / 'x.png', GREY)
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)
     with pytest.raises(DataError) as error:
         read_image(path)
-    message(error, path, 'has more than 10 pixels')
+    message(error, path, f'has more than {limit} pixels', 'make it smaller')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 30)
+    read_image(path)
+
+
+def test_the_first_picture_of_a_phone_is_read(tmp_path):
+    second = Image.new('L', (16, 12))
+    path = tmp_path / 'phone.jpg'
+    Image.new('L', (40, 30), 200).convert('RGB').save(path, format='MPO', save_all=True, append_images=[second.convert('RGB')])
+    image = read_image(path)
+    assert image.shape == (30, 40) and abs(image - 200 / 255).max() < 0.01
+
+
+def test_a_stack_that_imagej_wrote_as_one_page_is_refused(tmp_path):
+    for note, number in (('ImageJ=1.53t\nimages=12\nslices=12\n', 12), ('ImageJ=1.53t\nimages=1\n', 1), ('12 images=7', 1)):
+        path = write(tmp_path / 'x.tif', GREY, tiffinfo={270: note})
+        if number == 1:
+            read_image(path)
+        else:
+            with pytest.raises(DataError) as error:
+                read_image(path)
+            message(error, path, 'holds 12 pages', 'one file per page')
 
 
 # --- Resizing ---------------------------------------------------------------------------------------------------------
@@ -438,6 +825,13 @@ def test_a_resized_mask_is_binary_keeps_its_area_and_lies_where_the_image_shows_
         assert abs((rows.mean() + 0.5) / size[0] - 180.5 / 420) < 0.002
         assert abs((columns.mean() + 0.5) / size[1] - 330.5 / 580) < 0.002
         numpy.testing.assert_array_equal(small, resize(mask.astype(numpy.float32), size) >= 0.5)
+
+
+def test_a_pixel_that_is_half_foreground_is_foreground():
+    mask = numpy.array([[1, 0, 1, 0], [0, 1, 0, 0]], numpy.uint8)
+    shrunk = resize(mask[:, :2].astype(numpy.float32), (1, 1))
+    assert shrunk == 0.5 and resize_mask(mask[:, :2], (1, 1)) == 1
+    assert resize_mask(mask[:, 2:], (1, 1)) == 0
 
 
 # --- Reader, statistics, loader ---------------------------------------------------------------------------------------
@@ -583,6 +977,27 @@ def test_small_sets_are_read_once_and_large_ones_stay_within_the_budget(samples,
             everything(Loader(samples, reader, 5, shuffle=True), epoch)
         assert len(reads) == expected
         assert sum(array.nbytes for pair in reader.cache.values() for array in pair) <= cache_bytes
+
+
+def test_each_image_is_filtered_once_within_the_budget_of_its_reader(samples):
+    calls = []
+
+    def function(image):
+        calls.append(1)
+        return median_filter(image, 3)
+
+    bytes_per_sample = 8 * 12 * 3
+    for cache_bytes, expected in ((2**30, 12), (bytes_per_sample * 5 + 7, 12 + 2 * 7), (0, 36)):
+        calls.clear()
+        inner = Reader(SIZE, cache_bytes=cache_bytes)
+        reader = Filtered(inner, function)
+        for epoch in range(3):
+            images, masks = everything(Loader(samples, reader, 5, shuffle=True, seed=1), epoch)
+        assert len(calls) == expected and not inner.cache
+        assert sum(array.nbytes for pair in reader.cache.values() for array in pair) <= cache_bytes
+    plain_images, plain_masks = everything(Loader(samples, Reader(SIZE), 5, shuffle=True, seed=1), 2)
+    numpy.testing.assert_array_equal(masks, plain_masks)
+    numpy.testing.assert_array_equal(images[3, ..., 0], median_filter(plain_images[3, ..., 0], 3))
 
 
 def test_intensity_statistics_are_those_of_all_pixels(samples):

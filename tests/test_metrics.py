@@ -85,6 +85,15 @@ def test_pooled_scores_of_several_channels_are_means_over_channels(rng):
         assert value == pytest.approx((channels[0][name] + channels[1][name]) / 2)
 
 
+def test_the_dice_of_an_image_is_the_mean_over_its_channels(rng):
+    p, y = rng.random((4, 5, 6, 3)), rng.random((4, 5, 6, 3)) < 0.5
+    scores = SegmentationScores()
+    scores.update(p[:3], y[:3])
+    scores.update(p[3:], y[3:])
+    overlap, both = (((p > 0.5) & y).sum(axis=(1, 2)), (p > 0.5).sum(axis=(1, 2)) + y.sum(axis=(1, 2)))      # (4, 3)
+    numpy.testing.assert_allclose(scores.dice_of_images(), (2 * overlap / both).mean(axis=1))
+
+
 def test_a_pixel_at_the_threshold_is_background():
     assert score(images([0.5, 0.51]), images([1, 1]))['foreground_share'] == 0.5
     assert score(images([0.3, 0.51]), images([1, 1]), threshold=0.2)['foreground_share'] == 1

@@ -38,6 +38,28 @@ def test_flip_average_is_the_mean_of_both_directions(model, rng):
     numpy.testing.assert_allclose(averaged, (plain + flipped[:, ::-1]) / 2, rtol=1e-5)
 
 
+def test_images_of_any_dtype_that_says_what_is_white_are_predicted_alike(model, rng):
+    segmenter, levels = Segmenter(model, (16, 24)), rng.integers(0, 256, (30, 40), dtype='uint8')
+    expected = segmenter.probabilities([levels / numpy.float32(255)])[0]
+    assert expected.std() > 0.001
+    for image in (levels, levels.astype('uint16') * 257, levels / 255):
+        numpy.testing.assert_allclose(segmenter.probabilities([image])[0], expected, atol=1e-6)
+    binary = levels > 99
+    numpy.testing.assert_array_equal(*(segmenter.probabilities([image])[0] for image in (binary, binary.astype('float32'))))
+    for wrong in (levels.astype('float32'), levels.astype(int), levels[..., None], levels / 255 - 0.5):
+        with pytest.raises(ValueError, match=r'an image .*expected'):
+            segmenter.probabilities([wrong])
+    assert segmenter.probabilities([]) == []
+
+
+def test_intensities_far_from_those_of_training_are_odd(rng):
+    image = rng.normal(0.4, 0.2, (30, 40)).clip(0, 1).astype('float32')
+    trained = Segmenter(UNet(base_channels=2, depth=1, input_mean=0.4, input_std=0.2, rng=rng), (30, 40))
+    assert trained.oddity(image) == trained.oddity((image * 255).astype('uint8')) == ''
+    assert trained.oddity(image / 16) == 'much darker'
+    assert Segmenter(UNet(base_channels=2, depth=1, rng=rng), (30, 40)).oddity(image / 16) == '', 'training is unknown'
+
+
 def test_mask_is_cut_at_the_threshold_and_empty_below_the_minimal_area():
     probability = numpy.zeros((10, 10))
     probability[2:4, 5] = 0.6
@@ -74,6 +96,30 @@ def test_settings_are_chosen_where_dice_per_image_is_best(rng):
     settings, score = choose_settings(Fixed(), lambda: [(images, masks)])
     assert 0.6 <= settings.threshold < 0.7 and settings.minimal_area > 1 / 400 and not settings.flip_average
     assert score == pytest.approx(1.0)
+
+
+def test_a_candidate_must_be_better_by_a_margin(rng):
+    """The best threshold is not that of the simplest settings: it takes over only where it gains more than 0.002."""
+    masks = numpy.zeros((1, 40, 100, 1), 'float32')
+    masks[0, :25] = 1                                              # 2500 pixels of 4000
+    for missed, expected in ((2, 0.5), (200, 0.35)):               # of these some have a probability of 0.4: Dice 0.9996 or 0.958
+        p = numpy.where(masks > 0, 0.95, 0.05)
+        p.flat[:missed] = 0.4
+        settings, score = choose_settings(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)],
+                                          thresholds=numpy.array([0.35, 0.5]))
+        assert settings.threshold == expected and (score == 1) == (expected == 0.35)
+
+
+def test_score_averages_over_flips_if_the_settings_say_so(model, rng):
+    images, masks = rng.random((3, 16, 24, 1), dtype='float32'), (rng.random((3, 16, 24, 1)) < 0.5).astype('float32')
+    p, mirrored = predict(model, images), predict(model, images[:, :, ::-1])[:, :, ::-1]
+    averaged = (p + mirrored) / 2
+    threshold = float(numpy.median(averaged))
+    for flip_average, probabilities in ((False, p), (True, averaged)):
+        found = score(model, [(images, masks)], Settings(threshold=threshold, flip_average=flip_average))
+        cut = probabilities > threshold
+        assert found['accuracy'] == pytest.approx((cut == (masks > 0)).mean())
+    assert ((p > threshold) != (averaged > threshold)).any()
 
 
 def test_score_is_that_of_the_masks_the_settings_make(rng):

@@ -275,11 +275,11 @@ class Augmentation:
             raise ValueError(f'images {images.shape}, masks {masks.shape} and {len(rngs)} generators differ; expected '
                              "(N, H, W, C), (N, H, W, C') with the same N, H, W, and N generators")
         if images.dtype.kind != 'f':
-            raise ValueError(f'images are of dtype {images.dtype}; expected floats in [0, 1]: divide them by the value that is white')
+            raise ValueError(f'images are of dtype {images.dtype}; expected floats in [0, 1]: divide by the value that is white')
         right = [(images >= 0) & (images <= 1), (masks == 0) | (masks == 1)]                      # NaN is not
         if xp is numpy and not right[0].all():
-            raise ValueError(f'images hold values from {images.min():g} to {images.max():g}; expected intensities in [0, 1]: divide '
-                             'them by the value that is white')
+            raise ValueError(f'images hold values from {images.min():g} to {images.max():g}; expected intensities in [0, 1]: '
+                             'divide by the value that is white')
         if xp is numpy and not right[1].all():
             raise ValueError(f'masks hold values from {masks.min():g} to {masks.max():g}; expected 0 and 1 only')
         off = Augmentation()
@@ -371,8 +371,9 @@ def median_filter(images, size=3, fill_mode='nearest'):
 
 
 def _median_by_forgetting(windows):
-    """Return the median of an odd number of equally large arrays, element by element (Paeth 1990, "Median finding on a 3×3 grid").
+    """Return the median of an odd number of equally large arrays, element by element.
 
+    Source: Paeth 1990, "Median finding on a 3×3 grid".
     Of any n//2 + 2 of n values, the smallest has too many above it to be the median, and the largest too many below.
     Drop both, take in the next value, and so on until one is left. It takes only minima and maxima of whole images.
     """

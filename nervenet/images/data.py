@@ -37,12 +37,12 @@ from ..engine.parallel import parallel_for
 SUFFIXES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'BMP'
 MEDICAL = '.dcm', '.nii', '.gz', '.mha', '.mhd', '.nrrd', '.npy', '.npz', '.mat'          # images that Pillow does not know
-MASK_NAME = re.compile(r'(.+)_mask([ _-]?\(?\d+\)?)?', re.IGNORECASE | re.DOTALL)     # x_mask; one of several: x_mask_1, x_mask (2)
+MASK_NAME = re.compile(r'(.+)_mask([ _-]?\(?\d+\)?)?', re.IGNORECASE | re.DOTALL)    # x_mask; one of several: x_mask_1
 LAYOUTS = ('{subject}_{image}.tif beside {subject}_{image}_mask.tif, in this folder or in its train/; or two folders '
            f'images/ and masks/ with equal names ({", ".join(SUFFIXES)})')
 
 
-# Read in `_read_grey` as an error that names the file.
+# `_read_grey` refuses such images itself, and names the file.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
 
@@ -130,7 +130,8 @@ def find_samples(folder, subject_pattern=None, masks='required', tell=None):
             samples.append(Sample(name, subject_of(images[name][0]), images[name][0], found[0] if len(found) == 1 else None))
     if left_out and not samples:
         raise DataError(f'{path}: is a mask, going by its name and place, and so are all {len(left_out)} files given; give images')
-    for names, what in ((left_out, 'left out, being masks, going by name and place'), (several, 'have several masks, so none is used'),
+    for names, what in ((left_out, 'left out, being masks, going by name and place'),
+                        (several, 'have several masks, so none is used'),
                         (copies, 'are copies, going by their names, and count with the subject of their original')):
         if names:
             tell(f'{len(names)} of the files {what}: {_some(names)}')
@@ -277,7 +278,8 @@ def _listing(root, is_plain):
     entries = _entries(root)
     names = [entry.name + '/' * entry.is_dir() for entry in entries]
     reasons = {'links lead nowhere': any(entry.is_symlink() and not entry.exists() for entry in entries),
-               'folders inside are not searched, so put all images into one, with names that begin with the folder': any(map(_holds_images, entries)),
+               'folders inside are not searched, so put all images into one, with names that begin with the folder':
+                   any(map(_holds_images, entries)),
                'files of other formats are not read, so convert them to PNG': any(map(_is_of_another_format, entries))}
     reasons = ', '.join(reason for reason, holds in reasons.items() if holds)
     return _some(names, 6) + f' ({reasons})' * bool(reasons) if names else 'nothing, the folder is empty'
@@ -327,19 +329,21 @@ def subject_warning(samples, subject_pattern=None):
 
     unknown = [sample.name for sample in samples if not is_known(sample)]
     if subject_pattern is None and len(unknown) == len(samples) or subject_pattern is not None and len(subjects) == len(samples):
-        said.append('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some land on '
-                    'both sides of the split and the scores are too good to be true: give --subject-pattern.')
-    elif subject_pattern is None and unknown:
-        said.append(f'WARNING: {len(unknown)} of {len(samples)} names do not say their subject as {{subject}}_{{image}} does, such as '
-                    f'{_some(unknown)}, and count as subjects of their own. If they show subjects that other images show too, these '
+        said.append('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some '
                     'land on both sides of the split and the scores are too good to be true: give --subject-pattern.')
+    elif subject_pattern is None and unknown:
+        said.append(f'WARNING: {len(unknown)} of {len(samples)} names do not say their subject as {{subject}}_{{image}} does, '
+                    f'such as {_some(unknown)}, and count as subjects of their own. If they show subjects that other images show '
+                    'too, these land on both sides of the split and the scores are too good to be true: give --subject-pattern.')
     spelled = {}
     for subject in sorted(subjects, key=natural_key):
         spelled.setdefault(str(natural_key(subject.casefold())[0]), []).append(subject)
+    if subject_pattern is None and len(unknown) == len(samples):
+        spelled.clear()                                     # they are names of images
     alike = [' and '.join(several) for several in spelled.values() if len(several) > 1]
     if alike:
-        said.append(f'WARNING: {_some(alike)} count as different subjects. If they are not, rename the files: they land on both sides of '
-                    'the split and the scores are too good to be true.')
+        said.append(f'WARNING: {_some(alike)} count as different subjects. If they are not, rename the files: they land on both '
+                    'sides of the split and the scores are too good to be true.')
     return '\n'.join(said)
 
 
@@ -382,7 +386,8 @@ def split_by_subject(samples, validation_share, seed, positive=None, training_po
         least = min(training_positives, len(positive) - 1)
         if len(positive) > 1 and not (positive & chosen and len(positive - chosen) >= least):
             # The draw missed one side: one subject is set for validation, the nearest in size, and some for training.
-            first, *others = sorted((subject for subject in subjects if subject in positive), key=lambda subject: abs(images[subject] - wanted))
+            first, *others = sorted((subject for subject in subjects if subject in positive),
+                                    key=lambda subject: abs(images[subject] - wanted))
             chosen = draw([first], sorted(others, key=lambda subject: -images[subject])[:least])
     return ([sample for sample in samples if sample.subject not in chosen],
             [sample for sample in samples if sample.subject in chosen])
@@ -396,8 +401,8 @@ def positive_warning(parts, reader):
     said = []
     for name, samples in parts.items():
         if not holds_foreground(samples, reader).any():
-            said.append(f'WARNING: no {name} image holds any foreground, so its scores, and what is chosen by them, say nothing of how '
-                        'well it is found: add subjects with foreground, or choose another --seed or share.')
+            said.append(f'WARNING: no {name} image holds any foreground, so its scores, and what is chosen by them, say nothing '
+                        'of how well it is found: add subjects with foreground, or choose another --seed or share.')
     return '\n'.join(said)
 
 
@@ -415,11 +420,11 @@ def as_intensities(image):
     if image.dtype in (numpy.uint8, numpy.uint16):
         return image.astype(numpy.float32) / numpy.iinfo(image.dtype).max
     if image.dtype != bool and image.dtype.kind != 'f':
-        raise ValueError(f'an image has dtype {image.dtype}, which does not say what is white; expected uint8, uint16, bool, or floats '
-                         'in [0, 1]')
+        raise ValueError(f'an image has dtype {image.dtype}, which does not say what is white; expected uint8, uint16, bool, '
+                         'or floats in [0, 1]')
     if not (image.min() >= 0 and image.max() <= 1):                                  # written so that NaN is refused too
-        raise ValueError(f'an image of {image.dtype} holds values from {image.min():g} to {image.max():g}; expected [0, 1]: divide it '
-                         'by the value that is white')
+        raise ValueError(f'an image of {image.dtype} holds values from {image.min():g} to {image.max():g}; expected [0, 1]: '
+                         'divide it by the value that is white')
     return image.astype(numpy.float32, copy=False)
 
 
@@ -494,7 +499,8 @@ def read_pair(sample, mask_threshold=None, white=None):
         turned = ''
         if mask.shape == image.shape[::-1]:
             marks = ' and '.join(str(_header(path)[0]) for path in (sample.mask_path, sample.image_path))
-            turned = f': it is turned against its image (orientation marks are obeyed, they are {marks}); save both upright, without mark'
+            turned = (f': it is turned against its image (orientation marks are obeyed, they are {marks}); save both upright, '
+                      'without mark')
         raise DataError(f'{sample.mask_path}: this mask is {mask.shape[0]}×{mask.shape[1]} pixels (height×width), its '
                         f'image {sample.image_path.name} is {image.shape[0]}×{image.shape[1]}; they must be equal{turned}')
     return image, mask
@@ -523,7 +529,7 @@ def _read_grey(path, convert=None):
             return (convert or _grey)(image, kind)
     except DataError:
         raise
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f'{path}: has more than {limit:,} pixels, the limit for one image; make it smaller') from None
     except Exception as error:              # Pillow's decoders raise OSError, SyntaxError, struct.error and others
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(' <_io')[0]
@@ -574,8 +580,8 @@ def _labels(image, kind):
                                              and not any(image.getpalette()) and 'transparency' not in image.info):
             return numbers, None
         if len(black) > 1 and values.any() and 'transparency' not in image.info:
-            raise ValueError(f'its colours {_some([str(number) for number in black])} are all black, beside others that are not; save '
-                             'it as grey, 0 being background')
+            raise ValueError(f'its colours {_some([str(number) for number in black])} are all black, beside others that are not; '
+                             'save it as grey, 0 being background')
     elif opaque is not image and values.min() == values.max():
         alpha = numpy.array(image.convert('RGBA'))[..., 3]
         if alpha.min() < alpha.max():
@@ -599,7 +605,7 @@ def mask_oddity(sample, mask):
         (mark, is_square), (mark_of_mask, _) = _header(sample.image_path), _header(sample.mask_path)
         # Marks from 5 on exchange height and width. If only one file has such a mark, equal sizes show that both are upright.
         if mark != mark_of_mask and (is_square or (mark > 4) == (mark_of_mask > 4)):
-            return 'perhaps turned against their images (only one file of the two has an orientation mark, which is obeyed: save both upright)'
+            return 'perhaps turned against their images (their orientation marks differ, and are obeyed: save both upright)'
     return ''
 
 
@@ -611,7 +617,9 @@ def intensity_oddity(image, mean, std):
     shift, spread = (image.mean(dtype=float) - mean) / std, image.std(dtype=float) / std
     if abs(shift) <= 1.5 and 1 / 3 <= spread <= 3:
         return ''
-    return 'much darker' if shift < -0.5 else 'much brighter' if shift > 0.5 else 'much flatter' if spread < 1 else 'much richer in contrast'
+    if abs(shift) > 0.5:
+        return 'much darker' if shift < 0 else 'much brighter'
+    return 'much flatter' if spread < 1 else 'much richer in contrast'
 
 
 def oddity_warning(what, names, oddities):

@@ -105,7 +105,7 @@ class Segmenter:
         return [resize(small.astype('float32'), image.shape) for small, image in zip(p, images)]
 
     def oddity(self, image):
-        """Return in words how the intensities of an image (H, W) lie far from those in training; '' if near, or training's are unknown."""
+        """Return in words how the intensities of an image (H, W) lie far from training's; '' if near, or these are unknown."""
         mean, std = self.model.config['input_mean'], self.model.config['input_std']
         return '' if (mean, std) == (0, 1) else intensity_oddity(self.prepare(image), mean, std)
 

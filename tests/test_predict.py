@@ -1,0 +1,127 @@
+"""examples/predict.py with a tiny network: what it reads, what it leaves out, what it says."""
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+import nervenet
+from nervenet.images.data import DataError
+
+ROOT = Path(__file__).parents[1]
+MEAN, STD = 0.4, 0.2
+
+
+@pytest.fixture
+def job():
+    specification = importlib.util.spec_from_file_location('predict', ROOT / 'examples' / 'predict.py')
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def data(tmp_path, rng):
+    """A network, and three frames with masks."""
+    network = nervenet.UNet(base_channels=2, depth=1, input_mean=MEAN, input_std=STD, rng=rng)
+    network.parameters()['head.weight'][:] *= 100                            # so that it reacts
+    nervenet.save(tmp_path / 'model.npz', network, size=[16, 24], settings={})
+    (tmp_path / 'data').mkdir()
+    for name in ('1_1', '1_2', '2_1'):
+        frame(tmp_path / 'data' / f'{name}.png', rng)
+        mask = numpy.zeros((20, 30), 'uint8')
+        mask[5:9, 7:15] = 255
+        Image.fromarray(mask).save(tmp_path / 'data' / f'{name}_mask.png')
+    return tmp_path / 'data'
+
+
+def frame(path, rng, scale=255, dtype='uint8'):
+    """Write a frame whose intensities are those of training, where `scale` is white."""
+    pixels = rng.normal(MEAN, 1.2 * STD, (20, 30)).clip(0, 1)               # a little more, since resizing smooths
+    Image.fromarray((pixels * scale).astype(dtype)).save(path)
+    return pixels
+
+
+def run(job, data, *inputs, **options):
+    """Predict the inputs, by default the folder, and return the rows of results.csv."""
+    arguments = ['--model', data.parent / 'model.npz', '--input', *(inputs or [data]), '--output', data.parent / 'out']
+    for name, value in options.items():
+        arguments += [f'--{name}', value]
+    job.main(list(map(str, arguments)))
+    return list(csv.DictReader((data.parent / 'out' / 'results.csv').read_text(encoding='utf-8').splitlines()))
+
+
+def test_masks_given_by_a_pattern_are_compared_with_and_not_predicted(job, data, capsys):
+    rows = run(job, data, *sorted(data.glob('*.png')), submission=data.parent / 's.csv')
+    assert [row['image'] for row in rows] == ['1_1', '1_2', '2_1'] and all(row['dice'] for row in rows)
+    assert [line.split(',')[0] for line in (data.parent / 's.csv').read_text().splitlines()] == ['img', '1_1', '1_2', '2_1']
+    said = capsys.readouterr().out
+    assert '3 of the files left out, being masks, going by name and place: 1_1_mask.png, 1_2_mask.png, 2_1_mask.png' in said
+    assert 'WARNING' not in said and 'with a mask' not in said
+    with pytest.raises(DataError, match='1_2_mask.png: is a mask'):
+        run(job, data, data / '1_1_mask.png', data / '1_2_mask.png')
+
+
+def test_what_has_no_mask_is_counted(job, data, capsys):
+    (data / '2_1_mask.png').unlink()
+    assert [bool(row['dice']) for row in run(job, data)] == [True, True, False]
+    assert 'They are those of the 2 images with a mask; 1 have none.' in capsys.readouterr().out
+
+
+def test_intensities_far_from_those_of_training_are_warned_of_with_an_option_that_works(job, data, rng, capsys):
+    right = run(job, data)
+    assert 'WARNING' not in capsys.readouterr().out
+    for path in data.glob('?_?.png'):
+        Image.fromarray(numpy.array(Image.open(path)).astype('uint16') * 16).save(path)
+    os.rename(data.parent / 'out', data.parent / 'first')
+    dark = run(job, data)
+    said = capsys.readouterr().out
+    assert 'WARNING: 3 of 3 images are much darker than those the network was trained on' in said and ': 1_1, 1_2, 2_1' in said
+    assert '1_1 uses few levels of its 16 bits: if it holds fewer bits, give --white 4095' in said
+    os.rename(data.parent / 'out', data.parent / 'second')
+    mended = run(job, data, white=4095)
+    assert 'WARNING' not in capsys.readouterr().out
+    confidence = [[float(row['confidence']) for row in rows] for rows in (right, dark, mended)]
+    numpy.testing.assert_allclose(confidence[0], confidence[2], atol=0.01)
+    assert abs(numpy.subtract(confidence[0], confidence[1])).max() > 0.02
+
+
+def test_masks_that_are_mostly_foreground_are_warned_of(job, data, capsys):
+    mask = Image.open(data / '1_2_mask.png')
+    Image.fromarray(255 - numpy.array(mask)).save(data / '1_2_mask.png')
+    run(job, data)
+    said = capsys.readouterr().out
+    assert 'WARNING: 1 of 3 masks are foreground for more than half (inverted?): 1_2_mask.png' in said
+
+
+def test_names_and_terminals_that_are_not_utf8_end_no_prediction(data, rng):
+    name = os.fsdecode(b'M\xfcller_\xc3\xa9_1')
+    try:
+        frame(data / f'{name}.png', rng)
+    except OSError:
+        pytest.skip('this file system refuses such names')
+    (data / '3_1.gif').write_bytes(b'')
+    (data / f'{name}.gif').write_bytes(b'')
+    done = subprocess.run([sys.executable, ROOT / 'examples' / 'predict.py', '--model', data.parent / 'model.npz', '--input', data,
+                           '--output', data.parent / 'out', '--device', 'cpu'], capture_output=True, check=False,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0'})
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((data.parent / 'out' / 'results.csv').read_text(encoding='utf-8').splitlines()))
+    assert [row['image'] for row in rows] == ['1_1', '1_2', '2_1', 'M\\xfcller_é_1']
+    assert all((data.parent / 'out' / f'{row["image"]}_mask.png').exists() for row in rows)
+    assert b'files of other formats (3_1.gif, M\\udcfcller_\\xe9_1.gif)' in done.stdout
+
+
+def test_an_image_beyond_the_limit_of_pixels_costs_one_line(data):
+    script = 'from PIL import Image; Image.MAX_IMAGE_PIXELS = 500; import sys, predict; predict.main(sys.argv[1:])'
+    arguments = '--model', data.parent / 'model.npz', '--input', data / '1_1.png', '--output', data.parent / 'out'
+    done = subprocess.run([sys.executable, '-c', script, *arguments], capture_output=True, text=True, check=False,
+                          env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "examples"}'})
+    line, last = done.stderr.strip().splitlines()
+    assert line.startswith('skipped: ') and '1_1.png: has more than 500 pixels' in line and '1 of 1 images skipped' in last
