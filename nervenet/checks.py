@@ -1,6 +1,10 @@
 """What may be given: the checks that more than one file makes, each an error that says what was found and what was expected."""
 
+import math
+
 import numpy
+
+from .engine.backend import get_array_module
 
 
 def positive(value, name, least=1):
@@ -18,6 +22,16 @@ def pair(value, name, least=1):
     return positive(values[0], name, least), positive(values[1], name, least)
 
 
+def in_range(name, value, end):
+    """Return the number as a Python float. Raises ValueError unless 0 ≤ value < end.
+
+    A number of NumPy's, as a search over a grid gives it, would turn float32 arrays into float64 where it meets them.
+    """
+    if not 0 <= value < end:
+        raise ValueError(f'{name} is {value}; expected a number from 0 up to, not including, {end}')
+    return float(value)
+
+
 def check_match(own, given, what, whose):
     """Raise ValueError unless the dicts `own` and `given` hold arrays of the same shapes under the same names."""
     problems = ([f'{name} is missing' for name in own.keys() - given.keys()]
@@ -33,3 +47,27 @@ def check_channels(shape, channels):
     """Raise ValueError unless `shape` is (N, H, W, channels)."""
     if len(shape) != 4 or shape[3] != channels:
         raise ValueError(f'input has shape {shape}, expected (N, H, W, {channels}): the channels come last')
+
+
+def checked_target(logits, target):
+    """Return (y, doubt): the target in the dtype of the logits, and a number to add to the loss, 0, or NaN on a GPU for a bad target.
+
+    Raises ValueError unless logits are floating-point and target numbers, of one shape (N, H, W, C) with at least one pixel
+    (broadcasting would compare the wrong pixels in silence), and, on the CPU, unless the target lies in [0, 1]. Both may be complex,
+    for the complex step.
+    """
+    if logits.shape != target.shape or logits.ndim != 4 or logits.size == 0:
+        raise ValueError(f'logits {logits.shape} and target {target.shape} differ in shape, or are no images; both must be '
+                         '(N, H, W, C) with at least one pixel')
+    if logits.dtype.kind not in 'fc' or target.dtype.kind not in 'buifc':
+        raise ValueError(f'logits are {logits.dtype} and target is {target.dtype}; expected floating-point logits, and a target of '
+                         'numbers')
+    y, doubt = target.astype(logits.dtype, copy=False), 0.0
+    if target.dtype.kind != 'b':
+        xp, low, high = get_array_module(target), target.real.min(), target.real.max()
+        if xp is not numpy:
+            doubt = xp.where((low >= 0) & (high <= 1), 0.0, math.nan)
+        elif not (low >= 0 and high <= 1):                               # also for NaN
+            raise ValueError(f'the target holds values from {low} to {high}; expected 0 for background to 1 for foreground: '
+                             'divide a mask of 0 and 255 by 255')
+    return y, doubt

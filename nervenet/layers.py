@@ -26,7 +26,7 @@ from functools import partial
 import numpy
 
 from . import convolution
-from .checks import check_channels, check_match, positive
+from .checks import check_channels, check_match, in_range, positive
 from .convolution import Geometry
 from .engine import kernels
 from .engine.backend import device_of, generator_like, get_array_module, move
@@ -258,9 +258,7 @@ class LeakyReLU(Layer):
 
     def __init__(self, negative_slope=0.01):
         super().__init__()
-        if not 0 <= negative_slope < 1:
-            raise ValueError(f'negative_slope is {negative_slope}; expected a number from 0 up to, not including, 1')
-        self.negative_slope = float(negative_slope)
+        self.negative_slope = in_range('negative_slope', negative_slope, 1)
 
     def forward(self, x):
         y = in_blocks(partial(leaky_relu, negative_slope=self.negative_slope), x)
@@ -289,8 +287,13 @@ class Sigmoid(Layer):
 
 
 def sigmoid(x):
-    """Return 1 / (1 + exp(−x)) for x of any shape. Written as ½·(1 + tanh(x/2)), it overflows for no x."""
-    return 0.5 * (get_array_module(x).tanh(0.5 * x) + 1)
+    """Return 1 / (1 + exp(−x)) for x of any shape, to the last digits of its dtype on both sides of 0.
+
+    No exponent is positive: exp(x) / (exp(x) + 1) below 0 and 1 / (1 + exp(−x)) above are one formula, which overflows for no x.
+    """
+    xp = get_array_module(x)
+    rising, falling = xp.exp(xp.minimum(x, 0)), xp.exp(-xp.maximum(x, 0))
+    return rising / (rising + falling)
 
 
 class Concat(Layer):
@@ -426,9 +429,9 @@ class Conv2D(Layer):
 
     def forward(self, x):
         self.keep(x)
-        return self.convolve(x, self.params['weight'], self.params.get('bias'))
+        return self.apply(x, self.params['weight'], self.params.get('bias'))
 
-    def convolve(self, x, weight, bias):
+    def apply(self, x, weight, bias):
         """Return forward's result for another weight and bias, and keep nothing."""
         self.output_shape(x.shape)                              # raises for an input that does not fit
         return convolution.forward(x, weight, self.geometry, bias)
@@ -662,9 +665,7 @@ class Dropout(Layer):
 
     def __init__(self, p, *, rng=None):
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f'dropout probability is {p}; expected a number from 0 up to, not including, 1')
-        self.p = p
+        self.p = in_range('dropout probability', p, 1)
         self.rng = numpy.random.default_rng() if rng is None else rng
 
     def forward(self, x):

@@ -19,8 +19,7 @@ value from the device: the caller decides when to wait for it.
 
 import math
 
-import numpy
-
+from .checks import checked_target
 from .engine.backend import get_array_module
 from .layers import Layer, sigmoid
 
@@ -47,8 +46,8 @@ class DiceLoss(Layer):
         self.smooth, self.per_image = float(smooth), per_image
 
     def forward(self, logits, target):
-        """Return L. Raises ValueError unless logits and target, both (N, H, W, C), fit; see `checked`."""
-        y, doubt = checked(logits, target)
+        """Return L. Raises ValueError unless logits and target, both (N, H, W, C), fit; see `checked_target`."""
+        y, doubt = checked_target(logits, target)
         p = sigmoid(logits)
         overlap = 2 * self.sums(p * y) + self.smooth                     # (1, 1, 1, C), or (N, 1, 1, C) per image
         extent = self.sums(p) + self.sums(y) + self.smooth               # the same
@@ -81,12 +80,13 @@ class BCEWithLogitsLoss(Layer):
     """Binary cross-entropy, the mean over all pixels of −y·ln p − (1 − y)·ln(1 − p): 0 is perfect, ln 2 is a coin toss.
 
     With p = σ(x) written out, a pixel costs ln(1 + eˣ) − x·y. In this form eˣ overflows for a large x; forward computes
-    ln(1 + eˣ) as max(x, 0) + ln(1 + e^−|x|), which is the same and has no positive exponent.
+    ln(1 + eˣ) as max(x, 0) + ln(1 + e^−|x|), which is the same and has no positive exponent. |x| is written as 2·max(x, 0) − x, because
+    the absolute value of a complex number is real, and the complex step of `gradcheck` would end there.
     """
 
     def forward(self, logits, target):
-        """Return L. Raises ValueError unless logits and target, both (N, H, W, C), fit; see `checked`."""
-        y, doubt = checked(logits, target)
+        """Return L. Raises ValueError unless logits and target, both (N, H, W, C), fit; see `checked_target`."""
+        y, doubt = checked_target(logits, target)
         xp = get_array_module(logits)
         positive = xp.maximum(logits, 0)
         softplus = positive + xp.log1p(xp.exp(logits - 2 * positive))    # x − 2·max(x, 0) is −|x|
@@ -119,27 +119,3 @@ class WeightedSum(Layer):
     def backward(self):
         """Return ∂L/∂logits, (N, H, W, C): the gradient of a weighted sum is the weighted sum of the gradients."""
         return sum(weight * loss.backward() for weight, loss in zip(self.weights, self.children.values()))
-
-
-def checked(logits, target):
-    """Return (y, doubt): the target in the dtype of the logits, and a number to add to the loss, 0, or NaN on a GPU for a bad target.
-
-    Raises ValueError unless logits are floating-point and target numbers, of one shape (N, H, W, C) with at least one pixel
-    (broadcasting would compare the wrong pixels in silence), and, on the CPU, unless the target lies in [0, 1]. Both may be complex,
-    for the complex step.
-    """
-    if logits.shape != target.shape or logits.ndim != 4 or logits.size == 0:
-        raise ValueError(f'logits {logits.shape} and target {target.shape} differ in shape, or are no images; both must be '
-                         '(N, H, W, C) with at least one pixel')
-    if logits.dtype.kind not in 'fc' or target.dtype.kind not in 'buifc':
-        raise ValueError(f'logits are {logits.dtype} and target is {target.dtype}; expected floating-point logits, and a target of '
-                         'numbers')
-    y, doubt = target.astype(logits.dtype, copy=False), 0.0
-    if target.dtype.kind != 'b':
-        xp, low, high = get_array_module(target), target.real.min(), target.real.max()
-        if xp is not numpy:
-            doubt = xp.where((low >= 0) & (high <= 1), 0.0, math.nan)
-        elif not (low >= 0 and high <= 1):                               # also for NaN
-            raise ValueError(f'the target holds values from {low} to {high}; expected 0 for background to 1 for foreground: '
-                             'divide a mask of 0 and 255 by 255')
-    return y, doubt

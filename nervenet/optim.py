@@ -23,7 +23,7 @@ import math
 
 import numpy
 
-from .checks import check_match
+from .checks import check_match, in_range
 from .engine import kernels
 from .engine.backend import device_of, get_array_module, move
 from .engine.memory import empty
@@ -286,13 +286,3 @@ class CosineSchedule(ConstantSchedule):
             return super().__call__(step)
         progress = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
         return self.final + (self.base - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def in_range(name, value, end):
-    """Return the number as a Python float. Raises ValueError unless 0 ≤ value < end.
-
-    A number of NumPy's, as a search over a grid gives it, would turn float32 arrays into float64 where it meets them.
-    """
-    if not 0 <= value < end:
-        raise ValueError(f'{name} is {value}; expected a number from 0 up to, not including, {end}')
-    return float(value)

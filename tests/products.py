@@ -74,14 +74,14 @@ class Finder(importlib.abc.MetaPathFinder):
         if name.split('.')[0] != 'nervenet':
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        spec.loader = Loader(name, spec.origin)
+        if spec is not None:                                    # `from . import a` may also ask for what is no module
+            spec.loader = Loader(name, spec.origin)
         return spec
 
 
 def run():
     """Use the library as training and prediction do, in one thread at a time, so that nothing hides behind another thread's setting."""
-    from nervenet import Adam, BCEWithLogitsLoss, Conv2D, DiceLoss, UNet, WeightedSum, optim
-    from nervenet.convolution import use_plain
+    from nervenet import Adam, BCEWithLogitsLoss, Conv2D, DiceLoss, UNet, WeightedSum, optim, plain
     from nervenet.engine import parallel
     from nervenet.images.augment import ULTRASOUND
     from nervenet.images.data import Loader
@@ -109,7 +109,7 @@ def run():
     baselines.mean_mask()
     layer = Conv2D(4, 5, stride=2, rng=rng)                     # one of the ways to convolve that no U-Net takes
     layer.backward(layer.forward(rng.random((2, 33, 50, 4), dtype='float32')))
-    with use_plain():
+    with plain():
         layer.backward(layer.forward(rng.random((2, 33, 50, 4), dtype='float32')))
 
 

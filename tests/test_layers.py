@@ -9,7 +9,7 @@ import pytest
 from nervenet import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, LeakyReLU, MaxPool2D, ReLU, Sigmoid, convolution, plain
 from nervenet.convolution import Geometry
 from nervenet.engine import backend, pixelwise
-from nervenet.layers import inference
+from nervenet.layers import inference, sigmoid
 
 LAYERS = {
     'relu': (lambda rng: ReLU(), [(2, 5, 6, 3)]),
@@ -108,6 +108,17 @@ def test_sigmoid_is_stable_for_large_inputs():
     x = numpy.array([-1e4, -50, 0, 50, 1e4])
     y = Sigmoid().forward(x)
     numpy.testing.assert_allclose(y, [0, 0, 0.5, 1, 1], atol=1e-15)
+
+
+@pytest.mark.parametrize('dtype, low', [('float32', -87), ('float64', -700)])
+def test_sigmoid_keeps_its_digits_in_both_tails(dtype, low, xp):
+    x = numpy.linspace(low, -low, 2001)
+    expected = numpy.exp(-numpy.logaddexp(0, -x.astype('longdouble')))
+    y = backend.to_cpu(sigmoid(xp.asarray(x.astype(dtype))))
+    exact = numpy.exp(-numpy.logaddexp(0, -x.astype(dtype).astype('longdouble')))
+    assert y.dtype == dtype and (abs(y / exact - 1) < 4 * numpy.finfo(dtype).eps).all() and abs(y - expected).max() < 1e-5
+    with numpy.errstate(all='raise', under='ignore'):
+        assert sigmoid(numpy.array([-numpy.inf, -1e30, 1e30, numpy.inf], dtype)).tolist() == [0, 0, 1, 1]
 
 
 def test_concat_refuses_sizes_that_differ_with_both_shapes():

@@ -223,6 +223,6 @@ def test_a_trace_follows_what_is_cut_off_at_the_end_and_refuses_what_it_would_ge
 def test_a_norm_is_done_by_the_layer_s_own_convolution(rng, monkeypatch):
     """Whatever a convolution comes to know, it must not vanish in inference."""
     conv, norm = Conv2D(3, 4, bias=False, rng=rng, dtype=float).eval(), norm_with_statistics(4, rng).eval()
-    convolve, x = Conv2D.convolve, rng.standard_normal((2, 6, 7, 3))
-    monkeypatch.setattr(Conv2D, 'convolve', lambda layer, x, weight, bias: convolve(layer, 5 * x, weight, bias))
+    apply, x = Conv2D.apply, rng.standard_normal((2, 6, 7, 3))
+    monkeypatch.setattr(Conv2D, 'apply', lambda layer, x, weight, bias: apply(layer, 5 * x, weight, bias))
     numpy.testing.assert_allclose(in_sequence(x, conv, norm), norm.forward(conv.forward(x)), rtol=1e-10, atol=1e-12)

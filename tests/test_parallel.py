@@ -310,10 +310,9 @@ def test_blas_returns_to_its_own_number_when_the_last_of_several_callers_is_done
 
 
 # Places of products, 'file:function', that need no context; a place is all places that begin so.
-ON_A_GPU = 'convolution/device.py', 'engine/backend.py:probe_gpu'
+ON_A_GPU = 'convolution/runs.py', 'engine/backend.py:probe_gpu'
 TOO_SMALL_FOR_THREADS = 'images/augment.py:affine', 'study/kfold.py:folds_by_subject'
 ONLY_COMPARED_WITH_A_TOLERANCE = 'gradcheck.py',
-TO_COME = 'convolution/plain.py', 'convolution/winograd_1d.py:forward', 'images/phantom.py'
 
 
 @pytest.mark.skipif(parallel._blas.set is None, reason='the BLAS behind NumPy cannot be asked for its threads')
@@ -322,7 +321,7 @@ def test_every_product_in_the_library_runs_on_one_blas_thread():
     result = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120,
                             env=os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
     assert (result.returncode, result.stderr) == (0, '')
-    left_alone = ON_A_GPU + TOO_SMALL_FOR_THREADS + ONLY_COMPARED_WITH_A_TOLERANCE + TO_COME
+    left_alone = ON_A_GPU + TOO_SMALL_FOR_THREADS + ONLY_COMPARED_WITH_A_TOLERANCE
     places = json.loads(result.stdout)
     assert len(places) > 20 and all(any(place.startswith(known) for place in places) for known in left_alone)
     wrong = {place: counts for place, counts in places.items() if counts != [1] and not place.startswith(left_alone)}

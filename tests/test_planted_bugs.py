@@ -309,7 +309,7 @@ def check_a_cross_validation_sums_up_all_its_folds(folder, job):
 
 def check_a_seed_of_its_own_deals_otherwise(folder, job):
     dealt = []
-    job.module.train = lambda args, path, reader, training, validation: dealt.append({sample.subject for sample in validation})
+    job.module.train = lambda args, path, reader, training, validation, note: dealt.append({sample.subject for sample in validation})
     job.module.holds_foreground = lambda samples, reader: numpy.ones(len(samples), bool)
     for seed in range(4):
         job('--size', '16x16', '--device', 'cpu', '--out', folder / str(seed), '--seed', seed)
@@ -341,7 +341,7 @@ bug('training is not augmented', TRAIN, 'transform=augmentation(args), device', 
 bug('training is not shuffled', TRAIN, 'shuffle=True', 'shuffle=False', check_method)
 bug('the weights have a fixed seed', TRAIN, 'rng = numpy.random.default_rng(args.seed)', 'rng = numpy.random.default_rng(0)', check_method)
 bug('the order has a fixed seed', TRAIN, 'args.batch_size, seed=args.seed', 'args.batch_size, seed=0', check_method)
-bug('the split has a fixed seed', TRAIN, 'args.validation_share, args.seed, positive)', 'args.validation_share, 0, positive)',
+bug('the split has a fixed seed', TRAIN, 'args.validation_share, args.seed, positive, 2', 'args.validation_share, 0, positive, 2',
     check_a_seed_of_its_own_deals_otherwise)
 bug('the bound on the gradient is not handed on', TRAIN, 'schedule, args.clip_norm,', 'schedule, None,', check_method)
 bug('the cosine ends after one epoch', TRAIN, 'steps = (args.epochs - run.begun) * len(training)', 'steps = len(training)', check_method)

@@ -16,6 +16,7 @@ the plain mathematics alone.
 import numpy
 
 from ..engine.backend import get_array_module
+from ..engine.parallel import one_thread_per_product
 from ..engine.paths import note, only_plain
 from . import im2col, patches, plain, runs, winograd_1d, winograd_2d
 from .geometry import Geometry
@@ -56,12 +57,14 @@ def _noted(path):
     return path
 
 
+@one_thread_per_product()
 def forward(x, weight, geometry, bias=None):
     """Return y (N, H_out, W_out, C_out): x (N, H, W, C_in) ∗ weight (KH, KW, C_in, C_out) + bias (C_out,)."""
     path = _noted(_path((x, weight), geometry, x.shape[1:3], *weight.shape[2:]))
     return path.forward(x, weight, geometry, bias)
 
 
+@one_thread_per_product()
 def input_gradient(dy, weight, input_size, geometry, bias=None):
     """Return dx (N, H, W, C_in) from dy (N, H_out, W_out, C_out); `input_size` is (H, W) of x.
 
@@ -71,6 +74,7 @@ def input_gradient(dy, weight, input_size, geometry, bias=None):
     return path.input_gradient(dy, weight, input_size, geometry, bias)
 
 
+@one_thread_per_product()
 def weight_gradient(x, dy, geometry):
     """Return dweight (KH, KW, C_in, C_out) from x (N, H, W, C_in) and dy (N, H_out, W_out, C_out)."""
     path = _noted(_path((x, dy), geometry, x.shape[1:3], x.shape[3], dy.shape[3]))

@@ -31,6 +31,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..engine.parallel import one_thread_per_product
 from .data import Remembering, Sample
 
 HEIGHT, WIDTH = 420, 580
@@ -384,6 +385,7 @@ def check_numbers(subject, index, seed, size):
             raise ValueError(f'{name} is {value!r}; expected a whole number of {least} or more')
 
 
+@one_thread_per_product()
 def make_frame(subject, index, seed=0, size=(96, 128)):
     """Return frame `index` of subject number `subject`: `(image, mask)`, (H, W) uint8 in 0 … 255 and (H, W) bool.
 

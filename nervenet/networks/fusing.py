@@ -37,7 +37,7 @@ def norm_in_convolution(x, conv, norm):
     slope, shift = norm.running_slope_and_shift()
     if 'bias' in conv.params:
         shift = conv.params['bias'] * slope + shift
-    return conv.convolve(x, conv.params['weight'] * slope, shift)
+    return conv.apply(x, conv.params['weight'] * slope, shift)
 
 
 def norm_and_relu(x, norm, activation):
