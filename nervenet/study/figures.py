@@ -134,7 +134,7 @@ def _figure(histories, panels, baselines, title):
     if title:
         _write(ImageDraw.Draw(image), (margin, margin), title, TITLE, width=inside)
     if len(histories) > 1:
-        note = f'thin: each of {len(histories)} folds · bold: their mean · band: ± one standard deviation'
+        note = f'thin: each of {len(histories)} folds · bold: their mean · band: ± one (population) standard deviation'
         _write(ImageDraw.Draw(image), (margin, bottom), note, colour=FAINT, anchor='ld', width=inside)
     for k, (metric, name) in enumerate(panels):
         keys = [f'{part}_{metric}' for part, _, _ in PARTS]
