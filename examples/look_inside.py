@@ -15,7 +15,8 @@ import numpy
 
 from nervenet.study import figures
 from nervenet.files import make_folder, refuse_content
-from nervenet.images.data import DataError, read_image
+from nervenet.images.data import read_image
+from nervenet.images.samples import DataError
 from nervenet.layers import sigmoid
 from nervenet.study.segment import Segmenter
 

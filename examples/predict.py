@@ -22,8 +22,8 @@ from PIL import Image
 from nervenet.study import figures
 from nervenet.engine.backend import select_device
 from nervenet.files import atomic_write, make_folder, refuse_content
-from nervenet.images.data import (DataError, find_samples, mask_oddity, oddity_warning, read_ahead, read_image, read_pair,
-                                  resize_mask, white_of)
+from nervenet.images.data import mask_oddity, oddity_warning, read_ahead, read_image, read_pair, resize_mask, white_of
+from nervenet.images.samples import DataError, find_samples
 from nervenet.metrics import SegmentationScores
 from nervenet.study.segment import Segmenter, describe
 from nervenet.study.submission import TEST_HEADER, encode, write_submission

@@ -30,8 +30,8 @@ import numpy
 import nervenet
 from nervenet.engine.backend import select_device
 from nervenet.images.augment import median_filter
-from nervenet.images.data import (DataError, Filtered, Loader, Reader, data_warning, find_samples, holds_foreground,
-                                  intensity_statistics, split_by_subject)
+from nervenet.images.data import Filtered, Loader, Reader, data_warning, holds_foreground, intensity_statistics
+from nervenet.images.samples import DataError, find_samples, split_by_subject
 from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
 from nervenet.optim import ConstantSchedule, CosineSchedule

@@ -2,7 +2,7 @@
 
 from .engine.paths import plain
 from .images.augment import Augmentation
-from .images.data import DataError
+from .images.samples import DataError
 from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, LeakyReLU, MaxPool2D, ReLU, Sigmoid
 from .losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from .metrics import Baselines, SegmentationScores

@@ -22,7 +22,8 @@ pytest.register_assert_rewrite('helpers')
 
 from helpers import example, write_pairs
 from nervenet.engine import backend
-from nervenet.images.data import Loader, Reader, find_samples
+from nervenet.images.data import Loader, Reader
+from nervenet.images.samples import find_samples
 
 real_cupy = backend.cupy
 

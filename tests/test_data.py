@@ -12,10 +12,10 @@ from PIL import Image
 
 from nervenet.images import data
 from nervenet.images.augment import median_filter
-from nervenet.images.data import (DataError, Filtered, Loader, Reader, Sample, as_intensities, data_warning, find_samples,
-                                  holds_foreground, intensity_oddity, intensity_statistics, mask_oddity, oddity_warning,
-                                  positive_warning, read_image, read_mask, read_pair, resize, resize_mask, split_by_subject,
-                                  subject_warning, white_of)
+from nervenet.images.data import (Filtered, Loader, Reader, as_intensities, data_warning, holds_foreground,
+                                  intensity_oddity, intensity_statistics, mask_oddity, oddity_warning,
+                                  read_image, read_mask, read_pair, resize, resize_mask, white_of)
+from nervenet.images.samples import DataError, Sample, find_samples, split_by_subject, subject_warning
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data'
 GREY = numpy.arange(6 * 5, dtype=numpy.uint8).reshape(6, 5) * 8            # 0 to 232, no two equal
@@ -423,15 +423,6 @@ def test_a_split_needs_two_subjects():
     message(error, '7 images of 1 subject', '--subject-pattern')
     with pytest.raises(ValueError, match='share is 1'):
         split_by_subject(samples_of([7, 7]), 1, 0)
-
-
-def test_parts_without_foreground_are_warned_of(tmp_path, rng):
-    samples = with_foreground(find_samples(kaggle(tmp_path, rng)), {0, 7})
-    reader = Reader(SIZE)
-    assert positive_warning({'training': samples[:4], 'validation': samples[4:]}, reader) == ''
-    said = positive_warning({'training': samples[:6], 'inner': samples[1:3], 'validation': samples[8:]}, reader)
-    assert [line.split(',')[0] for line in said.splitlines()] == ['WARNING: no inner image holds any foreground',
-                                                                   'WARNING: no validation image holds any foreground']
 
 
 # --- Reading images ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from nervenet import DataError
-from nervenet.images.data import Sample, find_samples
+from nervenet.images.samples import Sample, find_samples
 from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_image_alone, folds_by_subject,
                                   read_split, sides, write_split)
 

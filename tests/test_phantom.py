@@ -10,7 +10,8 @@ from PIL import Image
 
 from nervenet import phantom as command
 from nervenet.images import data, phantom
-from nervenet.images.data import Loader, find_samples, intensity_statistics, read_pair, split_by_subject
+from nervenet.images.data import Loader, intensity_statistics, read_pair
+from nervenet.images.samples import find_samples, split_by_subject
 from nervenet.images.phantom import Phantom, make_frame
 
 # Frame 9 of subject 3, seed 0, at 8×10, and what its mask holds at 96×128: area, sum of rows, sum of columns.

@@ -22,7 +22,8 @@ import nervenet
 from helpers import ROOT, example, train
 from nervenet import DiceLoss, UNet
 from nervenet.files import atomic_write
-from nervenet.images.data import Loader, Sample
+from nervenet.images.data import Loader
+from nervenet.images.samples import Sample
 from nervenet.optim import SGD
 from nervenet.study import kfold, options, report, run_folder
 from nervenet.study.fit import Interrupted, fit, stopping_on_signals

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import nervenet
-from nervenet.images.data import DataError
+from nervenet.images.samples import DataError
 
 ROOT = Path(__file__).parents[1]
 MEAN, STD = 0.4, 0.2

@@ -1,7 +1,7 @@
 import io
 
 from helpers import train
-from nervenet.images.data import Sample
+from nervenet.images.samples import Sample
 from nervenet.study.report import best_row, progress, summaries, without_foreground
 
 

@@ -14,7 +14,7 @@ from nervenet import UNet
 from nervenet.images.data import Loader
 from nervenet.optim import Adam
 from nervenet.study.checkpoint import CheckpointError
-from nervenet.study.run_folder import RunFolder, check_resumable, claim, dated_folder, read_config, room_for_results
+from nervenet.study.run_folder import RunFolder, check_resumable, claim, read_config, room_for_results
 
 
 def test_a_run_folder_is_never_written_over(tmp_path):
@@ -77,7 +77,8 @@ from pathlib import Path
 import numpy
 from nervenet import UNet
 from nervenet.images.augment import ULTRASOUND
-from nervenet.images.data import Loader, Sample
+from nervenet.images.data import Loader
+from nervenet.images.samples import Sample
 from nervenet.losses import DiceLoss
 from nervenet.optim import Adam
 from nervenet.study.fit import fit

@@ -9,7 +9,8 @@ from helpers import write_pairs
 from nervenet import BatchNorm2D, UNet
 from nervenet.engine import backend
 from nervenet.images.augment import ULTRASOUND
-from nervenet.images.data import Loader, Reader, find_samples
+from nervenet.images.data import Loader, Reader
+from nervenet.images.samples import find_samples
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from nervenet.optim import SGD, Adam, AdamW
 from nervenet.train import evaluate, predict, train_epoch, train_step

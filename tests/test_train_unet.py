@@ -14,7 +14,8 @@ from PIL import Image
 import nervenet
 from helpers import TINY, assert_same_run, example, run_example, start_example, stopped_after, write_pairs
 from nervenet import UNet
-from nervenet.images.data import Loader, Reader, find_samples
+from nervenet.images.data import Loader, Reader
+from nervenet.images.samples import find_samples
 from nervenet.study.run_folder import claim, read_config
 from nervenet.study.segment import Segmenter, Settings, score
 

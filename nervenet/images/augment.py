@@ -104,7 +104,7 @@ def positions(matrices, size, displacement=None):
 
 # --- The look-up ------------------------------------------------------------------------------------------------------
 
-def inside(position, length, fill_mode):
+def brought_inside(position, length, fill_mode):
     """Return `position` (any shape), in pixels along an axis of `length` pixels, brought into [0, length − 1].
 
     'nearest' continues an image by its edge pixels: a a a | a b c d | d d d; 'reflect' by its mirror image, edge pixel
@@ -121,7 +121,7 @@ def inside(position, length, fill_mode):
 def resample(images, masks, source, fill_mode='nearest', cval=0.0):
     """Return (images, masks) read at `source` = (y, x), each (N, H, W): images bilinearly, masks at the nearest pixel.
 
-    images (N, H, W, C) of floats and masks (N, H, W, C') keep their dtypes. Beyond the edge they continue as `inside` says,
+    images (N, H, W, C) of floats and masks (N, H, W, C') keep their dtypes. Beyond the edge they continue as `brought_inside` says,
     or, if `fill_mode` is 'constant', with `cval` around images and background around masks. At whole-numbered positions
     the result is the very pixel. Raises ValueError for an unknown fill_mode and for images that are not of floats.
     """
@@ -133,7 +133,7 @@ def resample(images, masks, source, fill_mode='nearest', cval=0.0):
     if fill_mode == 'constant':                                      # a frame of it, one pixel wide, to continue from
         images, masks, y, x = _framed(images, cval), _framed(masks, 0), y + 1, x + 1
     N, H, W = images.shape[:3]
-    y, x = inside(y, H, fill_mode), inside(x, W, fill_mode)
+    y, x = brought_inside(y, H, fill_mode), brought_inside(x, W, fill_mode)
     top, left = xp.floor(y), xp.floor(x)
     down, right = y - top, x - left                                  # in [0, 1): the way to the next row and column
     # Pixels are numbered through the batch, row by row. One number per look-up is faster than three.
@@ -361,7 +361,7 @@ def median_filter(images, size=3, fill_mode='nearest'):
     (H, W), reach = x.shape[1:3], size // 2
     for axis, length in (1, H), (2, W):
         around = xp.arange(-reach, length + reach).astype(xp.float64)
-        x = x.take(inside(around, length, fill_mode).astype(xp.int64), axis=axis)     # (N, H + 2·reach, W + 2·reach, C)
+        x = x.take(brought_inside(around, length, fill_mode).astype(xp.int64), axis=axis)     # (N, H + 2·reach, W + 2·reach, C)
     if size <= 11:
         return _median_by_forgetting([x[:, i:i + H, j:j + W] for i in range(size) for j in range(size)]).reshape(images.shape)
     host, filtered = to_cpu(x), numpy.empty((len(x), H, W, x.shape[3]), x.dtype)      # counting is work for the host
@@ -430,7 +430,7 @@ def _median_by_counting(x, size):
             start = low * length
             row = rows[start:start + length] - (some // W).astype(numpy.int32)[:, None]           # (windows, length)
             column = columns[start:start + length] - (some % W).astype(numpy.int32)[:, None]
-            inside_ = (row >= 0) & (row < size) & (column >= 0) & (column < size)
-            number = inside_.cumsum(axis=1, dtype=numpy.int32) + before[some, None]
+            within = (row >= 0) & (row < size) & (column >= 0) & (column < size)
+            number = within.cumsum(axis=1, dtype=numpy.int32) + before[some, None]
             result[some] = x.flat[order[start + (number > middle).argmax(axis=1)]]
     return result.reshape(H, W)

@@ -32,7 +32,8 @@ from functools import lru_cache
 import numpy as np
 
 from ..engine.parallel import one_thread_per_product
-from .data import Remembering, Sample
+from .data import Remembering
+from .samples import Sample
 
 HEIGHT, WIDTH = 420, 580
 STEP = 2.5                                       # distance of the grid points on which tissue and echoes are computed

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy
 
 from ..files import atomic_write, make_folder, refuse_content
-from ..images.data import DataError, natural_key
+from ..images.samples import DataError, natural_key
 from ..metrics import HARD_SCORES, SCORES
 from . import figures
 from .report import summaries

@@ -4,7 +4,8 @@ import numpy
 
 from ..files import make_folder
 from ..images.augment import Augmentation
-from ..images.data import DataError, Loader
+from ..images.data import Loader
+from ..images.samples import DataError
 from ..metrics import SegmentationScores
 from . import figures
 from .report import LEAKS

@@ -5,7 +5,7 @@ import time
 
 import numpy
 
-from ..images.data import natural_key, subject_warning
+from ..images.samples import natural_key, subject_warning
 from ..metrics import HARD_SCORES
 
 LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of the split, and they are near copies. '
