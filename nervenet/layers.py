@@ -666,7 +666,7 @@ class Dropout(Layer):
     def __init__(self, p, *, rng=None):
         super().__init__()
         self.p = in_range('dropout probability', p, 1)
-        self.rng = numpy.random.default_rng() if rng is None else rng
+        self.rng = numpy.random.default_rng(rng)
 
     def forward(self, x):
         if not self.training or self.p == 0:
@@ -689,5 +689,4 @@ def bias_gradient(dy):
 
 def he_normal(shape, fan_in, rng, dtype):
     """Return weights drawn from a normal distribution with variance 2 / fan_in, on the host, in double precision, then cast."""
-    rng = numpy.random.default_rng() if rng is None else rng
-    return (rng.standard_normal(shape) * math.sqrt(2 / fan_in)).astype(dtype)
+    return (numpy.random.default_rng(rng).standard_normal(shape) * math.sqrt(2 / fan_in)).astype(dtype)

@@ -126,7 +126,7 @@ class Strange(Network):
     """Another network: dilated and strided convolutions and a leaky unit, then back to the size of the image."""
 
     def __init__(self, *, rng=None, dtype=numpy.float32):
-        super().__init__(dict(in_channels=2, out_channels=1, input_mean=0.4, input_std=0.2), 3, dtype)
+        super().__init__(dict(in_channels=2, out_channels=1, input_mean=0, input_std=1), 3, dtype)
         options = dict(rng=rng, dtype=dtype)
         self.wide = Conv2D(2, 3, (3, 5), dilation=(4, 1), **options)
         self.unit = LeakyReLU(0.1)

@@ -195,3 +195,25 @@ def test_a_step_drops_the_gradients_of_the_last_one_before_it_needs_memory(rng):
     model.backward(model.forward(x))
     model.forward(x)
     assert all(gradient is not None for gradient in model.gradients().values())         # a forward alone touches none
+
+
+def test_intensities_of_another_scale_are_refused_where_the_model_standardises(rng):
+    model, x = small_unet(rng, input_mean=0.4, input_std=0.2), rng.random((1, 9, 8, 1))
+    for wrong, said in ((255 * x, 'values from .* to 2'), ((x - 0.4) / 0.2, 'values from -'), (x - 0.1, 'values from -0.')):
+        with pytest.raises(ValueError, match=said):
+            nervenet.predict(model, wrong)
+    nervenet.predict(model, x)
+    nervenet.predict(small_unet(rng), (x - 0.4) / 0.2)                      # without standardising, the images may be
+
+
+def test_an_empty_batch_gives_empty_logits(rng):
+    assert nervenet.predict(small_unet(rng, input_mean=0.4), numpy.zeros((0, 9, 8, 1))).shape == (0, 9, 8, 1)
+
+
+def test_a_seed_stands_for_a_generator(rng):
+    for make in lambda rng: UNet(base_channels=2, depth=2, rng=rng), lambda rng: nervenet.DoubleConv(2, 2, rng=rng), lambda rng: nervenet.Up(
+            4, 2, rng=rng), lambda rng: nervenet.Conv2D(2, 3, rng=rng):
+        seeded, generated = make(0).parameters(), make(numpy.random.default_rng(0)).parameters()
+        assert all(numpy.array_equal(seeded[name], generated[name]) for name in generated)
+    block = nervenet.DoubleConv(3, 3, rng=0)
+    assert not numpy.array_equal(block.conv1.params['weight'], block.conv2.params['weight'])

@@ -17,6 +17,7 @@ class DoubleConv(Layer):
         super().__init__()
         if norm not in ('batch', None):
             raise ValueError(f"norm is {norm!r}; expected 'batch' or None")
+        rng = numpy.random.default_rng(rng)
 
         def convolution(channels):
             return Conv2D(channels, out_channels, bias=norm is None, rng=rng, dtype=dtype)
@@ -72,6 +73,7 @@ class Up(DoubleConv):
     keeps = ()
 
     def __init__(self, in_channels, out_channels, norm='batch', *, rng=None, dtype=numpy.float32):
+        rng = numpy.random.default_rng(rng)
         super().__init__(2 * out_channels, out_channels, norm, rng=rng, dtype=dtype)
         self.upconv = ConvTranspose2D(in_channels, out_channels, rng=rng, dtype=dtype)
         self.concat = Concat()

@@ -9,6 +9,8 @@ from ..layers import Layer
 from . import summary
 from .blocks import pad_to_multiple
 
+SLIGHTLY = 0.01                         # outside [0, 1] is rounding, or a gradient check; more is another scale
+
 
 class Network(Layer):
     """Images (N, H, W, in_channels) of intensities in [0, 1] to logits (N, H, W, out_channels), for any H and W from 1 up.
@@ -35,13 +37,20 @@ class Network(Layer):
         """Return the images x standardised, with zeros at the bottom and right up to the next multiple: (N, H', W', C).
 
         0 is what standardising makes of the mean grey, so padding shows the network an even grey. Padded pixels do enter the
-        statistics of batch norm. Raises ValueError for images of another dtype or number of channels.
+        statistics of batch norm. Raises ValueError for images of another dtype or number of channels, and, where the network
+        standardises and the images lie in the host's memory, for intensities that are not in [0, 1].
         """
         check_channels(x.shape, self.in_channels)
         if x.dtype != self.dtype:
             raise ValueError(f'images are {x.dtype}, this model computes in {self.dtype}: give intensities in [0, 1], '
                              f'images.astype({str(self.dtype)!r})')
-        return pad_to_multiple((x - self.config['input_mean']) / self.config['input_std'], self.multiple)
+        mean, std = self.config['input_mean'], self.config['input_std']
+        if (mean, std) != (0, 1) and isinstance(x, numpy.ndarray) and x.size:
+            low, high = x.real.min(), x.real.max()
+            if low < -SLIGHTLY or high > 1 + SLIGHTLY:                          # NaN is for training to find and name
+                raise ValueError(f'images hold values from {low:g} to {high:g}; this model standardises intensities in [0, 1] itself, by '
+                                 f'mean {mean:g} and deviation {std:g}: divide images of 0 to 255 by 255, and do not standardise them')
+        return pad_to_multiple((x - mean) / std, self.multiple)
 
     def input_gradient_of(self, dx, size):
         """Return ∂L/∂(the images) of this size (H, W) from that of what `prepare` made of them; None of None."""

@@ -31,7 +31,7 @@ class UNet(Network):
     dropout        probability of dropping a value after the deepest stage, as in the paper; 0 for none
     input_mean, input_std   of the training images' intensities: forward standardises with them, and they are saved with the
                    model, so that a loaded model cannot be fed wrongly scaled images
-    rng            `numpy.random.Generator` of the initial weights and the dropout masks
+    rng            `numpy.random.Generator` of the initial weights and the dropout masks, or a seed for one
     dtype          of the parameters; the images must have the same
 
     `config` holds these arguments, enough to build the same architecture again.
@@ -43,7 +43,7 @@ class UNet(Network):
         config = dict(in_channels=in_channels, out_channels=out_channels, base_channels=base_channels, depth=self.depth, norm=norm,
                       dropout=float(dropout), input_mean=input_mean, input_std=input_std)
         super().__init__(config, multiple=2**self.depth, dtype=dtype)
-        rng = numpy.random.default_rng() if rng is None else rng
+        rng = numpy.random.default_rng(rng)                 # one stream for all weights
         options = dict(norm=norm, rng=rng, dtype=dtype)
 
         channels = [base_channels * 2**level for level in range(self.depth + 1)]
