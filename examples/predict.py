@@ -178,8 +178,8 @@ def parse(arguments):
     parser.add_argument('--mask-threshold', type=positive, default=None, metavar='N',
                         help='where masks are there to compare with: count their values from N up as foreground')
     parser.add_argument('--white', type=positive, default=None, metavar='LEVEL',
-                        help='level that is white in the images, such as 4095 for 12 bits in a 16-bit file; by default the highest '
-                             'of the file')
+                        help='level that is white in the images, such as 4095 for 12 bits in a 16-bit file; by default the '
+                             'highest of the file')
     parser.add_argument('--no-overlays', dest='overlays', action='store_false', default=True, help='write masks only')
     parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='images predicted at once')
     parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')

@@ -338,9 +338,9 @@ def test_a_copy_belongs_to_the_subject_of_its_original(tmp_path, name, subject):
 
 
 def test_copies_in_the_plain_layout_stay_together_and_numbered_images_do_not(tmp_path):
-    names = ['scan', 'scan_2', 'scan_flip', 'scans', 'P1_1', 'P1', 'P1_1_flip']
+    names = ['scan', 'scan_2', 'scan_flip', 'scan_flip_aug', 'scans', 'P1_1', 'P1', 'P1_1_flip']
     subjects = {sample.name: sample.subject for sample in find_samples(plain(tmp_path, names))}
-    assert subjects == {**{name: name for name in names}, 'scan_flip': 'scan', 'P1_1_flip': 'P1_1'}
+    assert subjects == {**{name: name for name in names}, 'scan_flip': 'scan', 'scan_flip_aug': 'scan', 'P1_1_flip': 'P1_1'}
 
 
 def test_unknown_subjects_are_warned_of_with_examples():
@@ -600,7 +600,7 @@ def test_masks_with_more_values_are_refused_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize('values, positives', [
     ([0, 1, 2], [1, 2]), ([1, 2], [2]), ([120, 163], [163]), ([0, 3, 250, 255], [250, 255]), ([7, 8, 9], [8, 9]),
-    ([254, 255], [255]),
+    ([254, 255], [255]), ([0, 1, 2, 3], [1, 2, 3]),
     ([0.0, 0.25, 1.0], [1.0]), ([0.5, 1.0], [1.0]), ([300, 60000], [60000]), (list(range(256)), list(range(128, 256)))])
 def test_the_threshold_that_the_error_suggests_works(tmp_path, values, positives):
     dtype = 'float32' if isinstance(values[0], float) else 'uint16' if max(values) > 255 else 'uint8'

@@ -201,8 +201,8 @@ def _labels(image, kind):
     if image.mode == 'P':
         numbers = numpy.array(image)
         black = numpy.unique(numbers[values == 0])
-        if values.min() == values.max() and (len(numpy.unique(numbers)) > 1 or not values.any()
-                                             and not any(image.getpalette()) and 'transparency' not in image.info):
+        if values.min() == values.max() and (len(numpy.unique(numbers)) > 1
+                                             or not any(image.getpalette()) and 'transparency' not in image.info):
             return numbers, None
         if len(black) > 1 and values.any() and 'transparency' not in image.info:
             raise ValueError(f'its colours {some_of([str(number) for number in black])} are all black, beside others that are not; '
