@@ -1,8 +1,8 @@
 """Run the library and report, for every matrix product in its source, on how many BLAS threads it ran: `python tests/products.py`.
 
-The source is rewritten as it is imported: each `a @ b`, and each call of a function that multiplies by BLAS, first notes where it is
-and how many threads BLAS has. No product of a kind that is listed here can hide, and none is missed because it is rare. Prints a JSON
-object: place → thread counts seen there, [] if it did not run. A place is 'file:function', the file below nervenet/.
+The source is rewritten as it is imported: each `a @ b`, and each call of a function that multiplies by BLAS, first notes where it
+is and how many threads BLAS has. Prints a JSON object: place → thread counts seen there, [] if it did not run. A place is
+'file:function', the file below nervenet/.
 """
 
 import ast
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy
 
-MULTIPLY = {'matmul', 'dot', 'vdot', 'inner', 'einsum', 'tensordot', 'vecdot', 'matvec', 'vecmat', 'convolve', 'correlate', 'cov', 'corrcoef',
-            'polyfit', 'multi_dot', 'matrix_power'}
+MULTIPLY = {'matmul', 'dot', 'vdot', 'inner', 'einsum', 'tensordot', 'vecdot', 'matvec', 'vecmat', 'convolve', 'correlate', 'cov',
+            'corrcoef', 'polyfit'}
 PACKAGE = Path(importlib.util.find_spec('nervenet').origin).parent
 seen = {}
 
@@ -79,7 +79,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 def run():
-    """Use the library as training and prediction do, in one thread at a time, so that nothing hides behind another thread's setting."""
+    """Use the library as training and prediction do, one thread at a time: nothing hides behind what another has set."""
     from nervenet import Adam, BCEWithLogitsLoss, Conv2D, DiceLoss, UNet, WeightedSum, optim
     from nervenet.convolution import use_plain
     from nervenet.engine import parallel
