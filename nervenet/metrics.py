@@ -74,7 +74,7 @@ class SegmentationScores:
         self.counts = []                                        # one (6, N, C) float64 array per batch
 
     def update(self, probabilities, target):
-        """Count one batch: probabilities in [0, 1] of any dtype, and target as `foreground` takes it, both (N, H, W, C), on one device.
+        """Count one batch: probabilities in [0, 1], and target as `foreground` takes it, both (N, H, W, C) on one device.
 
         A batch without a pixel counts for nothing. Raises ValueError if the two differ in shape or hold other values; on a GPU,
         where to look would be to wait, all scores then are NaN. So are those of an image with a probability of NaN.
@@ -89,8 +89,8 @@ class SegmentationScores:
         if xp is not numpy:
             doubt = doubt + xp.where((low < 0) | (high > 1), numpy.nan, 0.0)
         elif low < 0 or high > 1:
-            raise ValueError(f'the probabilities lie from {low} to {high}; expected 0 to 1. Take the sigmoid of logits, and divide '
-                             'masks of 0 and 255 by 255')
+            raise ValueError(f'the probabilities lie from {low} to {high}; expected 0 to 1. Take the sigmoid of logits, and '
+                             'divide masks of 0 and 255 by 255')
         m = p > self.threshold
         counted = p * y, p, m & y, m, y, xp.ones_like(y)        # the order in which compute takes them apart
         counts = xp.stack([pixels.sum(axis=(1, 2), dtype='float64') for pixels in counted])      # (6, N, C)

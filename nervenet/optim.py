@@ -33,8 +33,8 @@ class Optimizer:
     """What all optimizers share: parameters, running averages by name, the number of steps, weight decay.
 
     `learning_rate` is a plain attribute, to be set by hand or by a schedule. Weight decay holds every parameter near 0
-    by adding λ·w, the gradient of λ/2·Σw², to g (AdamW does it in another way). Raises ValueError if a hyperparameter is out of its
-    range.
+    by adding λ·w, the gradient of λ/2·Σw², to g (AdamW does it in another way). Raises ValueError if a hyperparameter is out of
+    its range.
     """
 
     averages = ()                                     # the names of the arrays kept for each parameter
@@ -57,14 +57,14 @@ class Optimizer:
 
         Raises ValueError, and changes nothing, unless names, shapes and dtypes match and the learning rate is a finite number.
 
-        To start an operation on a GPU takes longer than the operation itself takes on most parameters, and the rules are element by
-        element. So there all parameters are one vector for the time of the step, and its running averages always are one.
+        To start an operation on a GPU takes longer than the operation itself takes on most parameters, and the rules are element
+        by element. So there all parameters are one vector for the time of the step, and its running averages always are one.
         """
         check_match(self.parameters, gradients, 'gradient', 'the parameters')
         for name, w in self.parameters.items():
             if gradients[name].dtype != w.dtype:
-                raise ValueError(f'the gradient of {name} is {gradients[name].dtype} and the parameter {w.dtype}; was a loss, or the '
-                                 'input of the model, of another dtype than the model?')
+                raise ValueError(f'the gradient of {name} is {gradients[name].dtype} and the parameter {w.dtype}; was a loss, or '
+                                 'the input of the model, of another dtype than the model?')
         self.learning_rate = in_range('learning_rate', self.learning_rate, math.inf)
         self.steps += 1
         if self.xp is numpy:

@@ -1,8 +1,8 @@
 """Run the library and report, for every matrix product in its source, on how many BLAS threads it ran: `python tests/products.py`.
 
-The source is rewritten as it is imported: each `a @ b`, and each call of a function that multiplies by BLAS, first notes where it is
-and how many threads BLAS has. No product of a kind that is listed here can hide, and none is missed because it is rare. Prints a JSON
-object: place → thread counts seen there, [] if it did not run. A place is 'file:function', the file below nervenet/.
+The source is rewritten as it is imported: each `a @ b`, and each call of a function that multiplies by BLAS, first notes where it
+is and how many threads BLAS has. Prints a JSON object: place → thread counts seen there, [] if it did not run. A place is
+'file:function', the file below nervenet/.
 """
 
 import ast
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy
 
-MULTIPLY = {'matmul', 'dot', 'vdot', 'inner', 'einsum', 'tensordot', 'vecdot', 'matvec', 'vecmat', 'convolve', 'correlate', 'cov', 'corrcoef',
-            'polyfit', 'multi_dot', 'matrix_power'}
+MULTIPLY = {'matmul', 'dot', 'vdot', 'inner', 'einsum', 'tensordot', 'vecdot', 'matvec', 'vecmat', 'convolve', 'correlate', 'cov',
+            'corrcoef', 'polyfit'}
 PACKAGE = Path(importlib.util.find_spec('nervenet').origin).parent
 seen = {}
 

@@ -150,9 +150,9 @@ def test_targets_outside_zero_to_one_are_refused_and_on_a_device_make_the_loss_n
 def test_soft_targets_and_bool_and_whole_numbers_are_taken(name, xp):
     logits = xp.asarray(numpy.linspace(-2, 2, 24).reshape(2, 3, 4, 1))
     for target in (numpy.linspace(0, 1, 24), numpy.arange(24) % 2 == 0, numpy.arange(24) % 2, numpy.ones(24, 'uint8')):
-        value = LOSSES[name]().forward(logits, xp.asarray(target.reshape(2, 3, 4, 1)))
-        assert numpy.isfinite(backend.to_cpu(value))
-        assert backend.to_cpu(value) == backend.to_cpu(LOSSES[name]().forward(logits, xp.asarray(target.reshape(2, 3, 4, 1) * 1.0)))
+        target = target.reshape(2, 3, 4, 1)
+        value, as_float = (backend.to_cpu(LOSSES[name]().forward(logits, xp.asarray(y))) for y in (target, target * 1.0))
+        assert numpy.isfinite(value) and value == as_float
 
 
 @pytest.mark.parametrize('name', LOSSES)
@@ -163,7 +163,8 @@ def test_what_is_no_batch_of_images_is_refused(name, shape):
 
 
 @pytest.mark.parametrize('name', LOSSES)
-@pytest.mark.parametrize('logits, target', [('uint8', 'float32'), ('int64', 'bool'), ('bool', 'bool'), ('float32', 'U1'), ('float32', 'O')])
+@pytest.mark.parametrize('logits, target', [
+    ('uint8', 'float32'), ('int64', 'bool'), ('bool', 'bool'), ('float32', 'U1'), ('float32', 'O')])
 def test_logits_that_are_no_floating_point_numbers_and_targets_that_are_no_numbers_are_refused(name, logits, target):
     with pytest.raises(ValueError, match='expected floating-point logits, and a target of numbers'):
         LOSSES[name]().forward(numpy.zeros((1, 2, 2, 1), logits), numpy.zeros((1, 2, 2, 1), target))
@@ -176,7 +177,8 @@ def test_gradients_keep_the_dtype_of_the_logits_though_weights_and_smooth_are_nu
         results = []
         for kind in float, number:
             dice, per_image = DiceLoss(smooth=kind(0.5)), DiceLoss(smooth=kind(0.25), per_image=True)
-            loss = WeightedSum([(kind(0.5), dice), (kind(2.0), BCEWithLogitsLoss()), (kind(0.25), WeightedSum([(kind(2.0), per_image)]))])
+            inner = WeightedSum([(kind(2.0), per_image)])
+            loss = WeightedSum([(kind(0.5), dice), (kind(2.0), BCEWithLogitsLoss()), (kind(0.25), inner)])
             value = loss.forward(xp.asarray(logits.astype(dtype)), xp.asarray(target.astype('float64')))
             dlogits = loss.backward()
             assert value.dtype == 'float64' and value.shape == () and dlogits.dtype == dtype
@@ -186,11 +188,12 @@ def test_gradients_keep_the_dtype_of_the_logits_though_weights_and_smooth_are_nu
 
 def test_dice_smooth_is_one_by_default():
     y = pixels([1, 0, 0], [0, 0, 0])
+    logits = logit(0.5 * y + 0.25)
     for per_image in False, True:
         assert DiceLoss().smooth == 1.0
-        assert DiceLoss(per_image=per_image).forward(logit(0.5 * y + 0.25), y) == DiceLoss(1.0, per_image).forward(logit(0.5 * y + 0.25), y)
+        assert DiceLoss(per_image=per_image).forward(logits, y) == DiceLoss(1.0, per_image).forward(logits, y)
     # Σpy = 0.75, Σp = 0.75 + 5 · 0.25 = 2, Σy = 1
-    assert DiceLoss().forward(logit(0.5 * y + 0.25), y) == pytest.approx(-(2 * 0.75 + 1) / (2 + 1 + 1))
+    assert DiceLoss().forward(logits, y) == pytest.approx(-(2 * 0.75 + 1) / (2 + 1 + 1))
 
 
 @pytest.mark.parametrize('name', LOSSES)
@@ -208,7 +211,8 @@ def test_each_forward_serves_one_backward_and_the_cache_is_freed(name, rng):
 @pytest.mark.parametrize('make, message', [
     (lambda: DiceLoss(smooth=0), 'smooth is 0'), (lambda: DiceLoss(smooth=-1), 'smooth is -1'),
     (lambda: DiceLoss(smooth=math.nan), 'smooth is nan'), (lambda: DiceLoss(smooth=math.inf), 'smooth is inf'),
-    (lambda: WeightedSum([]), 'at least one'), (lambda: WeightedSum([(math.nan, DiceLoss())]), r'weights .* \[nan\]; expected finite'),
+    (lambda: WeightedSum([]), 'at least one'),
+    (lambda: WeightedSum([(math.nan, DiceLoss())]), r'weights .* \[nan\]; expected finite'),
     (lambda: WeightedSum([(1, DiceLoss()), (math.inf, DiceLoss())]), r'\[1.0, inf\]; expected finite')])
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -224,7 +224,8 @@ def test_a_child_can_take_memory_whatever_another_thread_was_at_and_its_account_
         held.clear()
         del array
         empty(LARGE, like)
-        return fresh and grown and pool.total == pool.used + sum(piece.nbytes for piece in pool.waiting) <= memory.SLACK * pool.peak
+        waiting = sum(piece.nbytes for piece in pool.waiting)
+        return fresh and grown and pool.total == pool.used + waiting <= memory.SLACK * pool.peak
 
     thread = threading.Thread(target=take_and_return)
     thread.start()
@@ -258,7 +259,8 @@ def test_large_arrays_lie_in_huge_pages():
         pytest.skip('huge pages are switched off')
 
     def huge():
-        return sum(int(line.split()[1]) for line in Path('/proc/self/smaps').read_text().splitlines() if line.startswith('AnonHugePages'))
+        lines = Path('/proc/self/smaps').read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith('AnonHugePages'))
 
     before, array = huge(), memory._pages(2**26)
     array[::4096] = 1
@@ -266,7 +268,7 @@ def test_large_arrays_lie_in_huge_pages():
 
 
 def test_arrays_never_overlap_while_views_are_cut_freed_elsewhere_and_collected_at_odd_moments(pool):
-    """Threads hold views of some arrays in cycles, hand others on to be freed by others, and look whether their own stay as they are."""
+    """Threads hold views of some arrays in cycles, hand others on to be freed by others, and look whether their own stay."""
     like, faults, handed = numpy.zeros(1, 'float32'), [], queue.SimpleQueue()
 
     class Cycle:

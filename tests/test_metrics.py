@@ -146,7 +146,8 @@ def test_targets_that_are_no_masks_are_refused_and_on_a_device_make_the_scores_n
 def test_probabilities_out_of_range_are_refused_and_on_a_device_make_the_scores_nan(values, xp):
     p, target = images(values, [0, 0]), images([0, 1], [0, 1])
     if xp is numpy:
-        with pytest.raises(ValueError, match=f'probabilities lie from {float(min(values))} to {float(max(values))}; expected 0 to 1'):
+        low, high = map(float, (min(values), max(values)))
+        with pytest.raises(ValueError, match=f'probabilities lie from {low} to {high}; expected 0 to 1'):
             score(p, target)
     else:
         with numpy.errstate(invalid='ignore'):
@@ -195,7 +196,8 @@ def test_dice_of_images_is_the_hard_dice_of_each_and_means_over_all_channels(rng
     for part in slice(0, 1), slice(1, 4):
         scores.update(p[part], y[part])
     m = p > 0.5
-    by_hand = [[2 * (m[n, ..., c] & y[n, ..., c]).sum() / (m[n, ..., c].sum() + y[n, ..., c].sum()) for c in range(3)] for n in range(4)]
+    by_hand = [[2 * (m[n, ..., c] & y[n, ..., c]).sum() / (m[n, ..., c].sum() + y[n, ..., c].sum()) for c in range(3)]
+               for n in range(4)]
     assert scores.dice_of_images() == pytest.approx(numpy.mean(by_hand, axis=1))
     assert scores.compute()['dice_per_image'] == pytest.approx(numpy.mean(by_hand))
     assert numpy.ptp(by_hand, axis=1).min() > 0.1                       # so that no channel stands for the others

@@ -277,6 +277,15 @@ def test_a_copy_of_an_optimizer_is_independent_and_goes_on_as_the_original_does(
             assert numpy.array_equal(backend.to_cpu(value), backend.to_cpu((other.parameters | other.arrays())[key]))
 
 
+def test_defaults_are_those_of_the_papers_and_leave_plain_sgd_plain():
+    """By what they do to one parameter over a few steps, beside the same with every number given."""
+    gradients = [1.0, -0.5, 2.0, 0.25]
+    for default, given in ((lambda p: SGD(p, 0.1), lambda p: SGD(p, 0.1, momentum=0, nesterov=False, weight_decay=0)),
+                           (Adam, lambda p: Adam(p, 0.001, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)),
+                           (AdamW, lambda p: AdamW(p, 0.001, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01))):
+        assert walk(default, gradients) == walk(given, gradients)
+
+
 def test_every_optimizer_finds_the_minimum_of_a_stretched_bowl():
     for make in (lambda p: SGD(p, 0.01), lambda p: SGD(p, 0.01, momentum=0.9),
                  lambda p: SGD(p, 0.01, momentum=0.9, nesterov=True), lambda p: Adam(p, 0.05),
@@ -361,8 +370,10 @@ def test_cosine_schedule_by_hand():
     (lambda p: SGD(p, -0.1), 'learning_rate is -0.1'), (lambda p: SGD(p, math.nan), 'learning_rate is nan'),
     (lambda p: SGD(p, 0.1, momentum=1.0), 'momentum is 1.0'),
     (lambda p: SGD(p, math.inf), 'learning_rate is inf'), (lambda p: SGD(p, 0.1, momentum=math.nan), 'momentum is nan'),
-    (lambda p: SGD(p, 0.1, weight_decay=math.nan), 'weight_decay is nan'), (lambda p: Adam(p, betas=(0.9, math.nan)), r'betas\[1\] is nan'),
-    (lambda p: Adam(p, eps=math.nan), 'eps is nan'), (lambda p: Adam(p, eps=math.inf), 'eps is inf'), (lambda p: Adam(p, eps=-1), 'eps is -1'),
+    (lambda p: SGD(p, 0.1, weight_decay=math.nan), 'weight_decay is nan'),
+    (lambda p: Adam(p, betas=(0.9, math.nan)), r'betas\[1\] is nan'),
+    (lambda p: Adam(p, eps=math.nan), 'eps is nan'), (lambda p: Adam(p, eps=math.inf), 'eps is inf'),
+    (lambda p: Adam(p, eps=-1), 'eps is -1'),
     (lambda p: clip_gradients(p, math.nan), 'max_norm is nan'), (lambda p: clip_gradients(p, math.inf), 'max_norm is inf'),
     (lambda p: clip_gradients(p, -1), 'max_norm is -1'), (lambda p: ConstantSchedule(math.nan), 'base is nan'),
     (lambda p: CosineSchedule(1, math.inf), 'total_steps is inf'), (lambda p: CosineSchedule(1, math.nan), 'total_steps is nan'),

@@ -264,7 +264,7 @@ _forks = 0                                          # threads that are about to 
 
 @contextlib.contextmanager
 def one_thread_per_product():
-    """Within this context, or a function decorated with it, matrix products use one thread each, so their bits are always the same.
+    """Within this context, or a function decorated with it, a matrix product uses one thread: its bits are always the same.
 
     The number belongs to the process: the last of several concurrent users puts back the one that the first found.
     """
