@@ -56,7 +56,7 @@ def main(arguments=None):
         joins.append([(f'{skip}: the skip knows where', stages[skip][0]), (f'{name}: the upsampled map knows what', upsampled[0])])
     figures.save(figures.feature_maps(joins, title='Each skip beside the upsampled map it joins'), args.output / 'joins.png')
 
-    rows, columns = model.receptive_field('head', int(row)), model.receptive_field('head', int(column))
+    rows, columns = model.receptive_field('head', int(row)), model.receptive_field('head', int(column), axis=1)
     field = rows[0], columns[0], rows[1] - rows[0] + 1, columns[1] - columns[0] + 1
     pixel = row - 1, column - 1, 3, 3
     shown = [figures.overlay(image, probability > 0.5), figures.heat(image, abs(dimage))]

@@ -9,7 +9,7 @@ from .engine.backend import get_array_module
 
 def positive(value, name, least=1):
     """Return `value` as an int. Raises ValueError unless it is a whole number of at least `least`."""
-    if not numpy.isreal(value) or value != value or value < least or int(value) != value:
+    if not numpy.isreal(value) or not least <= value < math.inf or int(value) != value:
         raise ValueError(f'{name} is {value}, expected a whole number of at least {least}')
     return int(value)
 

@@ -547,3 +547,53 @@ def test_a_pool_of_forked_workers_computes_what_one_process_computes():
 
 def channel_sums_of_noise(seed):
     return channel_sums(numpy.random.default_rng(seed).standard_normal((4, 64, 64, 8), dtype='float32'))[0]
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_a_signal_while_a_fork_waits_leaves_nothing_locked():
+    """In a process of its own, which must end by itself: a thread multiplies, a fork waits for it, and Ctrl-C comes."""
+    program = '''
+import os, signal, threading, time
+from nervenet.engine.parallel import one_thread_per_product, parallel_for
+inside, leave = threading.Event(), threading.Event()
+def multiply():
+    with one_thread_per_product():
+        inside.set()
+        leave.wait(20)
+thread = threading.Thread(target=multiply)
+thread.start()
+inside.wait()
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+try:
+    child = os.fork()
+except KeyboardInterrupt:
+    child = None
+if child == 0:
+    os._exit(parallel_for([1, 2], lambda block: block) != [1, 2])
+assert child is None or os.waitpid(child, 0)[1] == 0
+leave.set()
+thread.join()
+assert parallel_for([1, 2], lambda block: block) == [1, 2]
+print('done')
+'''
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
+    assert done.stdout.strip() == 'done', done.stderr
+
+
+def test_threads_that_cannot_start_cost_speed_and_no_result(monkeypatch):
+    monkeypatch.setattr(parallel, '_helpers', parallel._Helpers())
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with set_threads(3), monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, 'start', refuse)
+        assert parallel_for(range(6), lambda block: block) == list(range(6))
+        assert parallel._helpers.alive == 0
+    with set_threads(3):
+        assert parallel_for(range(6), lambda block: block) == list(range(6)) and parallel._helpers.alive > 0
+    for wrong in (0, 2.5, float('nan')):
+        with pytest.raises(ValueError, match='number of threads is'):
+            set_threads(wrong)

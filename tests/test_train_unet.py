@@ -455,10 +455,12 @@ def test_a_run_can_start_from_the_network_of_a_file(tmp_path, rng, main, capsys)
     main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--out', tmp_path / 'first')
     model = tmp_path / 'first' / 'best.npz'
     options = ['--data', tmp_path / 'data', '--size', '16x24', '--device', 'cpu', '--learning-rate', '1e-30', '--epochs', 1]
-    main(*options, '--init', model, '--out', tmp_path / 'same')
-    out = capsys.readouterr().out
-    assert 'comes from a run on the same data that has seen 1 of the subjects set aside here' in out
-    assert (tmp_path / 'same' / 'summary.txt').read_text().startswith('WARNING: ') and read_config(tmp_path / 'same')['init'] == str(model)
+    capsys.readouterr()
+    main(*options, '--init', model, '--out', tmp_path / 'same')                 # the same split: what is set aside was set aside then
+    assert 'comes from a run on the same data' not in capsys.readouterr().out
+    main(*options, '--init', model, '--validation-share', 0.6, '--out', tmp_path / 'wider')
+    assert 'comes from a run on the same data that was trained on' in capsys.readouterr().out
+    assert (tmp_path / 'wider' / 'summary.txt').read_text().startswith('WARNING: ') and read_config(tmp_path / 'same')['init'] == str(model)
     first, same = (nervenet.load(path).parameters() for path in (model, tmp_path / 'same' / 'last.npz'))
     assert all(numpy.array_equal(first[name], same[name]) for name in first)
     copied = tmp_path / 'copied.npz'

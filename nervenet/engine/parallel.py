@@ -53,10 +53,11 @@ def parallel_for(blocks, work):
     blocks = list(blocks)
     with one_thread_per_product():
         job = _Job(blocks, work)
-        if not _inside.get():
-            _helpers.call(job, min(number_of_threads(), len(blocks)) - 1)
+        inside = _inside.get()
         token = _inside.set(True)
         try:
+            if not inside:
+                _helpers.call(job, min(number_of_threads(), len(blocks)) - 1)
             job.run()
         finally:
             _inside.reset(token)
@@ -94,9 +95,9 @@ def set_threads(number):
     Use it in a `with` to change it for a while:  `with set_threads(1): ...`. Raises ValueError below 1.
     """
     global _number_of_threads
-    if number is not None and number < 1:
-        raise ValueError(f'number of threads is {number}; expected 1 or more, or None for all cores')
-    before, _number_of_threads = _number_of_threads, number
+    if number is not None and not (number >= 1 and number == int(number)):
+        raise ValueError(f'number of threads is {number}; expected a whole number of 1 or more, or None for all cores')
+    before, _number_of_threads = _number_of_threads, number and int(number)
     return _restore_threads(before)
 
 
@@ -191,7 +192,12 @@ class _Helpers:
             context.run(_inside.set, True)
             self.jobs.put((context, job))
             if start:
-                threading.Thread(target=self._help, name='nervenet helper').start()
+                try:
+                    threading.Thread(target=self._help, name='nervenet helper').start()
+                except RuntimeError:                # the system grants no more threads, or the interpreter is about to end
+                    with self.lock:
+                        self.alive -= 1
+                        self.idle -= 1              # the job waits for a helper like any other
 
     def _help(self):
         while True:
@@ -299,9 +305,11 @@ def _before_fork():
     global _forks
     _blas_changed.acquire()
     _forks += 1
-    if not _inside.get():
-        _blas_changed.wait_for(lambda: set(_blas_users) <= {threading.get_ident()}, timeout=PATIENCE)
-    memory.pool().before_fork()                     # last, for those who multiply need it
+    try:
+        if not _inside.get():
+            _blas_changed.wait_for(lambda: set(_blas_users) <= {threading.get_ident()}, timeout=PATIENCE)
+    finally:                                        # the fork goes on after Ctrl-C too, and both sides undo all of this
+        memory.pool().before_fork()                 # last, for those who multiply need it
 
 
 def _after_fork_in_parent():

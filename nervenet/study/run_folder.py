@@ -268,9 +268,9 @@ def seen_before(args, parts):
     with contextlib.suppress(FileNotFoundError, ValueError):
         config = read_config(args.init.parent)
     same_data = config.get('data') == (args.data and str(args.data)) and (args.data or config.get('seed') == args.seed)
-    seen = {subject for part in ('training', 'inner', 'validation') for subject in config.get(f'{part}_subjects', []) if same_data}
+    seen = set(config.get('training_subjects', [])) if same_data else set()
     common = seen & {sample.subject for part, samples in parts.items() if part != 'training' for sample in samples}
-    return [f'WARNING: {args.init} comes from a run on the same data that has seen {len(common)} of the subjects set aside here: '
+    return [f'WARNING: {args.init} comes from a run on the same data that was trained on {len(common)} of the subjects set aside here: '
             'their scores are too good to be true.'] if common else []
 
 
