@@ -18,6 +18,7 @@ from nervenet.files import make_folder, refuse_content
 from nervenet.images.data import read_image
 from nervenet.images.samples import DataError
 from nervenet.layers import sigmoid
+from nervenet.study.report import print_whatever_comes
 from nervenet.study.segment import Segmenter
 
 
@@ -85,7 +86,7 @@ def pixel(text):
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')         # no letter that the terminal lacks ends the work
+    print_whatever_comes()
     try:
         main()
     except KeyboardInterrupt:

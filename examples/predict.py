@@ -10,7 +10,6 @@ confidence, and Dice where there is a mask.
 import argparse
 import csv
 import io
-import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -22,12 +21,13 @@ from PIL import Image
 from nervenet.study import figures
 from nervenet.engine.backend import select_device
 from nervenet.files import atomic_write, make_folder, refuse_content
-from nervenet.images.data import mask_oddity, oddity_warning, read_ahead, read_image, read_pair, resize_mask, white_of
+from nervenet.images.data import mask_oddity, oddity_warning, read_ahead, read_image, read_mask_of, resize_mask, white_of
 from nervenet.images.samples import DataError, find_samples
 from nervenet.metrics import SegmentationScores
 from nervenet.study.segment import Segmenter, describe
 from nervenet.study.submission import TEST_HEADER, encode, write_submission
-from nervenet.study.report import progress
+from nervenet.study.options import positive
+from nervenet.study.report import print_whatever_comes, progress
 
 CLEAR_LINE = '\r\x1b[K'               # a progress bar may stand there
 COLUMNS = 'image', 'area', 'share', 'row', 'column', 'confidence', 'dice'
@@ -131,7 +131,7 @@ def read_batch(samples, mask_threshold, white):
         try:
             image = read_image(sample.image_path, white)
             if sample.mask_path:
-                truth = read_pair(sample, mask_threshold, white)[1]
+                truth = read_mask_of(sample, image, mask_threshold)
         except DataError as problem:
             error = problem
         batch.append((sample, image, truth, error))
@@ -158,13 +158,6 @@ def print_scores(scores):
             row = counted.compute()
             print(f'{name:30} {row["dice_pooled"]:11.3f} {row["dice_per_image"]:10.3f} {row["iou_pooled"]:11.3f} {row["accuracy"]:9.4f}')
     print('These scores are flattered where subjects are among them that the network was trained on, or its settings chosen on.')
-
-
-def positive(text):
-    number = float(text)                                      # its ValueError is one that argparse explains
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
-    return number
 
 
 def parse(arguments):
@@ -199,7 +192,7 @@ def parse(arguments):
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')         # no letter that the terminal lacks ends the work
+    print_whatever_comes()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -119,7 +119,13 @@ def read_pair(sample, mask_threshold=None, white=None):
     """Return (image (H, W) float32, mask (H, W) uint8) of a sample. Raises DataError, also if their sizes differ."""
     if sample.mask_path is None:
         raise DataError(f'{sample.image_path}: has no mask')
-    image, mask = read_image(sample.image_path, white), read_mask(sample.mask_path, mask_threshold)
+    image = read_image(sample.image_path, white)
+    return image, read_mask_of(sample, image, mask_threshold)
+
+
+def read_mask_of(sample, image, mask_threshold=None):
+    """Return the mask (H, W) uint8 of a sample whose image (H, W) is read already. Raises DataError, also if their sizes differ."""
+    mask = read_mask(sample.mask_path, mask_threshold)
     if image.shape != mask.shape:
         turned = ''
         if mask.shape == image.shape[::-1]:
@@ -128,7 +134,7 @@ def read_pair(sample, mask_threshold=None, white=None):
                       'without mark')
         raise DataError(f'{sample.mask_path}: this mask is {mask.shape[0]}×{mask.shape[1]} pixels (height×width), its '
                         f'image {sample.image_path.name} is {image.shape[0]}×{image.shape[1]}; they must be equal{turned}')
-    return image, mask
+    return mask
 
 
 def _read_grey(path, convert=None):
