@@ -11,9 +11,7 @@ import inspect
 import operator
 import re
 import signal
-import sys
 import types
-from pathlib import Path
 
 import numpy
 import pytest
@@ -361,25 +359,6 @@ def gpu_that_works():
 @pytest.fixture
 def rng():
     return numpy.random.default_rng(20150518)
-
-
-@pytest.fixture
-def plant(monkeypatch):
-    """Return a function (module, old, new) that plants a bug: the module's text with `old`, which it must hold once, made `new`.
-
-    What other modules of the library have imported from it becomes the changed one there too.
-    """
-    def planted(module, old, new):
-        text = Path(module.__file__).read_text()
-        assert text.count(old) == 1, f'{module.__name__} holds {old!r} {text.count(old)} times'
-        names = dict(vars(module))
-        exec(compile(text.replace(old, new), module.__file__, 'exec'), names)
-        for other in [other for name, other in sys.modules.items() if name.partition('.')[0] == 'nervenet']:
-            for name, value in list(vars(other).items()):
-                if getattr(value, '__module__', None) == module.__name__ and names.get(getattr(value, '__name__', ''), value) is not value:
-                    monkeypatch.setattr(other, name, names[value.__name__])
-
-    return planted
 
 
 @pytest.fixture

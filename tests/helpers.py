@@ -2,11 +2,15 @@
 
 import contextlib
 import csv
+import importlib
 import importlib.util
 import io
 import os
+import signal
 import subprocess
 import sys
+import types
+import warnings
 from pathlib import Path
 
 import numpy
@@ -15,6 +19,7 @@ from PIL import Image
 
 import nervenet
 from nervenet import UNet
+from nervenet.images.samples import Sample
 from nervenet.losses import DiceLoss
 from nervenet.optim import Adam
 from nervenet.study.fit import fit
@@ -107,3 +112,67 @@ def stopped_after(epochs, main, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(main.module, 'print_epoch', print_epoch)
         yield
+
+
+class Made:
+    """A reader of small images that follow from their names; every second one shows something."""
+
+    size = 8, 12
+
+    def read(self, sample):
+        rng = numpy.random.default_rng(int(sample.name))
+        mask = (rng.random(self.size) < 0.3) * (int(sample.name) % 2)
+        return (20000 * mask + rng.integers(0, 40000, self.size)).astype('uint16'), mask.astype('uint8')
+
+
+SAMPLES = [Sample(str(number), str(number), None, None) for number in range(8)]
+
+
+def in_a_child(work):
+    """Fork; return the pid of a child that ends with 0 if `work()` is true, and is killed after 20 s."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)             # Python warns of forking beside threads; here it must work
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        code = 1
+        try:
+            code = 0 if work() else 2
+        finally:
+            os._exit(code)
+    return child
+
+
+def functions_of(namespace, module):
+    """Yield (name, function) of all functions and methods that a module defines, unwrapped."""
+    for name, value in list(namespace.items()):
+        members = vars(value).items() if isinstance(value, type) and value.__module__ == module else [('', value)]
+        for member, function in members:
+            function = getattr(function, '__func__', None) or getattr(function, 'fget', None) or function
+            function = getattr(function, '__wrapped__', function)
+            if isinstance(function, types.FunctionType) and function.__module__ == module:
+                yield f'{name}.{member}', function
+
+
+@contextlib.contextmanager
+def planted(file, text, becomes):
+    """Within this context the code of a module of the library is that of its source with `text` replaced, wherever it was imported."""
+    module = importlib.import_module('.'.join(Path(file).with_suffix('').parts))
+    namespace = {'__name__': module.__name__, '__package__': module.__package__, '__file__': module.__file__}
+    exec(compile(changed(file, text, becomes), module.__file__, 'exec'), namespace)
+    broken = dict(functions_of(namespace, module.__name__))
+    before = [(function, function.__code__, function.__defaults__, broken[name])
+              for name, function in functions_of(vars(module), module.__name__)]
+    try:
+        for function, _, _, other in before:
+            function.__code__, function.__defaults__ = other.__code__, other.__defaults__
+        yield
+    finally:
+        for function, code, defaults, _ in before:
+            function.__code__, function.__defaults__ = code, defaults
+
+
+def changed(file, text, becomes):
+    source = (ROOT / file).read_text()
+    assert source.count(text) == 1, f'{file} holds {text!r} {source.count(text)} times: plant the bug in the code as it is now'
+    return source.replace(text, becomes)

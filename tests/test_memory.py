@@ -2,14 +2,13 @@ import gc
 import mmap
 import os
 import queue
-import signal
 import threading
-import warnings
 from pathlib import Path
 
 import numpy
 import pytest
 
+from helpers import in_a_child
 from nervenet import UNet
 from nervenet.engine import backend, memory
 from nervenet.engine.memory import empty, scratch
@@ -32,21 +31,6 @@ def address(array):
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system cannot fork')
-
-
-def in_a_child(work):
-    """Fork; return the pid of a child that ends with 0 if `work()` is true, and is killed after 20 s."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)             # Python warns of forking beside threads; here it must work
-        child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        code = 1
-        try:
-            code = 0 if work() else 2
-        finally:
-            os._exit(code)
-    return child
 
 
 def outcome(child):

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import operator
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy
 import pytest
 
+from helpers import in_a_child
 from nervenet.engine import parallel
 from nervenet.engine.parallel import cut, cut_images, one_thread_per_product, parallel_for, set_threads
 from nervenet.engine.pixelwise import channel_sums
@@ -370,17 +370,7 @@ print('clean')
 
 def outcome_of_child(work):
     """Fork; return 0 if `work()` is true in the child, a negative number if it did not come to an end within 20 s."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        code = 1
-        try:
-            code = 0 if work() else 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(in_a_child(work), 0)[1])
 
 
 @contextlib.contextmanager

@@ -6,24 +6,21 @@ once with the bug in place, so it must be cheap.
 
 import contextlib
 import copy
-import importlib
 import io
 import json
 import os
 import signal
 import threading
-import types
 from pathlib import Path
 
 import numpy
 import pytest
 
 import nervenet
-from helpers import ROOT, example, train
+from helpers import SAMPLES, Made, changed, example, planted, train
 from nervenet import DiceLoss, UNet
 from nervenet.files import atomic_write
 from nervenet.images.data import Loader
-from nervenet.images.samples import Sample
 from nervenet.optim import SGD
 from nervenet.study import kfold, options, report, run_folder
 from nervenet.study.fit import Interrupted, fit, stopping_on_signals
@@ -37,41 +34,6 @@ BUGS = {}                       # name → (file, text, what becomes of it, chec
 def bug(name, file, text, becomes, check):
     assert name not in BUGS
     BUGS[name] = file, text, becomes, check
-
-
-def functions_of(namespace, module):
-    """Yield (name, function) of all functions and methods that a module defines, unwrapped."""
-    for name, value in list(namespace.items()):
-        members = vars(value).items() if isinstance(value, type) and value.__module__ == module else [('', value)]
-        for member, function in members:
-            function = getattr(function, '__func__', None) or getattr(function, 'fget', None) or function
-            function = getattr(function, '__wrapped__', function)
-            if isinstance(function, types.FunctionType) and function.__module__ == module:
-                yield f'{name}.{member}', function
-
-
-@contextlib.contextmanager
-def planted(file, text, becomes):
-    """Within this context the code of a module of the library is that of its source with `text` replaced, wherever it was imported."""
-    module = importlib.import_module('.'.join(Path(file).with_suffix('').parts))
-    namespace = {'__name__': module.__name__, '__package__': module.__package__, '__file__': module.__file__}
-    exec(compile(changed(file, text, becomes), module.__file__, 'exec'), namespace)
-    broken = dict(functions_of(namespace, module.__name__))
-    before = [(function, function.__code__, function.__defaults__, broken[name])
-              for name, function in functions_of(vars(module), module.__name__)]
-    try:
-        for function, _, _, other in before:
-            function.__code__, function.__defaults__ = other.__code__, other.__defaults__
-        yield
-    finally:
-        for function, code, defaults, _ in before:
-            function.__code__, function.__defaults__ = code, defaults
-
-
-def changed(file, text, becomes):
-    source = (ROOT / file).read_text()
-    assert source.count(text) == 1, f'{file} holds {text!r} {source.count(text)} times: plant the bug in the code as it is now'
-    return source.replace(text, becomes)
 
 
 def main_job(source=None):
@@ -89,20 +51,6 @@ def main_job(source=None):
 
 
 # --- What the checks work with
-
-class Made:
-    """A reader of small images that follow from their names; every second one shows something."""
-
-    size = 8, 12
-
-    def read(self, sample):
-        rng = numpy.random.default_rng(int(sample.name))
-        mask = (rng.random(self.size) < 0.3) * (int(sample.name) % 2)
-        return (20000 * mask + rng.integers(0, 40000, self.size)).astype('uint16'), mask.astype('uint8')
-
-
-SAMPLES = [Sample(str(number), str(number), None, None) for number in range(8)]
-
 
 def loaders():
     return Loader(SAMPLES[:5], Made(), 2, seed=1, shuffle=True), Loader(SAMPLES[5:], Made(), 2)

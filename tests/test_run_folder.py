@@ -78,22 +78,14 @@ import numpy
 from nervenet import UNet
 from nervenet.images.augment import ULTRASOUND
 from nervenet.images.data import Loader
-from nervenet.images.samples import Sample
 from nervenet.losses import DiceLoss
 from nervenet.optim import Adam
 from nervenet.study.fit import fit
 from nervenet.study.run_folder import RunFolder
 sys.path.insert(0, sys.argv[3])
-from helpers import assert_same_run
+from helpers import SAMPLES as samples
+from helpers import Made, assert_same_run
 
-class Made:
-    size = 8, 12
-    def read(self, sample):
-        rng = numpy.random.default_rng(int(sample.name))
-        mask = (rng.random(self.size) < 0.3) * (int(sample.name) % 2)
-        return (20000 * mask + rng.integers(0, 40000, self.size)).astype('uint16'), mask.astype('uint8')
-
-samples = [Sample(str(number), str(number), None, None) for number in range(8)]
 baselines = {'empty mask': {name: 0.5 for name in ('dice_pooled', 'dice_per_image', 'iou_pooled', 'accuracy')}}
 
 def train(path):
