@@ -6,6 +6,7 @@ Everything this library computes comes together in the few lines of `train_step`
 import numpy
 
 from .engine.backend import get_array_module, move, to_cpu
+from .engine.plan import planned
 from .layers import forwards_replaced, inference, sigmoid
 from .metrics import SegmentationScores
 from .optim import clip_gradients
@@ -17,17 +18,18 @@ def train_step(model, loss, optimizer, x, target, max_norm=None, observe=None):
     `max_norm` bounds the norm of the whole gradient; `observe` is passed on to the model's forward.
     """
     model.drop_gradients()                                              # those of the last step: room for what backward will need
-    value = loss.forward(model.forward(x, observe), target)
-    model.backward(loss.backward(), input_gradient=False)
-    if max_norm is not None:
-        clip_gradients(model.gradients(), max_norm)
-    optimizer.step(model.gradients())
+    with planned(model, 'training', x.shape):                           # memory as in the last step
+        value = loss.forward(model.forward(x, observe), target)
+        model.backward(loss.backward(), input_gradient=False)
+        if max_norm is not None:
+            clip_gradients(model.gradients(), max_norm)
+        optimizer.step(model.gradients())
     return value
 
 
 def predict(model, x):
     """Return the foreground probabilities (N, H, W, C_out), in [0, 1], of the images x (N, H, W, C_in) in inference mode."""
-    with inference():
+    with inference(), planned(model, 'inference', x.shape):
         return sigmoid(model.forward(x))
 
 
@@ -103,10 +105,11 @@ def evaluate(model, loss, batches):
     scores, losses, images = SegmentationScores(), [], []
     with inference():
         for x, target in batches:
-            logits = model.forward(move(x, device))
-            target = move(target, device)
-            losses.append(loss.forward(logits, target))
-            scores.update(sigmoid(logits), target)
+            x, target = move(x, device), move(target, device)
+            with planned(model, 'evaluation', x.shape):
+                logits = model.forward(x)
+                losses.append(loss.forward(logits, target))
+                scores.update(sigmoid(logits), target)
             images.append(len(x))
     return account(scores, losses, images)
 

@@ -396,7 +396,7 @@ def test_no_path_needs_scratch_as_large_as_the_batch(rng, path):
         def measure():
             with parallel.set_threads(1):
                 work()
-            held.append(sum(memory.nbytes for memory in vars(memory._scratch).values()))
+            held.append(sum(piece.nbytes for piece in memory.this_thread.scratch.values()))
         thread = threading.Thread(target=measure)
         thread.start()
         thread.join()

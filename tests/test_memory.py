@@ -246,7 +246,7 @@ def test_large_arrays_lie_in_huge_pages():
         lines = Path('/proc/self/smaps').read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith('AnonHugePages'))
 
-    before, array = huge(), memory._pages(2**26)
+    before, array = huge(), memory.pages(2**26)
     array[::4096] = 1
     assert huge() - before >= 2**16 / 2                 # kB, of 64 MiB: half of it at least, where memory is in pieces
 

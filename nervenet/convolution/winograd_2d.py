@@ -61,13 +61,12 @@ def transform_tiles(matrix, x, images, tiles, padding, columns, name):
     return values.reshape(36, -1, C)
 
 
-def transform_weight(matrix, weight):
-    """Return matrix weight matrixᵀ (36, C_in, C_out) for `matrix` (6, 3)."""
+def transform_weight(matrix, weight, U):
+    """Return U (36, C_in, C_out), filled with matrix weight matrixᵀ for `matrix` (6, 3)."""
     _, _, C_in, C_out = weight.shape
     matrix, taps = matrix.astype(weight.dtype), numpy.ascontiguousarray(weight).reshape(3, 3, -1)
     rows = scratch('rows', (3, 6, C_in * C_out), weight.dtype)
     numpy.matmul(matrix, taps.swapaxes(0, 1), out=rows)                      # the columns first
-    U = empty((36, C_in, C_out), weight)
     numpy.matmul(matrix, rows.swapaxes(0, 1), out=U.reshape(6, 6, -1))
     return U
 
@@ -86,12 +85,15 @@ def convolve(x, weight, geometry, turned=False, bias=None):
     y = empty((N, H_out, W_out, C_out), x)
     at = AT.astype(x.dtype)
 
-    def panel(out):
-        return transform_weight(matrix, weight[..., out])                    # (36, C_in, some of C_out)
+    def panel(out, memory):
+        """Return U of the output channels `out`, (36, C_in, some of C_out), in `memory`."""
+        return transform_weight(matrix, weight[..., out], memory.reshape(36, C_in, -1))
 
     # With few tiles, U would be larger than all else: each block then makes its panels as it uses them.
     note('few tiles' if few else 'many tiles')
-    U = None if few else parallel_for(panels, panel)
+    if not few:
+        U = empty((36 * C_in * C_out,), x)
+        U = parallel_for(panels, lambda out: panel(out, U[36 * C_in * out.start:36 * C_in * out.stop]))
 
     def work(block):
         (images, tiles), share = block
@@ -101,7 +103,8 @@ def convolve(x, weight, geometry, turned=False, bias=None):
         M = scratch('M', (36, V.shape[1], stop - start), x.dtype)
         for i in range(share.start, share.stop):
             out = slice(panels[i].start - start, panels[i].stop - start)
-            numpy.matmul(V, panel(panels[i]) if few else U[i], out=M[:, :, out])
+            size = 36 * C_in * (out.stop - out.start)
+            numpy.matmul(V, panel(panels[i], scratch('U', (size,), x.dtype)) if few else U[i], out=M[:, :, out])
         M = M.reshape(6, 6, n, number, columns, -1)
         if bias is not None:
             M[1, 1] += bias[start:stop]                                      # Aᵀ's column of ones adds it to 16 outputs

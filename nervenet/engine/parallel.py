@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy
 
-from . import memory
+from . import memory, plan
 
 LINGER = 0.25                                       # seconds: far longer than the gaps between two layers of a network
 PATIENCE = 10                                       # seconds that a fork waits; longer only if blocks wait for who forks
@@ -324,6 +324,7 @@ def _after_fork_in_child():
     """Start anew, but for what the thread that forked is in itself: it is the only one there is now."""
     global _forks, _blas_changed, _blas_users, _helpers
     memory.pool().after_fork(in_child=True)
+    plan.forget_region()
     users, _blas_users = _blas_users, [user for user in _blas_users if user == threading.get_ident()]
     if users and not _blas_users and _blas.set is not None:
         _blas.set(_blas_threads_before)

@@ -1,0 +1,191 @@
+"""A plan of memory: where in one region the arrays of a step lie.
+
+A network asks for the same arrays, in the same order, in every step. So the first step is only watched: how large is each array, at which
+request is it born, at which request is it gone? Drawn as bars, requests to the right and addresses upwards, the arrays of a step
+may lie anywhere as long as no two bars overlap:
+
+    address
+       │          ┌────────────────┐
+       │   ┌──────┤       c        ├──────┐
+       │   │  a   └────────────────┤  e   │
+       │   ├────────────┬──────────┴──────┤
+       │   │     b      │        d        │
+       └───┴────────────┴─────────────────┴──▶ request
+
+That is how compilers of networks lay out memory. The largest array is placed first, and each next one at the lowest address that
+is free during its whole life (greedy by size: Pisarchyk & Lee 2020, arXiv:2001.03288). From the next step on, every request gets its
+place: the system is asked for nothing, and what was touched once stays there.
+
+    with planned(model, 'training', x.shape):
+        ...                                         every `memory.empty` of this thread is a request of this step
+
+A plan is a guess that this step will be like the last one, and nothing but speed depends on it. The region knows which of its
+pages hold a living array; where a place is still taken, because somebody kept an array or a view of it from an earlier step, and
+where the size is not the one expected, the request is served by the pool of `memory`, as outside of plans. A step that asked
+for other sizes than planned is the one that the next plan is made from. What outlived a step and was still there when the next one
+began, such as a prediction that its caller keeps, comes from the pool ever after: it would hold on to all of the region.
+
+All plans of a process share one region, as large as the largest of them, since only one step at a time makes full use of it. It
+is given back when the last of the models is gone.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections import deque
+
+from . import memory
+
+PAGE = 4096                             # bytes: what begins in a region begins at a multiple of it
+MOST_PLANS = 16                         # kinds of steps of one model that are remembered
+
+
+@contextlib.contextmanager
+def planned(model, *kind):
+    """Within this context, this thread's arrays are laid out as they were in the model's last step of this kind.
+
+    `kind` is what decides which arrays a step needs, such as training or inference and the shape of the images. A context
+    within another one is a part of that step.
+    """
+    if memory.this_thread.step is not None:
+        yield
+        return
+    plans = _plans_of(model)
+    plan = plans[kind] = plans.pop(kind, None) or _Plan()               # the one used last goes to the end
+    if len(plans) > MOST_PLANS:
+        del plans[next(iter(plans))]
+    step = memory.this_thread.step = _Step(plan)
+    try:
+        yield
+        plan.seen(step)                                                 # but not if it was broken off
+    finally:
+        memory.this_thread.step = None
+
+
+class _Step:
+    """The requests of a step under way: their sizes, and between which requests each array lives."""
+
+    def __init__(self, plan):
+        self.places = plan.places_now()
+        self.region = _region_for(plan) if self.places else None
+        self.sizes, self.gone = [], []          # bytes of each request; the request before which its array was gone, or None
+        self.ended = deque()                    # requests whose arrays are gone: they may end at any moment, in any thread
+
+    def take(self, size):
+        """Return the lease of a piece of `size` bytes, from the region if the plan has a free place for it, else from the pool."""
+        self.note_ends()
+        number = len(self.sizes)
+        self.sizes.append(size)
+        self.gone.append(None)
+        expected, place = self.places[number] if number < len(self.places) else (None, None)
+        lease = self.region.lease(place, size) if place is not None and size == expected else None
+        lease = lease or memory.lease(size)
+        lease.tell(self.ended, number)
+        return lease
+
+    def note_ends(self):
+        while self.ended:
+            self.gone[self.ended.popleft()] = len(self.sizes)
+
+
+class _Plan:
+    """The places of one kind of step: [(size, place or None), …], one for each request; empty until a step has been seen."""
+
+    def __init__(self):
+        self.places, self.size = [], 0
+        self.last = None                        # a step that went otherwise, to make the next plan of
+
+    def seen(self, step):
+        """Compare a finished step with the plan."""
+        if step.sizes != [size for size, _ in self.places]:
+            self.last = step
+
+    def places_now(self):
+        """Return the places for a step that begins now, when it shows which arrays have outlived the last one."""
+        if (step := self.last) is not None:
+            self.last = None
+            step.note_ends()
+            requests, N = range(len(step.sizes)), len(step.sizes)
+            lives = {number: (number, step.gone[number]) for number in requests if step.gone[number] is not None}
+            offsets = lay_out({number: step.sizes[number] for number in lives}, lives)
+            self.size = max((offset + step.sizes[number] for number, offset in offsets.items()), default=0)
+            self.places = [(step.sizes[number], offsets.get(number)) for number in requests]
+            memory.give_back()                  # what the step that was watched left in the pool
+        return self.places
+
+
+def lay_out(sizes, lives):
+    """Return {key: offset} in bytes, so that no two arrays that live at once overlap.
+
+    `sizes` is {key: bytes}; `lives` is {key: (born, gone)}, the request that made the array and the one before which it was gone.
+    """
+    offsets = {}
+    for key in sorted(sizes, key=lambda key: (-sizes[key], lives[key])):
+        born, gone = lives[key]
+        meanwhile = sorted((offsets[other], offsets[other] + sizes[other]) for other in offsets
+                           if lives[other][0] < gone and born < lives[other][1])
+        place = 0
+        for start, stop in meanwhile:
+            if place + sizes[key] <= start:
+                break
+            place = max(place, -(-stop // PAGE) * PAGE)
+        offsets[key] = place
+    return offsets
+
+
+class _Region:
+    """One stretch of memory. `taken` has a bit for each page, 1 while an array that lies on it lives."""
+
+    def __init__(self, size):
+        self.memory, self.taken = memory.pages(size), 0
+        self.ended = deque()                    # bits of arrays that are gone
+        self.lock = threading.Lock()
+
+    def lease(self, place, size):
+        """Return the lease of `size` bytes at `place`, or None where an array still lives."""
+        first, pages = place // PAGE, -(-size // PAGE)
+        bits = (1 << pages) - 1 << first
+        with self.lock:
+            while self.ended:
+                self.taken &= ~self.ended.popleft()
+            if self.taken & bits:
+                return None
+            self.taken |= bits
+        lease = memory.Lease(self.memory[place:place + size])
+        lease.tell(self.ended, bits)
+        return lease
+
+
+_models = {}                                    # id of a model that lives: its plans by kind
+_region = None
+
+
+def _plans_of(model):
+    if id(model) not in _models:
+        weakref.finalize(model, _forget, id(model)).atexit = False
+        _models[id(model)] = {}
+    return _models[id(model)]
+
+
+def _forget(key):
+    """Drop the plans of a model that is gone, and the region with the last of them. It may run at any moment, so it takes no lock."""
+    global _region
+    _models.pop(key, None)
+    if not _models:
+        _region = None
+
+
+def _region_for(plan):
+    """Return the region, of a size for the largest of all plans."""
+    global _region
+    size = max(one.size for plans in [*_models.values()] for one in [*plans.values(), plan])
+    region = _region
+    if region is None or region.memory.nbytes != size:
+        region = _region = _Region(size) if size else None
+    return region
+
+
+def forget_region():
+    """Make the next step use fresh memory: in a forked child, to write into what the parent touched would copy it page by page."""
+    global _region
+    _region = None
