@@ -32,7 +32,7 @@ from .engine import kernels
 from .engine.backend import device_of, generator_like, get_array_module, move
 from .engine.memory import empty
 from .engine.paths import only_plain
-from .engine.pixelwise import channel_moments, channel_sums, for_rows, in_blocks
+from .engine.pixelwise import apart, channel_moments, channel_sums, for_rows, in_blocks, side_by_side
 
 _inferring = contextvars.ContextVar('inference', default=False)
 
@@ -306,26 +306,13 @@ class Concat(Layer):
     keeps = ()
 
     def forward(self, a, b):
-        y = empty(self.output_shape(a.shape, b.shape), a)    # (N, H, W, A + B)
-        self.keep(A := a.shape[3])
-
-        def join(block):
-            y[block][..., :A] = a[block]
-            y[block][..., A:] = b[block]
-
-        for_rows(y, join)
-        return y
+        self.output_shape(a.shape, b.shape)                     # raises for inputs that do not fit
+        self.keep(a.shape[3])
+        return side_by_side(a, b)                                              # (N, H, W, A + B)
 
     def backward(self, dy):
         A, = self.take()
-        da, db = empty((*dy.shape[:3], A), dy), empty((*dy.shape[:3], dy.shape[3] - A), dy)
-
-        def part(block):
-            da[block] = dy[block][..., :A]
-            db[block] = dy[block][..., A:]
-
-        for_rows(dy, part)
-        return da, db                                                          # (N, H, W, A), (N, H, W, B)
+        return apart(dy, A)                                                    # (N, H, W, A), (N, H, W, B)
 
     def output_shape(self, a, b):
         if a[:3] != b[:3]:
@@ -427,26 +414,29 @@ class Conv2D(Layer):
         if bias:
             self.add_parameter('bias', numpy.zeros(C_out, dtype))
 
-    def forward(self, x):
+    def forward(self, x, **options):
+        """Return y. x may be a pair that side by side is the input; for that and for `options` see `convolution.forward`."""
         self.keep(x)
-        return self.apply(x, self.params['weight'], self.params.get('bias'))
+        return self.apply(x, self.params['weight'], self.params.get('bias'), **options)
 
-    def apply(self, x, weight, bias):
+    def apply(self, x, weight, bias, **options):
         """Return forward's result for another weight and bias, and keep nothing."""
-        self.output_shape(x.shape)                              # raises for an input that does not fit
-        return convolution.forward(x, weight, self.geometry, bias)
+        parts = x if isinstance(x, tuple) else (x,)
+        self.output_shape((*parts[0].shape[:3], sum(part.shape[3] for part in parts)))      # raises for an input that does not fit
+        return convolution.forward(x, weight, self.geometry, bias, **options)
 
-    def backward(self, dy, input_gradient=True):
-        """Return dx; without `input_gradient` None, because nobody learns from the gradient of the images."""
+    def backward(self, dy, input_gradient=True, then=None):
+        """Return dx, of a pair both; without `input_gradient` None, because nobody learns from the gradient of the images."""
         x, = self.take()
         self.grads['weight'] = convolution.weight_gradient(x, dy, self.geometry)
         if 'bias' in self.params:
             self.grads['bias'] = bias_gradient(dy)
         if not input_gradient:
             return None
-        input_size = x.shape[1:3]
-        del x                                                   # its memory may be free before that of dx is needed
-        return convolution.input_gradient(dy, self.params['weight'], input_size, self.geometry)
+        first, split = (x[0], x[0].shape[3]) if isinstance(x, tuple) else (x, None)
+        input_size = first.shape[1:3]
+        del x, first                                            # their memory may be free before that of dx is needed
+        return convolution.input_gradient(dy, self.params['weight'], input_size, self.geometry, then=then, split=split)
 
     def output_shape(self, x):
         C_in, C_out = self.params['weight'].shape[2:]
@@ -592,7 +582,8 @@ class BatchNorm2D(Layer):
             return self.params['weight'] * normalized(x, *statistics, self.eps) + self.params['bias']
         return in_blocks(scaled_and_shifted, x, channels=self.slope_and_shift(x))
 
-    def backward(self, dy):
+    def backward(self, dy, sums=None):
+        """Return dx; `sums` are `channel_sums(dy, x)`, if somebody has taken them already."""
         x, mean, variance = self.take()
         if only_plain():
             x_hat = normalized(x, mean, variance, self.eps)
@@ -603,7 +594,7 @@ class BatchNorm2D(Layer):
             return normalized_gradient(dx_hat, x, mean, variance, self.eps)
 
         mean, scale = self.mean_and_scale(mean, variance, dy)                  # x̂ = (x − mean)·scale
-        dbias, dweight = channel_sums(dy, x)                                   # Σdy, Σdy·x
+        dbias, dweight = sums or channel_sums(dy, x)                           # Σdy, Σdy·x
         dweight = (dweight - mean * dbias) * scale                             # Σdy·x̂
         self.grads['weight'], self.grads['bias'] = dweight.astype(dy.dtype), dbias.astype(dy.dtype)
         slope = self.params['weight'] * scale                                  # (C,): dy/dx at a fixed mean and variance
@@ -615,12 +606,12 @@ class BatchNorm2D(Layer):
         rest = -dbias / M - mean * factor
         return in_blocks(through_statistics, dy, x, channels=(factor.astype(dy.dtype), rest.astype(dy.dtype), slope))
 
-    def statistics(self, x):
+    def statistics(self, x, moments=None):
         """Return mean and variance (C,) that x is normalised with: its own in training, which also move the running ones."""
         check_channels(x.shape, len(self.params['weight']))
         if not self.training:
             return self.buffers['running_mean'], self.buffers['running_var']
-        mean, variance = channel_moments(x)                                    # as all statistics in float64
+        mean, variance = moments or channel_moments(x)                         # as all statistics in float64
         self.update_running(mean, variance, x.size // x.shape[3])
         return mean, variance
 
@@ -630,9 +621,12 @@ class BatchNorm2D(Layer):
         one_value = self.training and x.size == x.shape[-1]
         return mean.astype(x.dtype), (0 * scale if one_value else scale).astype(x.dtype)
 
-    def slope_and_shift(self, x):
-        """Return slope and shift, (C,) each, with which y = x·slope + shift, and keep what backward needs."""
-        statistics = self.statistics(x)
+    def slope_and_shift(self, x, moments=None):
+        """Return slope and shift, (C,) each, with which y = x·slope + shift, and keep what backward needs.
+
+        `moments` are `channel_moments(x)`, if somebody has taken them already.
+        """
+        statistics = self.statistics(x, moments)
         self.keep(x, *statistics)
         return self.as_slope_and_shift(*self.mean_and_scale(*statistics, x))
 

@@ -18,8 +18,13 @@ import numpy
 from ..engine.backend import get_array_module
 from ..engine.parallel import one_thread_per_product
 from ..engine.paths import note, only_plain
+from ..engine.pixelwise import apart, for_rows, side_by_side
 from . import im2col, patches, plain, runs, winograd_1d, winograd_2d
 from .geometry import Geometry
+from .strips import parts_of
+
+WINOGRAD = winograd_1d, winograd_2d             # take the parts of a join as they are, and keep what they make of a weight
+BLOCKWISE = im2col, *WINOGRAD                   # work in blocks of whole channels that stay in the cache
 
 FEW_CHANNELS = 32 * 32          # C_in·C_out, up to which `winograd_1d` wins: there `winograd_2d` spends its gain on transforms
 
@@ -58,24 +63,45 @@ def _noted(path):
 
 
 @one_thread_per_product()
-def forward(x, weight, geometry, bias=None):
-    """Return y (N, H_out, W_out, C_out): x (N, H, W, C_in) ∗ weight (KH, KW, C_in, C_out) + bias (C_out,)."""
-    path = _noted(_path((x, weight), geometry, x.shape[1:3], *weight.shape[2:]))
-    return path.forward(x, weight, geometry, bias)
+def forward(x, weight, geometry, bias=None, *, then=None, kept=None):
+    """Return y (N, H_out, W_out, C_out): x (N, H, W, C_in) ∗ weight (KH, KW, C_in, C_out) + bias (C_out,).
+
+    x may be a pair of arrays whose channels, side by side, are the input: the convolution of a join is the sum of the convolutions of
+    what is joined, each with its part of the weight, so where a path allows it nothing is joined.
+
+    then   if given, then(block, y[block]) is called for blocks, pairs of slices (images, rows), that together cover y, each as soon as it
+           is computed and still in the cache; it may change y[block]. Blocks are the same whatever the number of threads.
+    kept   if given, kept(name, make) returns what make() returned when it was last called for this weight: see `Kept`.
+    """
+    path = _noted(_path((*parts_of(x), weight), geometry, parts_of(x)[0].shape[1:3], *weight.shape[2:]))
+    options = {'then': then} if path in BLOCKWISE else {}
+    if path in WINOGRAD:
+        return path.forward(x, weight, geometry, bias, kept=kept, **options)
+    y = path.forward(side_by_side(*parts_of(x)), weight, geometry, bias, **options)
+    if then and not options:
+        for_rows(y, lambda block: then(block, y[block]))
+    return y
 
 
 @one_thread_per_product()
-def input_gradient(dy, weight, input_size, geometry, bias=None):
+def input_gradient(dy, weight, input_size, geometry, bias=None, *, then=None, split=None):
     """Return dx (N, H, W, C_in) from dy (N, H_out, W_out, C_out); `input_size` is (H, W) of x.
 
-    `bias` (C_in,) is added to every pixel: this is also the forward of a transposed convolution.
+    `bias` (C_in,) is added to every pixel: this is also the forward of a transposed convolution. `then` is as in `forward`. With `split`,
+    return a pair: the gradients of the first `split` channels of x and of the others.
     """
     path = _noted(_path((dy, weight), geometry, input_size, *weight.shape[2:]))
-    return path.input_gradient(dy, weight, input_size, geometry, bias)
+    if path in WINOGRAD:
+        return path.input_gradient(dy, weight, input_size, geometry, bias, then, split)
+    dx = path.input_gradient(dy, weight, input_size, geometry, bias)
+    if then:
+        for_rows(dx, lambda block: then(block, dx[block]))
+    return dx if split is None else apart(dx, split)
 
 
 @one_thread_per_product()
 def weight_gradient(x, dy, geometry):
-    """Return dweight (KH, KW, C_in, C_out) from x (N, H, W, C_in) and dy (N, H_out, W_out, C_out)."""
-    path = _noted(_path((x, dy), geometry, x.shape[1:3], x.shape[3], dy.shape[3]))
-    return path.weight_gradient(x, dy, geometry)
+    """Return dweight (KH, KW, C_in, C_out) from x (N, H, W, C_in), or a pair as in `forward`, and dy (N, H_out, W_out, C_out)."""
+    parts = parts_of(x)
+    path = _noted(_path((*parts, dy), geometry, parts[0].shape[1:3], sum(part.shape[3] for part in parts), dy.shape[3]))
+    return path.weight_gradient(x if path in WINOGRAD else side_by_side(*parts), dy, geometry)

@@ -27,6 +27,7 @@ from numpy.lib.stride_tricks import as_strided
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut, cut_images, parallel_for
 from ..engine.paths import note
+from ..engine.pixelwise import for_rows
 from . import plain
 from .geometry import turn
 from .strips import padded_strip, sum_in_parts
@@ -66,8 +67,8 @@ def rows_per_block(W_out, row_values, itemsize):
     return -(-max(LEAST_PIXELS, COLUMN_BYTES // (row_values * itemsize)) // W_out)
 
 
-def forward(x, weight, geometry, bias=None):
-    """Return y (N, H_out, W_out, C_out); see `plain.forward`."""
+def forward(x, weight, geometry, bias=None, then=None):
+    """Return y (N, H_out, W_out, C_out); see `plain.forward`. `then(block, y[block])` is called for each block while it is in the cache."""
     KH, KW, C_in, C_out = weight.shape
     H_out, W_out = geometry.output_size(x.shape[1:3])
     y = empty((len(x), H_out, W_out, C_out), x)
@@ -87,8 +88,12 @@ def forward(x, weight, geometry, bias=None):
             product += bias[out]
         if len(channels) > 1:
             y[images, rows, :, out] = product.reshape(-1, rows.stop - rows.start, W_out, product.shape[1])
+        elif then:
+            then((images, rows), y[images, rows])
 
     parallel_for([(strip, out) for strip in strips for out in channels], work)
+    if then and len(channels) > 1:
+        for_rows(y, lambda block: then(block, y[block]))
     return y
 
 

@@ -7,6 +7,21 @@ from ..engine.paths import note
 PARTIAL_SUMS = 8                        # at most; a fixed number, because a sum's last bits depend on its order
 
 
+def parts_of(x):
+    """Return the arrays whose channels, side by side, are the input: x itself, or those of the tuple x."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def pieces(parts, within):
+    """Yield (view, slice) for the channels `within` of arrays side by side: a part's share of them, and their place among them."""
+    start = 0
+    for part in parts:
+        first, last = max(within.start, start), min(within.stop, start + part.shape[3])
+        if first < last:
+            yield part[..., first - start:last - start], slice(first - within.start, last - within.start)
+        start += part.shape[3]
+
+
 def padded_strip(x, images, top, left, height, width, name='strip'):
     """Return x[images] (n, height, width, C) from row `top` and column `left` on, zeros where that lies outside the
     image.

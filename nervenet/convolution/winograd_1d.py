@@ -34,7 +34,7 @@ from numpy.lib.stride_tricks import as_strided
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut_images, parallel_for
 from .geometry import turn
-from .strips import sum_in_parts
+from .strips import parts_of, pieces, sum_in_parts
 
 BT = numpy.array([[4, 0, -5, 0, 1, 0],
                   [0, -4, -4, 1, 1, 0],
@@ -116,51 +116,75 @@ def blocks_of(N, H_out, width, channels):
     return cut_images(N, -(-H_out // 4), BLOCK_VALUES // (width * channels))
 
 
-def forward(x, weight, geometry, bias=None):
-    """Return y (N, H_out, W_out, C_out) for a 3×3 kernel at stride 1; see `plain.forward`."""
-    x = numpy.ascontiguousarray(x)
-    (N, H, W, C_in), C_out = x.shape, weight.shape[3]
+def forward(x, weight, geometry, bias=None, then=None, kept=None, split=None):
+    """Return y (N, H_out, W_out, C_out) for a 3×3 kernel at stride 1; see `plain.forward`, and the face of this package for the rest."""
+    parts = [numpy.ascontiguousarray(part) for part in parts_of(x)]
+    (N, H, W, _), (_, _, C_in, C_out) = parts[0].shape, weight.shape
     (H_out, W_out), padding = geometry.output_size((H, W)), geometry.padding
     width = W_out + 2
-    U = (G.astype(x.dtype) @ weight.reshape(3, -1)).reshape(6, 3 * C_in, C_out)
-    y = empty((N, H_out, W_out, C_out), x)
+    within = [channels for _, channels in pieces(parts, slice(0, C_in))]
+    outs = [slice(0, C_out)] if split is None else [slice(0, split), slice(split, C_out)]
+
+    def transformed():
+        """Return U of each output and each part of the input, (6, 3·C_in, C_out) each."""
+        g = G.astype(weight.dtype)
+        return [[(g @ weight[:, :, channels, out].reshape(3, -1)).reshape(6, -1, out.stop - out.start) for channels in within]
+                for out in outs]
+
+    U = kept('winograd_1d', transformed) if kept else transformed()
+    y = [empty((N, H_out, W_out, out.stop - out.start), parts[0]) for out in outs]
 
     def work(block):
         images, tiles = block
-        V = transform_rows(BT, x, images, tiles, padding, width, 'V')        # (6, n, tiles, width, C_in)
-        M = scratch('M', (*V.shape[:4], C_out), x.dtype)
-        points, products = V.reshape(6, -1, C_in), M.reshape(6, -1, C_out)   # (6, pixels, …)
-        for pixels, windows in shifts(points.shape[1]):                      # a row's last two windows are never read
-            numpy.matmul(points[:, pixels].reshape(6, -1, 3 * C_in), U, out=products[:, windows])
-        if bias is not None:
-            # The second column of Aᵀ is all ones: what is added at this point is added to all four rows.
-            M[1].reshape(-1, width * C_out)[:, :W_out * C_out] += numpy.tile(bias, W_out)
-        write_rows(M, y, images, tiles)
+        V = [transform_rows(BT, part, images, tiles, padding, width, f'V{i}').reshape(6, -1, part.shape[3])      # (6, pixels, C)
+             for i, part in enumerate(parts)]
+        for i, result in enumerate(y):
+            C = result.shape[3]
+            M = scratch('M', (6, images.stop - images.start, tiles.stop - tiles.start, width, C), result.dtype)
+            products = M.reshape(6, -1, C)                                   # (6, pixels, C_out)
+            for j, points in enumerate(V):
+                for pixels, windows in shifts(points.shape[1]):              # a row's last two windows are never read
+                    rows, out = points[:, pixels].reshape(6, -1, 3 * points.shape[2]), products[:, windows]
+                    if j == 0:
+                        numpy.matmul(rows, U[i][j], out=out)
+                    else:
+                        out += numpy.matmul(rows, U[i][j], out=scratch('product', out.shape, out.dtype))
+            if bias is not None:
+                # The second column of Aᵀ is all ones: what is added at this point is added to all four rows.
+                M[1].reshape(-1, width * C)[:, :W_out * C] += numpy.tile(bias, W_out)
+            write_rows(M, result, images, tiles)
+        if then:
+            rows = slice(4 * tiles.start, min(4 * tiles.stop, H_out))
+            then((images, rows), y[0][images, rows])
 
     parallel_for(blocks_of(N, H_out, width, max(C_in, C_out)), work)
-    return y
+    return y[0] if split is None else tuple(y)
 
 
-def input_gradient(dy, weight, input_size, geometry, bias=None):
+def input_gradient(dy, weight, input_size, geometry, bias=None, then=None, split=None):
     """Return dx (N, H, W, C_in): dy convolved with the kernel turned by 180°; see `plain.input_gradient`."""
-    return forward(dy, turn(weight), geometry.turned(), bias)
+    return forward(dy, turn(weight), geometry.turned(), bias, then, split=split)
 
 
 def weight_gradient(x, dy, geometry):
     """Return dweight (3, 3, C_in, C_out); see `plain.weight_gradient`."""
-    x, dy = numpy.ascontiguousarray(x), numpy.ascontiguousarray(dy)
-    (N, H_out, W_out, C_out), C_in = dy.shape, x.shape[3]
+    parts, dy = [numpy.ascontiguousarray(part) for part in parts_of(x)], numpy.ascontiguousarray(dy)
+    (N, H_out, W_out, C_out), C_in = dy.shape, sum(part.shape[3] for part in parts)
     width = W_out + 2
 
     def term(block, within):
         images, tiles = block
-        V = transform_rows(BT, x, images, tiles, geometry.padding, width, 'V').reshape(6, -1, C_in)
         # Zero in the last two columns of each row, so that the windows that do not exist count for nothing.
         Z = transform_rows(AT.T, dy, images, tiles, (0, 0), width, 'Z').reshape(6, -1, C_out)
-        return sum(V[:, pixels].reshape(6, -1, 3 * C_in).swapaxes(1, 2) @ Z[:, windows]
-                   for pixels, windows in shifts(V.shape[1]))                # (6, 3·C_in, C_out)
+        dU = numpy.empty((6, 3, C_in, C_out), dy.dtype)
+        for part, channels in pieces(parts, within):
+            C = part.shape[3]
+            V = transform_rows(BT, part, images, tiles, geometry.padding, width, 'V0').reshape(6, -1, C)
+            dU[:, :, channels] = sum(V[:, pixels].reshape(6, -1, 3 * C).swapaxes(1, 2) @ Z[:, windows]
+                                     for pixels, windows in shifts(V.shape[1])).reshape(6, 3, C, C_out)
+        return dU
 
     def finish(dU):
-        return G.T.astype(x.dtype) @ dU.reshape(6, -1)
+        return G.T.astype(dy.dtype) @ dU.reshape(6, -1)
 
-    return sum_in_parts((3, 3, C_in, C_out), x, blocks_of(N, H_out, width, max(C_in, C_out)), [slice(None)], term, finish)
+    return sum_in_parts((3, 3, C_in, C_out), dy, blocks_of(N, H_out, width, max(C_in, C_out)), [slice(0, C_in)], term, finish)

@@ -35,29 +35,33 @@ from numpy.lib.stride_tricks import as_strided
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut, cut_images, parallel_for
 from ..engine.paths import note
-from .strips import sum_in_parts
+from ..engine.pixelwise import for_rows
+from .strips import parts_of, pieces, sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
-TILE_VALUES = 8 * 1024                  # tiles times channels of one block, which has 36 times as many values in V
+TILE_VALUES = 16 * 1024                 # tiles times channels of one block, which has 36 times as many values in V
 LEAST_TILES = 32                        # of one block, because it reads all of U
 FEW_TILES = 128                         # up to so many in all, blocks share the channels, not the tiles
-SUMMED_TILES = 128                      # tiles that one term of a weight gradient sums over
+SUMMED_TILES = 256                      # tiles that one term of a weight gradient sums over, if there are no more
 SHARES = 8                              # blocks that share the channels
 PIECE = 512 * 1024                      # multiplications of one product
 
 
-def transform_tiles(matrix, x, images, tiles, padding, columns, name):
-    """Return matrix d matrixᵀ (36, n·tiles·columns, C) for every tile d of x[images], in scratch memory.
+def transform_tiles(matrix, parts, images, tiles, padding, columns, name):
+    """Return matrix d matrixᵀ (36, n·tiles·columns, C) for every tile d of the images, in scratch memory.
 
-    `matrix` (6, q) is applied to q × q pixels. Tile (t, s) starts at pixel (4t, 4s) − padding.
+    `parts` are arrays whose channels, side by side, are those of the image. `matrix` (6, q) is applied to q × q pixels. Tile (t, s)
+    starts at pixel (4t, 4s) − padding.
     """
-    q, C = matrix.shape[1], x.shape[3]
+    q, C = matrix.shape[1], sum(part.shape[3] for part in parts)
     width = 4 * columns + q - 4
-    rows = transform_rows(matrix, x, images, tiles, padding, width, 'rows')  # (6, n, tiles, width, C)
-    a, b, c, d, e = rows.strides
-    windows = as_strided(rows, (*rows.shape[:3], columns, q, C), (a, b, c, 4 * d, d, e))
-    values = scratch(name, (6, 6, *rows.shape[1:3], columns, C), x.dtype)
-    numpy.matmul(matrix.astype(x.dtype), windows, out=values.transpose(0, 2, 3, 4, 1, 5))
+    shape = 6, 6, images.stop - images.start, tiles.stop - tiles.start, columns, C
+    values = scratch(name, shape, parts[0].dtype)
+    for part, channels in pieces(parts, slice(0, C)):
+        rows = transform_rows(matrix, part, images, tiles, padding, width, 'rows')                # (6, n, tiles, width, C)
+        a, b, c, d, e = rows.strides
+        windows = as_strided(rows, (*rows.shape[:3], columns, q, part.shape[3]), (a, b, c, 4 * d, d, e))
+        numpy.matmul(matrix.astype(part.dtype), windows, out=values[..., channels].transpose(0, 2, 3, 4, 1, 5))
     return values.reshape(36, -1, C)
 
 
@@ -71,82 +75,104 @@ def transform_weight(matrix, weight, U):
     return U
 
 
-def convolve(x, weight, geometry, turned=False, bias=None):
-    """Return y (N, H_out, W_out, C_out): x convolved with weight or, C_in and C_out exchanged, the turned weight."""
-    x, matrix = numpy.ascontiguousarray(x), G
+def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None, split=None):
+    """Return y (N, H_out, W_out, C_out): x convolved with weight or, C_in and C_out exchanged, the turned weight.
+
+    With `split` a pair: its first `split` channels, and the others.
+    """
+    parts, matrix = [numpy.ascontiguousarray(part) for part in parts_of(x)], G
     if turned:
         matrix, weight = G[:, ::-1], weight.swapaxes(2, 3)                   # the reversed columns turn the kernel
-    (N, H, W, C_in), C_out = x.shape, weight.shape[3]
+    (N, H, W, _), (C_in, C_out), dtype = parts[0].shape, weight.shape[2:], parts[0].dtype
     (H_out, W_out), padding = geometry.output_size((H, W)), geometry.padding
     R, columns = -(-H_out // 4), -(-W_out // 4)
     few = N * R * columns <= FEW_TILES
     tiles_per_block = FEW_TILES if few else max(LEAST_TILES, TILE_VALUES // max(C_in, C_out))
-    panels = cut(C_out, max(16, min(64, PIECE // (min(tiles_per_block, N * R * columns) * C_in) // 16 * 16)))
-    y = empty((N, H_out, W_out, C_out), x)
-    at = AT.astype(x.dtype)
+    outs = [slice(0, C_out)] if split is None else [slice(0, split), slice(split, C_out)]
+    y = [empty((N, H_out, W_out, out.stop - out.start), parts[0]) for out in outs]
+    width = max(16, min(64, PIECE // (min(tiles_per_block, N * R * columns) * C_in) // 16 * 16))
+    panels = [cut(result.shape[3], width) for result in y]                   # of each result
+    at = AT.astype(dtype)
 
-    def panel(out, memory):
-        """Return U of the output channels `out`, (36, C_in, some of C_out), in `memory`."""
+    def panel(i, within, memory):
+        """Return U of some output channels of result i, (36, C_in, channels), in `memory`."""
+        out = slice(outs[i].start + within.start, outs[i].start + within.stop)
         return transform_weight(matrix, weight[..., out], memory.reshape(36, C_in, -1))
 
-    # With few tiles, U would be larger than all else: each block then makes its panels as it uses them.
+    def all_panels():
+        U = [numpy.empty(36 * C_in * result.shape[3], dtype) if kept else empty((36 * C_in * result.shape[3],), result) for result in y]
+        made = parallel_for([(i, within) for i, of_result in enumerate(panels) for within in of_result],
+                            lambda block: panel(*block, U[block[0]][36 * C_in * block[1].start:36 * C_in * block[1].stop]))
+        return [made[:len(panels[0])], made[len(panels[0]):]]
+
+    # With few tiles, U would be larger than all else: unless it is kept, each block then makes its panels as it uses them.
     note('few tiles' if few else 'many tiles')
-    if not few:
-        U = empty((36 * C_in * C_out,), x)
-        U = parallel_for(panels, lambda out: panel(out, U[36 * C_in * out.start:36 * C_in * out.stop]))
+    U = kept(('winograd_2d', width), all_panels) if kept else None if few else all_panels()
 
     def work(block):
-        (images, tiles), share = block
+        (images, tiles), shares = block
         n, number = images.stop - images.start, tiles.stop - tiles.start
-        start, stop = panels[share.start].start, panels[share.stop - 1].stop  # the output channels of this share
-        V = transform_tiles(BT, x, images, tiles, padding, columns, 'V')     # (36, tiles, C_in)
-        M = scratch('M', (36, V.shape[1], stop - start), x.dtype)
-        for i in range(share.start, share.stop):
-            out = slice(panels[i].start - start, panels[i].stop - start)
-            size = 36 * C_in * (out.stop - out.start)
-            numpy.matmul(V, panel(panels[i], scratch('U', (size,), x.dtype)) if few else U[i], out=M[:, :, out])
-        M = M.reshape(6, 6, n, number, columns, -1)
-        if bias is not None:
-            M[1, 1] += bias[start:stop]                                      # Aᵀ's column of ones adds it to 16 outputs
-        rows = scratch('rows', (6, n, number, columns, 4, stop - start), x.dtype)
-        numpy.matmul(at, M.transpose(0, 2, 3, 4, 1, 5), out=rows)            # M A
-        write_rows(rows.reshape(6, n, number, 4 * columns, -1), y, images, tiles, slice(start, stop))
+        V = transform_tiles(BT, parts, images, tiles, padding, columns, 'V')                      # (36, tiles, C_in)
+        for i, share in shares:
+            start, stop = panels[i][share.start].start, panels[i][share.stop - 1].stop           # the channels of this share
+            M = scratch('M', (36, V.shape[1], stop - start), dtype)
+            for k in range(share.start, share.stop):
+                within = panels[i][k]
+                size = 36 * C_in * (within.stop - within.start)
+                numpy.matmul(V, panel(i, within, scratch('U', (size,), dtype)) if U is None else U[i][k],
+                             out=M[:, :, within.start - start:within.stop - start])
+            M = M.reshape(6, 6, n, number, columns, -1)
+            if bias is not None:
+                M[1, 1] += bias[start:stop]                                  # Aᵀ's column of ones adds it to 16 outputs
+            rows = scratch('rows', (6, n, number, columns, 4, stop - start), dtype)
+            numpy.matmul(at, M.transpose(0, 2, 3, 4, 1, 5), out=rows)        # M A
+            write_rows(rows.reshape(6, n, number, 4 * columns, -1), y[i], images, tiles, slice(start, stop))
+        if then and not few:
+            rows = slice(4 * tiles.start, min(4 * tiles.stop, H_out))
+            then((images, rows), y[0][images, rows])
 
-    shares = cut(len(panels), -(-len(panels) // SHARES) if few else len(panels))
-    parallel_for([(strip, share) for strip in cut_images(N, R, tiles_per_block // columns) for share in shares], work)
-    return y
+    shares = [(i, share) for i, of_result in enumerate(panels)
+              for share in cut(len(of_result), -(-len(of_result) // SHARES) if few else len(of_result))]
+    strips = cut_images(N, R, tiles_per_block // columns)
+    parallel_for([(strip, [share]) for strip in strips for share in shares] if few else [(strip, shares) for strip in strips], work)
+    if then and few:
+        for_rows(y[0], lambda block: then(block, y[0][block]))
+    return y[0] if split is None else tuple(y)
 
 
-def forward(x, weight, geometry, bias=None):
-    """Return y (N, H_out, W_out, C_out) for a 3×3 kernel at stride 1; see `plain.forward`."""
-    return convolve(x, weight, geometry, bias=bias)
+def forward(x, weight, geometry, bias=None, then=None, kept=None):
+    """Return y (N, H_out, W_out, C_out) for a 3×3 kernel at stride 1; see `plain.forward`, and the face of this package for the rest."""
+    return convolve(x, weight, geometry, bias=bias, then=then, kept=kept)
 
 
-def input_gradient(dy, weight, input_size, geometry, bias=None):
+def input_gradient(dy, weight, input_size, geometry, bias=None, then=None, split=None):
     """Return dx (N, H, W, C_in): dy convolved with the kernel turned by 180°; see `plain.input_gradient`."""
-    return convolve(dy, weight, geometry.turned(), turned=True, bias=bias)
+    return convolve(dy, weight, geometry.turned(), turned=True, bias=bias, then=then, split=split)
 
 
 def weight_gradient(x, dy, geometry):
     """Return dweight (3, 3, C_in, C_out); see `plain.weight_gradient`."""
-    x, dy = numpy.ascontiguousarray(x), numpy.ascontiguousarray(dy)
-    (N, H_out, W_out, C_out), C_in = dy.shape, x.shape[3]
+    parts, dy = [numpy.ascontiguousarray(part) for part in parts_of(x)], numpy.ascontiguousarray(dy)
+    (N, H_out, W_out, C_out), C_in = dy.shape, sum(part.shape[3] for part in parts)
     columns = -(-W_out // 4)
-    gt = G.T.astype(x.dtype)
-    strips = cut_images(N, -(-H_out // 4), SUMMED_TILES // columns)
+    gt = G.T.astype(dy.dtype)
+    R = -(-H_out // 4)
+    few = N * R * columns <= SUMMED_TILES
+    strips = cut_images(N, R, (SUMMED_TILES if few else TILE_VALUES // max(C_in, C_out)) // columns)
     # With few tiles, blocks also share the input channels; each then transforms dy again.
     channels = cut(C_in, C_in if len(strips) > 4 else max(32, C_in // SHARES))
 
     def term(block, within):
         images, tiles = block
-        V = transform_tiles(BT, x[..., within], images, tiles, geometry.padding, columns, 'V').swapaxes(1, 2)
-        Z = transform_tiles(AT.T, dy, images, tiles, (0, 0), columns, 'Z')
-        dweight = numpy.empty((3, 3, V.shape[1], C_out), x.dtype)
+        some = [part for part, _ in pieces(parts, within)]
+        V = transform_tiles(BT, some, images, tiles, geometry.padding, columns, 'V').swapaxes(1, 2)
+        Z = transform_tiles(AT.T, [dy], images, tiles, (0, 0), columns, 'Z')
+        dweight = numpy.empty((3, 3, V.shape[1], C_out), dy.dtype)
         for piece in cut(V.shape[1], max(32, PIECE // (V.shape[2] * C_out))):
-            dU = scratch('M', (36, piece.stop - piece.start, C_out), x.dtype)
+            dU = scratch('M', (36, piece.stop - piece.start, C_out), dy.dtype)
             numpy.matmul(V[:, piece], Z, out=dU)
             rows = gt @ dU.reshape(6, 6, -1).swapaxes(0, 1)                  # (6, 3, …)
             dweight[:, :, piece] = (gt @ rows.swapaxes(0, 1)).reshape(3, 3, -1, C_out)
         return dweight
 
-    return sum_in_parts((3, 3, C_in, C_out), x, strips, channels, term)
+    return sum_in_parts((3, 3, C_in, C_out), dy, strips, channels, term)

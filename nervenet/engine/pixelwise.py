@@ -26,6 +26,9 @@ in float64. That is nearly as exact as float64 throughout, at the speed of the d
 What is no real NumPy array (a device array, or complex numbers) is computed in one piece by the same formulas.
 """
 
+import functools
+import itertools
+
 import numpy
 
 from .backend import get_array_module
@@ -47,7 +50,7 @@ def in_blocks(formula, *arrays, channels=()):
     if only_plain():
         return formula(*arrays, *channels)
     y = empty(arrays[0].shape, arrays[0])
-    if not _are_real_numpy(arrays):
+    if not are_real_numpy(*arrays):
         formula(*arrays, *channels, out=y)
         return y
     flat, repeated, blocks = _cut([*arrays, y], channels)
@@ -67,18 +70,78 @@ def for_rows(x, work):
     parallel_for(cut_images(N, H, BLOCK_VALUES // (W * C)) if on_host else [(slice(None), slice(None))], work)
 
 
+def side_by_side(a, *others):
+    """Return the channels of all arrays (N, H, W, ·) side by side, (N, H, W, sum of them); a single one as it is."""
+    if not others:
+        return a
+    edges = [0, *itertools.accumulate(part.shape[3] for part in (a, *others))]
+    y = empty((*a.shape[:3], edges[-1]), a)
+
+    def join(block):
+        for part, start, stop in zip((a, *others), edges, edges[1:]):
+            y[block][..., start:stop] = part[block]
+
+    for_rows(y, join)
+    return y
+
+
+def apart(y, C):
+    """Return copies of the first C channels of y and of the others."""
+    a, b = empty((*y.shape[:3], C), y), empty((*y.shape[:3], y.shape[3] - C), y)
+
+    def part(block):
+        a[block] = y[block][..., :C]
+        b[block] = y[block][..., C:]
+
+    for_rows(y, part)
+    return a, b
+
+
 def channel_sums(a, *others):
     """Return a list of sums over all pixels, (C,) each in float64: Σa, and Σa·b for each b of `others`; all (N, H, W, C)."""
-    if not _are_real_numpy([a, *others]):
+    if not are_real_numpy(a, *others):
         return [values.sum(axis=(0, 1, 2), dtype=_accurate(values)) for values in (a, *(a * b for b in others))]
-    C = a.shape[3]
     flat, _, blocks = _cut([a, *others])
+    return _add_up(parallel_for(blocks, lambda block: _sums([array[block] for array in flat], a.shape[3])))
+
+
+def in_blocks_with_sums(formula, a, b, x):
+    """Return (y, [Σy, Σy·x]): y = formula(a, b) as `in_blocks` computes it, and its `channel_sums`, taken while y is in the cache."""
+    y = empty(a.shape, a)
+    (a, b, x, flat), _, blocks = _cut([a, b, x, y])
 
     def work(block):
-        values, *factors = (array[block] for array in flat)
-        return [_sum(values, C), *(_sum_of_products(values, factor, C) for factor in factors)]
+        return _sums([formula(a[block], b[block], out=flat[block]), x[block]], y.shape[3])
 
-    return [numpy.sum(parts, axis=0) for parts in zip(*parallel_for(blocks, work))]
+    return y, _add_up(parallel_for(blocks, work))
+
+
+class ChannelSums:
+    """`channel_sums(y, *others)` of an array y that is computed block by block elsewhere, each block while it is in the cache."""
+
+    def __init__(self, *others):
+        self.others, self.parts = others, {}
+
+    def add(self, block, y):
+        """Count y, the pixels `block`, a pair of slices (images, rows). Blocks may come in any order and from any thread."""
+        self.parts[block[0].start, block[1].start] = _sums(_as_rows(y, *(other[block] for other in self.others)), y.shape[3])
+
+    def total(self):
+        return _add_up(self.parts[key] for key in sorted(self.parts))
+
+
+class ChannelMoments:
+    """`channel_moments` of an array that is computed block by block elsewhere, each block while it is in the cache."""
+
+    def __init__(self):
+        self.parts = {}
+
+    def add(self, block, x):
+        """Count x, the pixels `block`, as `ChannelSums.add` does."""
+        self.parts[block[0].start, block[1].start] = _moments(*_as_rows(x), x.shape[3])
+
+    def total(self):
+        return _moments_of_all(self.parts[key] for key in sorted(self.parts))
 
 
 def channel_moments(x):
@@ -88,30 +151,57 @@ def channel_moments(x):
     plus n times the square of m's distance from it: Σ(x − mean)² = Σ(x − m)² + n·(m − mean)². Nothing large is subtracted from
     something large, as it would be in Σx² − n·mean² (Chan, Golub & LeVeque 1979).
     """
-    C, M = x.shape[3], x.size // x.shape[3]
-    if not _are_real_numpy([x]):
+    if not are_real_numpy(x):
         mean = x.mean(axis=(0, 1, 2), dtype=_accurate(x))
         return mean, get_array_module(x).square(x - mean.astype(x.dtype)).mean(axis=(0, 1, 2), dtype=_accurate(x))
     (flat,), _, blocks = _cut([x])
+    return _moments_of_all(parallel_for(blocks, lambda block: _moments(flat[block], x.shape[3])))
 
-    def work(block):
-        values = flat[block]
-        pixels = values.size // C
-        m = (_sum(values, C) / pixels).astype(x.dtype)
-        centred = numpy.subtract(values, numpy.tile(m, values.shape[1] // C), scratch('pixelwise', values.shape, x.dtype))
-        rest = _sum(centred, C)
-        return pixels, m, rest, _sum_of_products(centred, centred, C)
 
-    n, m, rest, squares = (numpy.array(part, 'float64') for part in zip(*parallel_for(blocks, work)))
-    n = n[:, None]                                                          # (blocks, 1); the others (blocks, C)
+def _moments(values, C):
+    """Return (n, m, rest, squares) of values (rows, pixels·C): pixels, a mean, and the sums of what is left and of its squares."""
+    pixels = values.size // C
+    m = (_sum(values, C) / pixels).astype(values.dtype)
+    centred = numpy.subtract(values, numpy.tile(m, values.shape[1] // C), scratch('pixelwise', values.shape, values.dtype))
+    return pixels, m, _sum(centred, C), _sum_of_products(centred, centred, C)
+
+
+def _moments_of_all(parts):
+    """Return (mean, variance) of all pixels from what `_moments` returned of each block."""
+    n, m, rest, squares = (numpy.array(part, 'float64') for part in zip(*parts))
+    n, M = n[:, None], n.sum()                                              # (blocks, 1); the others (blocks, C)
     m += rest / n                                                           # what rounding m to the dtype of x left over
     squares -= rest * rest / n
     mean = (n * m).sum(axis=0) / M
     return mean, (squares + n * (m - mean)**2).sum(axis=0) / M
 
 
-def _are_real_numpy(arrays):
+def are_real_numpy(*arrays):
+    """Say whether all of these are images (N, H, W, C) of real numbers in the memory of the host, with something in them."""
     return all(type(array) is numpy.ndarray and array.ndim == 4 and array.size and array.dtype.kind == 'f' for array in arrays)
+
+
+def _sums(rows, C):
+    """Return [Σy, Σy·x, …], (C,) each, of y and others, all (rows, pixels·C)."""
+    y, *others = rows
+    return [_sum(y, C), *(_sum_of_products(y, other, C) for other in others)]
+
+
+def _add_up(parts):
+    return [numpy.sum(part, axis=0) for part in zip(*parts)]
+
+
+def _as_rows(*arrays):
+    """Return arrays (n, rows, W, C) as matrices (rows, pixels·C) of long rows."""
+    pixels, C = arrays[0].size // arrays[0].shape[3], arrays[0].shape[3]
+    joined = _pixels_in_a_row(pixels, C)
+    return [array.reshape(pixels // joined, joined * C) for array in arrays]
+
+
+@functools.lru_cache(maxsize=1024)
+def _pixels_in_a_row(pixels, C):
+    """Return the largest divisor of `pixels` of which a row is no longer than ROW_VALUES, or 1."""
+    return next(number for number in range(max(1, ROW_VALUES // C), 0, -1) if pixels % number == 0)
 
 
 def _accurate(values):
@@ -122,9 +212,7 @@ def _cut(arrays, channels=()):
     """Return the arrays as rows of some pixels each, the channels repeated to fit, and slices of rows."""
     C = arrays[0].shape[3]
     pixels = arrays[0].size // C
-    joined = 1
-    if all(array.flags.c_contiguous for array in arrays):
-        joined = next(number for number in range(max(1, ROW_VALUES // C), 0, -1) if pixels % number == 0)
+    joined = _pixels_in_a_row(pixels, C) if all(array.flags.c_contiguous for array in arrays) else 1
     flat = [array.reshape(pixels // joined, joined * C) for array in arrays]
     rows = max(1, BLOCK_VALUES // (joined * C))
     if len(flat[0]) > rows:

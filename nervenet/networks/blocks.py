@@ -4,7 +4,7 @@ import numpy
 
 from ..engine.backend import get_array_module
 from ..layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Layer, MaxPool2D, ReLU
-from .fusing import in_sequence
+from .fusing import back_in_sequence, in_sequence
 
 
 class DoubleConv(Layer):
@@ -27,23 +27,16 @@ class DoubleConv(Layer):
         self.relu1, self.relu2 = ReLU(), ReLU()
         self.add_children('conv1', 'norm1', 'relu1', 'conv2', 'norm2', 'relu2')
 
+    @property
+    def sequence(self):
+        return self.conv1, self.norm1, self.relu1, self.conv2, self.norm2, self.relu2
+
     def forward(self, x):
-        x = in_sequence(x, self.conv1, self.norm1, self.relu1)
-        return in_sequence(x, self.conv2, self.norm2, self.relu2)
+        return in_sequence(x, *self.sequence)
 
     def backward(self, dy, **options):
         """Return dx; `options` are for the backward of the first convolution."""
-        return self.first_backward(self.second_backward(dy), **options)
-
-    def second_backward(self, dy):
-        dy = self.relu2.backward(dy)
-        dy = dy if self.norm2 is None else self.norm2.backward(dy)
-        return self.conv2.backward(dy)
-
-    def first_backward(self, dy, **options):
-        dy = self.relu1.backward(dy)
-        dy = dy if self.norm1 is None else self.norm1.backward(dy)
-        return self.conv1.backward(dy, **options)
+        return back_in_sequence(dy, *self.sequence, **options)
 
 
 class Down(DoubleConv):
@@ -64,13 +57,9 @@ class Down(DoubleConv):
 class Up(DoubleConv):
     """Upsample x (N, H, W, 2C) to (N, 2H, 2W, C), join it with the skip (N, 2H, 2W, C), then two convolutions.
 
-    The join doubles the channels, which is why the first convolution maps 2C to C.
-
-    The join is the largest array of all, and half of it is the skip, which is kept anyway. So the first convolution does not keep
-    it: this block keeps the two halves, and joins them again in backward, which takes one copy.
+    The join doubles the channels, which is why the first convolution maps 2C to C. It would be the largest array of all, and half of it
+    is the skip, which is kept anyway; but for `nervenet.plain()` it is never made: see `fusing`.
     """
-
-    keeps = ()
 
     def __init__(self, in_channels, out_channels, norm='batch', *, rng=None, dtype=numpy.float32):
         rng = numpy.random.default_rng(rng)
@@ -81,15 +70,10 @@ class Up(DoubleConv):
 
     def forward(self, x, skip):
         up = self.upconv.forward(x)                                             # (N, 2H, 2W, C)
-        x = in_sequence(self.concat.forward(skip, up), self.conv1, self.norm1, self.relu1)
-        self.keep(skip, up)
-        self.conv1.forget()
-        return in_sequence(x, self.conv2, self.norm2, self.relu2)
+        return in_sequence((skip, up), self.concat, *self.sequence)
 
     def backward(self, dy):
-        dy = self.second_backward(dy)
-        self.conv1.keep(self.concat.forward(*self.take()))                      # (N, 2H, 2W, 2C), as forward joined it
-        dskip, dup = self.concat.backward(self.first_backward(dy))
+        dskip, dup = back_in_sequence(dy, self.concat, *self.sequence)
         return self.upconv.backward(dup), dskip
 
 

@@ -1,32 +1,140 @@
-"""Layers one after the other, where two of them can be done at once.
+"""Layers one after the other, where several of them can be done at once.
 
-This is the one place that knows such shortcuts. It asks the layers what they are, and whatever it does not know, a new activation or
-another norm, it leaves to the layers themselves.
+Memory is slow, so what a layer does to each value by itself is best done while another one has just computed that value, and it is still
+in the cache. And what does not change from one prediction to the next need not be computed anew. This is the one place that knows
+such shortcuts; the mathematics is that of the layers. It asks the layers what they are, and whatever it does not know, a new activation
+or another norm, it leaves to the layers themselves.
+
+    forward    convolution → norm → ReLU       the convolution collects the norm's statistics as its blocks come out; then one walk
+                                               for norm and ReLU. Without norm, ReLU follows in the block, and there is no walk at all
+    backward   ReLU ← convolution              ReLU's mask is laid over the input gradient as its blocks come out, and the sums
+                                               that the norm before it needs are collected there
+    both       join → convolution              the convolution takes the two as they are: see `convolution.forward`
+    inference  convolution → norm              one convolution, prepared once: see `folded`
+
+All of them keep what the layers would keep, so that either way of backward can follow either way of forward.
 """
 
+from functools import partial
+
+from ..convolution.kept import drop_kept, kept_for
 from ..engine import kernels
 from ..engine.paths import note, only_plain
-from ..layers import BatchNorm2D, Conv2D, ReLU
+from ..engine.pixelwise import ChannelMoments, ChannelSums, are_real_numpy, in_blocks, in_blocks_with_sums
+from ..layers import BatchNorm2D, Concat, Conv2D, ReLU, relu, relu_gradient, scaled_and_shifted
 
 
 def in_sequence(x, *layers):
-    """Return what the layers make of x one after the other; None stands for no layer."""
+    """Return what the layers make of x one after the other; None stands for no layer. Before a Concat, x is a pair."""
     layers = [layer for layer in layers if layer is not None]
     while layers:
-        kinds, fuse = tuple(map(type, layers[:2])), not only_plain()
-        if fuse and kinds == (Conv2D, BatchNorm2D) and not any(layer.training or layer.keep_cache for layer in layers[:2]):
-            x = norm_in_convolution(x, *layers[:2])
+        kinds = [*map(type, layers)]
+        length = kinds.index(Conv2D) + 1 if Conv2D in kinds[:2] and kinds[0] in (Concat, Conv2D) else 0
+        length += kinds[length:length + 1] == [BatchNorm2D] if length else 0
+        length += kinds[length:length + 1] == [ReLU] if length else 0
+        group = layers[:length]
+        if length > 1 and _may_be_fused(x, group):
+            x = convolution_norm_relu(x, **{type(layer).__name__: layer for layer in group})
+            del layers[:length]
+        elif kinds[:2] == [Conv2D, BatchNorm2D] and not only_plain() and not _learning(layers[:2]) and not _watched(layers[:2]):
+            x = layers[0].apply(x, *folded(*layers[:2]))                        # on a device, or complex numbers
             del layers[:2]
-        elif fuse and kinds == (BatchNorm2D, ReLU) and kernels.can_compute(x):
+        elif kinds[:2] == [BatchNorm2D, ReLU] and not only_plain() and kernels.can_compute(x):
             x = norm_and_relu(x, *layers[:2])
             del layers[:2]
         else:
-            x = layers.pop(0).forward(x)
+            layer = layers.pop(0)
+            x = layer.forward(*x) if isinstance(x, tuple) else layer.forward(x)
     return x
 
 
-def norm_in_convolution(x, conv, norm):
-    """Return norm(conv(x)) by one convolution, in inference, where nothing is kept.
+def back_in_sequence(dy, *layers, input_gradient=True):
+    """Return ∂L/∂(what `in_sequence` was given), a pair where the layers begin with a Concat.
+
+    Without `input_gradient`, nothing beyond the parameters of the first convolution is asked for.
+    """
+    layers, sums = [layer for layer in layers if layer is not None], None
+    first = next((layer for layer in layers if type(layer) is Conv2D), None)
+    while layers:
+        layer = layers.pop()
+        kinds = [type(layer), *map(type, layers[:-3:-1])]                       # this one, and the two before it
+        if type(layer) is BatchNorm2D:
+            dy, sums = layer.backward(dy, sums), None
+        elif kinds[:2] == [Conv2D, ReLU] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
+            y, = layers.pop().take()
+            dy, sums = _masked_gradient(dy, layer, y, layers[-1] if kinds[2:] == [BatchNorm2D] else None)
+        elif kinds[:2] == [ReLU, BatchNorm2D] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
+            y, = layer.take()
+            dy, sums = in_blocks_with_sums(relu_gradient, dy, y, layers[-1].cache[0])
+        elif type(layer) is Concat and isinstance(dy, tuple):
+            note('join left out')                                               # the convolution took the two as they are
+        elif layer is first and not input_gradient:
+            dy = layer.backward(dy, input_gradient=False)
+        else:
+            dy = layer.backward(dy)
+    return dy
+
+
+def _may_be_fused(x, layers, method='forward'):
+    """Say whether these layers may be done at once: not by the plain mathematics, nor where somebody watches a layer's method."""
+    arrays = x if isinstance(x, tuple) else (x,)
+    return not only_plain() and are_real_numpy(*arrays) and not _watched(layers, method)
+
+
+def _watched(layers, method='forward'):
+    return any(method in vars(layer) for layer in layers)
+
+
+def _learning(layers):
+    return any(layer.training or layer.keep_cache for layer in layers)
+
+
+def convolution_norm_relu(x, Conv2D, Concat=None, BatchNorm2D=None, ReLU=None):
+    """Return ReLU(norm(convolution(join(x)))), each of them a layer or None but for the convolution."""
+    conv, norm, activation = Conv2D, BatchNorm2D, ReLU
+    activate = activation and (lambda block, y: relu(y, out=y))
+    if not _learning([layer for layer in (conv, norm, activation) if layer]):
+        note('prepared once')
+        weights = [*conv.params.values(), *([*norm.params.values(), *norm.buffers.values()] if norm else [])]
+        kept = kept_for(conv, weights)
+        weight, bias = kept('folded', partial(folded, conv, norm)) if norm else (conv.params['weight'], conv.params.get('bias'))
+        return conv.apply(x, weight, bias, then=activate, kept=kept)
+    drop_kept(conv)
+    if norm is None:
+        y = conv.forward(x, then=activate)
+    else:
+        moments = ChannelMoments() if norm.training else None
+        y = conv.forward(x, then=moments and moments.add)
+        slope_and_shift = norm.slope_and_shift(y, moments and moments.total())
+        y = in_blocks(_scaled_shifted_relu if activation else scaled_and_shifted, y, channels=slope_and_shift)
+    if activation:
+        note('ReLU in the same walk')
+        activation.keep(y)
+    return y
+
+
+def _scaled_shifted_relu(x, slope, shift, out=None):
+    return relu(scaled_and_shifted(x, slope, shift, out=out), out=out)
+
+
+def _masked_gradient(dy, conv, y, norm):
+    """Return (∂L/∂x, sums): through the convolution and the ReLU before it, whose output is y = ReLU(x).
+
+    If x is the output of a norm, `sums` are those that its backward needs.
+    """
+    sums = ChannelSums(norm.cache[0]) if norm else None
+
+    def then(block, dx):
+        relu_gradient(dx, y[block], out=dx)
+        if sums:
+            sums.add(block, dx)
+
+    note('ReLU in the gradient')
+    return conv.backward(dy, then=then), sums and sums.total()
+
+
+def folded(conv, norm):
+    """Return weight and bias of one convolution that computes norm(conv(x)) in inference.
 
     There the norm is a fixed scale and shift of each channel. A convolution is linear and its output channels are the last axis of
     the weight (KH, KW, C_in, C), so both can be done to weight and bias beforehand, and the norm costs nothing:
@@ -37,7 +145,7 @@ def norm_in_convolution(x, conv, norm):
     slope, shift = norm.running_slope_and_shift()
     if 'bias' in conv.params:
         shift = conv.params['bias'] * slope + shift
-    return conv.apply(x, conv.params['weight'] * slope, shift)
+    return conv.params['weight'] * slope, shift
 
 
 def norm_and_relu(x, norm, activation):

@@ -1,0 +1,51 @@
+"""What was computed from a weight, used again for as long as the weight stays as it is.
+
+In inference weights do not change, and what Winograd convolution makes of them is as large a work, for a single image, as the
+convolution itself. But a weight can change at any moment, by loading, by a step, by writing into the array or into a view of it, and
+nothing tells. So a copy is kept too, and compared before each use: that takes a tenth of what it saves, and what is out of date can never
+be used.
+"""
+
+import weakref
+
+import numpy
+
+
+class Kept:
+    """Results by name, made of arrays that held just these bytes."""
+
+    def __init__(self, arrays):
+        self.copies, self.results = [array.copy() for array in arrays], {}
+
+    def holds(self, arrays):
+        """Say whether the arrays hold, bit for bit, what they held when this was made."""
+        return len(arrays) == len(self.copies) and all(map(_equal_bits, arrays, self.copies))
+
+    def __call__(self, name, make):
+        """Return the result of this name; make it if there is none yet."""
+        if name not in self.results:
+            self.results[name] = make()
+        return self.results[name]
+
+
+def _equal_bits(a, b):
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits = f'u{a.itemsize}'
+    return numpy.array_equal(a.view(bits), b.view(bits))
+
+
+_of = weakref.WeakKeyDictionary()               # a layer: what is kept for it. It goes with the layer
+
+
+def kept_for(layer, arrays):
+    """Return the `Kept` of this layer: the one of before if the arrays are still what it was made of, else a new one."""
+    kept = _of.get(layer)
+    if kept is None or not kept.holds(arrays):
+        kept = _of[layer] = Kept(arrays)
+    return kept
+
+
+def drop_kept(layer):
+    """Forget what is kept for this layer: its weight is about to change."""
+    _of.pop(layer, None)
