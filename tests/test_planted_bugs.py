@@ -336,8 +336,8 @@ bug('fit forgets the bound on the gradient', FIT, 'batches, schedule, max_norm)'
 bug('fit forgets the schedule', FIT, 'batches, schedule, max_norm)', 'batches, None, max_norm)', check_fit_hands_on_norm_and_schedule)
 bug('the gradient is not clipped', STEP, 'clip_gradients(model.gradients(), max_norm)', 'model.gradients()',
     check_the_step_is_as_long_as_the_clipped_gradient)
-bug('the gradient is clipped after the step', STEP, '    if max_norm is not None:\n        clip',
-    '    optimizer.step(model.gradients())\n    if max_norm is not None:\n        clip', check_the_step_is_as_long_as_the_clipped_gradient)
+bug('the gradient is clipped after the step', STEP, '        if max_norm is not None:\n            clip',
+    '        optimizer.step(model.gradients())\n        if max_norm is not None:\n            clip', check_the_step_is_as_long_as_the_clipped_gradient)
 bug('the schedule is a step late', STEP, 'schedule(optimizer.steps)', 'schedule(max(0, optimizer.steps - 1))',
     check_fit_hands_on_norm_and_schedule)
 bug('the schedule is a step early', STEP, 'schedule(optimizer.steps)', 'schedule(optimizer.steps + 1)', check_fit_hands_on_norm_and_schedule)

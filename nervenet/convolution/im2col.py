@@ -22,15 +22,14 @@ It serves every geometry, and rounds like the plain path.
 """
 
 import numpy
-from numpy.lib.stride_tricks import as_strided
 
 from ..engine.memory import empty, scratch
-from ..engine.parallel import cut, cut_images, parallel_for
+from ..engine.parallel import block_size, cut, cut_images, parallel_for
 from ..engine.paths import note
 from ..engine.pixelwise import for_rows
 from . import plain
 from .geometry import turn
-from .strips import padded_strip, sum_in_parts
+from .strips import overlapping, padded_strip, sum_in_parts
 
 COLUMN_BYTES = 512 * 1024               # of one strip; they must stay in a core's own cache (1 MiB) beside the weight
 LEAST_PIXELS = 64                       # of one strip, because it reads the whole weight
@@ -48,12 +47,12 @@ def columns_of(x, images, rows, geometry, W_out):
     a, b, c, d = strip.strides
     if C < FEW_CHANNELS:
         # Few values lie side by side in a window, many in a row of the image: copy what one tap meets along each row.
-        taps = as_strided(strip, (KH, KW, C, n, height, width), (b * DH, c * DW, d, a, b * SH, c * SW))
+        taps = overlapping(strip, (KH, KW, C, n, height, width), (b * DH, c * DW, d, a, b * SH, c * SW))
         columns = scratch('columns', taps.shape, x.dtype)
         columns[...] = taps
         return columns.reshape(KH * KW * C, n * height * width).T
     # Undilated, the KW pixels of a window's row lie side by side in memory, and NumPy copies them as one run of KW·C values.
-    windows = as_strided(strip, (n, height, width, KH, KW, C), (a, b * SH, c * SW, b * DH, c * DW, d))
+    windows = overlapping(strip, (n, height, width, KH, KW, C), (a, b * SH, c * SW, b * DH, c * DW, d))
     columns = scratch('columns', windows.shape, x.dtype)
     columns[...] = windows
     return columns.reshape(n * height * width, KH * KW * C)
@@ -73,7 +72,8 @@ def forward(x, weight, geometry, bias=None, then=None):
     H_out, W_out = geometry.output_size(x.shape[1:3])
     y = empty((len(x), H_out, W_out, C_out), x)
     matrix = weight.reshape(-1, C_out)                                       # (KH·KW·C_in, C_out)
-    strips = cut_images(len(x), H_out, rows_per_block(W_out, KH * KW * C_in, x.itemsize))
+    most = rows_per_block(W_out, KH * KW * C_in, x.itemsize)
+    strips = cut_images(len(x), H_out, block_size(len(x) * H_out, most, -(-LEAST_PIXELS // W_out)))
     # Where the image is small and the channels are many, blocks also share the output channels.
     channels = cut(C_out, CHANNELS if len(strips) < 8 else C_out)
     if len(channels) > 1:

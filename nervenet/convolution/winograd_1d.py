@@ -29,12 +29,11 @@ large where values are near 1e-39, which float32 holds with fewer digits.
 """
 
 import numpy
-from numpy.lib.stride_tricks import as_strided
 
 from ..engine.memory import empty, scratch
-from ..engine.parallel import cut_images, parallel_for
+from ..engine.parallel import block_size, cut_images, parallel_for
 from .geometry import turn
-from .strips import parts_of, pieces, sum_in_parts
+from .strips import overlapping, parts_of, pieces, sum_in_parts
 
 BT = numpy.array([[4, 0, -5, 0, 1, 0],
                   [0, -4, -4, 1, 1, 0],
@@ -54,6 +53,7 @@ AT = numpy.array([[1, 1, 1, 1, 1, 0],
                   [0, 1, -1, 8, -8, 1]])
 
 BLOCK_VALUES = 64 * 1024                # pixels times channels of one block, which has 1.5 times as many in V and in M
+LEAST_VALUES = 4 * 1024                 # of one block
 
 
 def transform_rows(matrix, x, images, tiles, padding, width, name):
@@ -66,8 +66,11 @@ def transform_rows(matrix, x, images, tiles, padding, width, name):
     (p, q), (top, left), x = matrix.shape, padding, x[images]
     (n, H, W, C), number = x.shape, tiles.stop - tiles.start
     values = scratch(name, (p, n, number, width, C), x.dtype)
-    values[:, :, :, :left] = 0
-    values[:, :, :, left + W:] = 0
+    if left == 1 and width == W + 2:
+        values[:, :, :, ::W + 1] = 0                                         # the first and the last column at once
+    else:
+        values[:, :, :, :left] = 0
+        values[:, :, :, left + W:] = 0
     inside = slice(left * C, (left + W) * C)
     out = values.reshape(p, n, number, width * C)[..., inside].transpose(1, 2, 0, 3)     # (n, tiles, p, W·C)
     matrix, x = matrix.astype(x.dtype), x.reshape(n, H, W * C)
@@ -77,7 +80,7 @@ def transform_rows(matrix, x, images, tiles, padding, width, name):
         first = 4 * tile - top
         above, below = max(0, -first), max(0, first + q - H)                 # rows of this tile outside the image
         last = tile + 1 if above or below else min(tiles.stop, (H + top - q) // 4 + 1)   # of tiles treated alike
-        rows = as_strided(x[:, first + above:], (n, last - tile, q - above - below, W * C), (a, 4 * b, b, c))
+        rows = overlapping(x, (n, last - tile, q - above - below, W * C), (a, 4 * b, b, c), (first + above) * b)
         numpy.matmul(matrix[:, above:q - below], rows, out=out[:, tile - tiles.start:last - tiles.start])
         tile = last
     return values
@@ -94,14 +97,13 @@ def write_rows(values, y, images, tiles, channels=slice(None)):
     whole = min(tiles.stop, H_out // 4) - tiles.start
     for start, stop, rows in ((0, whole, 4), (whole, number, H_out % 4)):
         if start < stop:
-            below = y[:, 4 * (tiles.start + start):]
-            a, b, _, d = y.strides
+            first, (a, b, _, d) = 4 * (tiles.start + start), y.strides
             if C == C_out:
-                out = as_strided(below, (n, stop - start, rows, W_out * C), (a, 4 * b, b, d))
+                out = overlapping(y, (n, stop - start, rows, W_out * C), (a, 4 * b, b, d), first * b)
                 numpy.matmul(at[:rows], values[:, start:stop], out=out)
             else:
                 part = (at[:rows] @ values[:, start:stop]).reshape(n, -1, W_out, C)
-                below[:, :part.shape[1], :, channels] = part
+                y[:, first:first + part.shape[1], :, channels] = part
 
 
 def shifts(pixels):
@@ -113,7 +115,8 @@ def shifts(pixels):
 
 def blocks_of(N, H_out, width, channels):
     """Cut N images into blocks of (images, rows of tiles); a tile is 4 output rows high."""
-    return cut_images(N, -(-H_out // 4), BLOCK_VALUES // (width * channels))
+    R = -(-H_out // 4)
+    return cut_images(N, R, block_size(N * R, BLOCK_VALUES // (width * channels), LEAST_VALUES // (width * channels)))
 
 
 def forward(x, weight, geometry, bias=None, then=None, kept=None, split=None):

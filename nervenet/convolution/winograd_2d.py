@@ -30,13 +30,12 @@ it saves; and an image much smaller than a tile wastes most of it.
 """
 
 import numpy
-from numpy.lib.stride_tricks import as_strided
 
 from ..engine.memory import empty, scratch
-from ..engine.parallel import cut, cut_images, parallel_for
+from ..engine.parallel import block_size, cut, cut_images, parallel_for
 from ..engine.paths import note
 from ..engine.pixelwise import for_rows
-from .strips import parts_of, pieces, sum_in_parts
+from .strips import overlapping, parts_of, pieces, sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
 TILE_VALUES = 16 * 1024                 # tiles times channels of one block, which has 36 times as many values in V
@@ -60,7 +59,7 @@ def transform_tiles(matrix, parts, images, tiles, padding, columns, name):
     for part, channels in pieces(parts, slice(0, C)):
         rows = transform_rows(matrix, part, images, tiles, padding, width, 'rows')                # (6, n, tiles, width, C)
         a, b, c, d, e = rows.strides
-        windows = as_strided(rows, (*rows.shape[:3], columns, q, part.shape[3]), (a, b, c, 4 * d, d, e))
+        windows = overlapping(rows, (*rows.shape[:3], columns, q, part.shape[3]), (a, b, c, 4 * d, d, e))
         numpy.matmul(matrix.astype(part.dtype), windows, out=values[..., channels].transpose(0, 2, 3, 4, 1, 5))
     return values.reshape(36, -1, C)
 
@@ -86,8 +85,8 @@ def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None,
     (N, H, W, _), (C_in, C_out), dtype = parts[0].shape, weight.shape[2:], parts[0].dtype
     (H_out, W_out), padding = geometry.output_size((H, W)), geometry.padding
     R, columns = -(-H_out // 4), -(-W_out // 4)
-    few = N * R * columns <= FEW_TILES
-    tiles_per_block = FEW_TILES if few else max(LEAST_TILES, TILE_VALUES // max(C_in, C_out))
+    few = N * R * columns <= (LEAST_TILES if kept else FEW_TILES)
+    tiles_per_block = FEW_TILES if few else block_size(N * R * columns, max(LEAST_TILES, TILE_VALUES // max(C_in, C_out)), LEAST_TILES)
     outs = [slice(0, C_out)] if split is None else [slice(0, split), slice(split, C_out)]
     y = [empty((N, H_out, W_out, out.stop - out.start), parts[0]) for out in outs]
     width = max(16, min(64, PIECE // (min(tiles_per_block, N * R * columns) * C_in) // 16 * 16))

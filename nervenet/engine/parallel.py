@@ -37,6 +37,7 @@ import numpy
 
 from . import memory, plan
 
+BLOCKS = 4                                          # that small work is cut into: some laptop's cores; more would cost more than they give
 LINGER = 0.25                                       # seconds: far longer than the gaps between two layers of a network
 PATIENCE = 10                                       # seconds that a fork waits; longer only if blocks wait for who forks
 
@@ -77,6 +78,14 @@ def cut_images(images, rows, rows_per_block):
     if rows_per_block < rows:
         return [(image, strip) for image in cut(images, 1) for strip in cut(rows, rows_per_block)]
     return [(several, slice(0, rows)) for several in cut(images, rows_per_block // rows)]
+
+
+def block_size(total, most, least):
+    """Return how much of `total` a block should hold: `most`, but where there is little in all, less, so that several cores have work.
+
+    It is not worth a core's while below `least`.
+    """
+    return min(most, max(least, -(-total // BLOCKS)))
 
 
 # --- How many threads -------------------------------------------------------------------------------------------------
@@ -264,33 +273,37 @@ class _Blas:
 
 _blas = _Blas()
 _blas_changed = threading.Condition()               # guards the three below
-_blas_users, _blas_threads_before = [], None        # the threads within the context, as often as each entered it
+_blas_users, _blas_threads_before = [], None        # the threads within the context
+_blas_depth = threading.local()                     # how often this thread entered it
 _forks = 0                                          # threads that are about to fork
 
 
-@contextlib.contextmanager
-def one_thread_per_product():
+class one_thread_per_product(contextlib.ContextDecorator):
     """Within this context, or a function decorated with it, a matrix product uses one thread: its bits are always the same.
 
     The number belongs to the process: the last of several concurrent users puts back the one that the first found.
     """
-    global _blas_threads_before
-    me = threading.get_ident()
-    with _blas_changed:
-        if not _inside.get() and me not in _blas_users:     # else a fork waits for what this thread is at
-            _blas_changed.wait_for(lambda: _forks == 0)
-        if not _blas_users and _blas.set is not None:
-            _blas_threads_before = _blas.get()
-            _blas.set(1)
-        _blas_users.append(me)
-    try:
-        yield
-    finally:
-        with _blas_changed:
-            _blas_users.remove(me)
-            _blas_changed.notify_all()
-            if not _blas_users and _blas.set is not None:
-                _blas.set(_blas_threads_before)
+
+    def __enter__(self):
+        global _blas_threads_before
+        if (depth := getattr(_blas_depth, 'of_thread', 0)) == 0:
+            with _blas_changed:
+                if not _inside.get():                       # else a fork waits for what this thread is at
+                    _blas_changed.wait_for(lambda: _forks == 0)
+                if not _blas_users and _blas.set is not None:
+                    _blas_threads_before = _blas.get()
+                    _blas.set(1)
+                _blas_users.append(threading.get_ident())
+        _blas_depth.of_thread = depth + 1
+
+    def __exit__(self, *error):
+        _blas_depth.of_thread -= 1
+        if _blas_depth.of_thread == 0:
+            with _blas_changed:
+                _blas_users.remove(threading.get_ident())
+                _blas_changed.notify_all()
+                if not _blas_users and _blas.set is not None:
+                    _blas.set(_blas_threads_before)
 
 
 def describe_blas():

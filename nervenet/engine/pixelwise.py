@@ -33,10 +33,11 @@ import numpy
 
 from .backend import get_array_module
 from .memory import empty, scratch
-from .parallel import cut_images, parallel_for
+from .parallel import block_size, cut_images, parallel_for
 from .paths import note, only_plain
 
 BLOCK_VALUES = 2**18            # 1 MiB of float32
+LEAST_VALUES = 2**15            # less is not worth a block of its own
 ROW_VALUES = 2**12              # values in a row, at most, where pixels are joined
 CHAIN = 128                     # values added in a row before their sum goes on in float64
 
@@ -67,7 +68,8 @@ def for_rows(x, work):
     """Call `work((images, rows))` with slices that together cover the images and rows of x (N, H, W, C)."""
     N, H, W, C = x.shape
     on_host = get_array_module(x) is numpy
-    parallel_for(cut_images(N, H, BLOCK_VALUES // (W * C)) if on_host else [(slice(None), slice(None))], work)
+    rows = block_size(N * H, BLOCK_VALUES // (W * C), LEAST_VALUES // (W * C))
+    parallel_for(cut_images(N, H, rows) if on_host else [(slice(None), slice(None))], work)
 
 
 def side_by_side(a, *others):
@@ -214,7 +216,7 @@ def _cut(arrays, channels=()):
     pixels = arrays[0].size // C
     joined = _pixels_in_a_row(pixels, C) if all(array.flags.c_contiguous for array in arrays) else 1
     flat = [array.reshape(pixels // joined, joined * C) for array in arrays]
-    rows = max(1, BLOCK_VALUES // (joined * C))
+    rows = block_size(len(flat[0]), max(1, BLOCK_VALUES // (joined * C)), max(1, LEAST_VALUES // (joined * C)))
     if len(flat[0]) > rows:
         note('blocks of pixels')
     return (flat, [numpy.tile(vector, joined) for vector in channels],

@@ -9,7 +9,7 @@ import math
 
 from ..engine.memory import SLACK
 from ..engine.parallel import number_of_threads
-from ..layers import Dropout, Layer, forwards_replaced
+from ..layers import Concat, Dropout, Layer, forwards_replaced
 from .blocks import padded_size
 
 SCRATCH_BYTES = 2**24             # about what the convolutions of one thread need to work in
@@ -69,7 +69,9 @@ def trace(model, shape):
 
     with forwards_replaced(model.train(), traced):
         model.forward(Traced((N, *padded_size((H, W), model.multiple), C), model.dtype), observe=stages.__setitem__)
-    return made, stages, {value for _, layer in model.layers() for value in layer.cache or ()}
+    kept = {value for _, layer in model.layers() for value in layer.cache or ()}
+    # A convolution of a join keeps what is joined: see `fusing`.
+    return made, stages, {part for value in kept for part in (value.inputs if isinstance(value.layer, Concat) else (value,))}
 
 
 def receptive_field(model, stage, position, axis=0):
