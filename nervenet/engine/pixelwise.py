@@ -118,34 +118,6 @@ def in_blocks_with_sums(formula, a, b, x):
     return y, _add_up(parallel_for(blocks, work))
 
 
-class ChannelSums:
-    """`channel_sums(y, *others)` of an array y that is computed block by block elsewhere, each block while it is in the cache."""
-
-    def __init__(self, *others):
-        self.others, self.parts = others, {}
-
-    def add(self, block, y):
-        """Count y, the pixels `block`, a pair of slices (images, rows). Blocks may come in any order and from any thread."""
-        self.parts[block[0].start, block[1].start] = _sums(_as_rows(y, *(other[block] for other in self.others)), y.shape[3])
-
-    def total(self):
-        return _add_up(self.parts[key] for key in sorted(self.parts))
-
-
-class ChannelMoments:
-    """`channel_moments` of an array that is computed block by block elsewhere, each block while it is in the cache."""
-
-    def __init__(self):
-        self.parts = {}
-
-    def add(self, block, x):
-        """Count x, the pixels `block`, as `ChannelSums.add` does."""
-        self.parts[block[0].start, block[1].start] = _moments(*_as_rows(x), x.shape[3])
-
-    def total(self):
-        return _moments_of_all(self.parts[key] for key in sorted(self.parts))
-
-
 def channel_moments(x):
     """Return (mean, variance) of x (N, H, W, C) over all pixels, (C,) each, in float64. The variance divides by N·H·W.
 
@@ -157,20 +129,16 @@ def channel_moments(x):
         mean = x.mean(axis=(0, 1, 2), dtype=_accurate(x))
         return mean, get_array_module(x).square(x - mean.astype(x.dtype)).mean(axis=(0, 1, 2), dtype=_accurate(x))
     (flat,), _, blocks = _cut([x])
-    return _moments_of_all(parallel_for(blocks, lambda block: _moments(flat[block], x.shape[3])))
+    C = x.shape[3]
 
+    def work(block):
+        values = flat[block]
+        pixels = values.size // C
+        m = (_sum(values, C) / pixels).astype(x.dtype)
+        centred = numpy.subtract(values, numpy.tile(m, values.shape[1] // C), scratch('pixelwise', values.shape, x.dtype))
+        return pixels, m, _sum(centred, C), _sum_of_products(centred, centred, C)
 
-def _moments(values, C):
-    """Return (n, m, rest, squares) of values (rows, pixels·C): pixels, a mean, and the sums of what is left and of its squares."""
-    pixels = values.size // C
-    m = (_sum(values, C) / pixels).astype(values.dtype)
-    centred = numpy.subtract(values, numpy.tile(m, values.shape[1] // C), scratch('pixelwise', values.shape, values.dtype))
-    return pixels, m, _sum(centred, C), _sum_of_products(centred, centred, C)
-
-
-def _moments_of_all(parts):
-    """Return (mean, variance) of all pixels from what `_moments` returned of each block."""
-    n, m, rest, squares = (numpy.array(part, 'float64') for part in zip(*parts))
+    n, m, rest, squares = (numpy.array(part, 'float64') for part in zip(*parallel_for(blocks, work)))
     n, M = n[:, None], n.sum()                                              # (blocks, 1); the others (blocks, C)
     m += rest / n                                                           # what rounding m to the dtype of x left over
     squares -= rest * rest / n
@@ -191,13 +159,6 @@ def _sums(rows, C):
 
 def _add_up(parts):
     return [numpy.sum(part, axis=0) for part in zip(*parts)]
-
-
-def _as_rows(*arrays):
-    """Return arrays (n, rows, W, C) as matrices (rows, pixels·C) of long rows."""
-    pixels, C = arrays[0].size // arrays[0].shape[3], arrays[0].shape[3]
-    joined = _pixels_in_a_row(pixels, C)
-    return [array.reshape(pixels // joined, joined * C) for array in arrays]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,10 +5,10 @@ in the cache. And what does not change from one prediction to the next need not 
 such shortcuts; the mathematics is that of the layers. It asks the layers what they are, and whatever it does not know, a new activation
 or another norm, it leaves to the layers themselves.
 
-    forward    convolution → norm → ReLU       the convolution collects the norm's statistics as its blocks come out; then one walk
-                                               for norm and ReLU. Without norm, ReLU follows in the block, and there is no walk at all
-    backward   ReLU ← convolution              ReLU's mask is laid over the input gradient as its blocks come out, and the sums
-                                               that the norm before it needs are collected there
+    forward    convolution → ReLU              in the block that the convolution has just computed
+               norm → ReLU                     in one walk
+    backward   ReLU ← convolution              ReLU's mask is laid over each block of the input gradient
+               norm ← ReLU                     the sums that the norm needs are taken in the walk of ReLU
     both       join → convolution              the convolution takes the two as they are: see `convolution.forward`
     inference  convolution → norm              one convolution, prepared once: see `folded`
 
@@ -20,8 +20,8 @@ from functools import partial
 from ..convolution.kept import drop_kept, kept_for
 from ..engine import kernels
 from ..engine.paths import note, only_plain
-from ..engine.pixelwise import ChannelMoments, ChannelSums, are_real_numpy, in_blocks, in_blocks_with_sums
-from ..layers import BatchNorm2D, Concat, Conv2D, ReLU, relu, relu_gradient, scaled_and_shifted
+from ..engine.pixelwise import are_real_numpy, in_blocks, in_blocks_with_sums
+from ..layers import BatchNorm2D, Concat, Conv2D, ReLU, relu, relu_gradient, scaled_and_shifted, zeros
 
 
 def in_sequence(x, *layers):
@@ -57,13 +57,14 @@ def back_in_sequence(dy, *layers, input_gradient=True):
     first = next((layer for layer in layers if type(layer) is Conv2D), None)
     while layers:
         layer = layers.pop()
-        kinds = [type(layer), *map(type, layers[:-3:-1])]                       # this one, and the two before it
+        kinds = [type(layer), *map(type, layers[-1:])]                          # this one, and the one before it
         if type(layer) is BatchNorm2D:
             dy, sums = layer.backward(dy, sums), None
-        elif kinds[:2] == [Conv2D, ReLU] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
+        elif kinds == [Conv2D, ReLU] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
+            note('ReLU in the gradient')
             y, = layers.pop().take()
-            dy, sums = _masked_gradient(dy, layer, y, layers[-1] if kinds[2:] == [BatchNorm2D] else None)
-        elif kinds[:2] == [ReLU, BatchNorm2D] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
+            dy = layer.backward(dy, then=lambda block, dx: relu_gradient(dx, y[block], out=dx))
+        elif kinds == [ReLU, BatchNorm2D] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
             y, = layer.take()
             dy, sums = in_blocks_with_sums(relu_gradient, dy, y, layers[-1].cache[0])
         elif type(layer) is Concat and isinstance(dy, tuple):
@@ -92,7 +93,7 @@ def _learning(layers):
 def convolution_norm_relu(x, Conv2D, Concat=None, BatchNorm2D=None, ReLU=None):
     """Return ReLU(norm(convolution(join(x)))), each of them a layer or None but for the convolution."""
     conv, norm, activation = Conv2D, BatchNorm2D, ReLU
-    activate = activation and (lambda block, y: relu(y, out=y))
+    activate = activation and _relu_in_place
     if not _learning([layer for layer in (conv, norm, activation) if layer]):
         note('prepared once')
         weights = [*conv.params.values(), *([*norm.params.values(), *norm.buffers.values()] if norm else [])]
@@ -103,34 +104,23 @@ def convolution_norm_relu(x, Conv2D, Concat=None, BatchNorm2D=None, ReLU=None):
     if norm is None:
         y = conv.forward(x, then=activate)
     else:
-        moments = ChannelMoments() if norm.training else None
-        y = conv.forward(x, then=moments and moments.add)
-        slope_and_shift = norm.slope_and_shift(y, moments and moments.total())
-        y = in_blocks(_scaled_shifted_relu if activation else scaled_and_shifted, y, channels=slope_and_shift)
+        y = conv.forward(x)
+        channels = norm.slope_and_shift(y)
+        y = in_blocks(_scaled_shifted_relu, y, channels=(*channels, *zeros(y))) if activation else in_blocks(scaled_and_shifted, y, channels=channels)
     if activation:
         note('ReLU in the same walk')
         activation.keep(y)
     return y
 
 
-def _scaled_shifted_relu(x, slope, shift, out=None):
-    return relu(scaled_and_shifted(x, slope, shift, out=out), out=out)
+def _scaled_shifted_relu(x, slope, shift, zero, out=None):
+    return relu(scaled_and_shifted(x, slope, shift, out=out), zero, out=out)
 
 
-def _masked_gradient(dy, conv, y, norm):
-    """Return (∂L/∂x, sums): through the convolution and the ReLU before it, whose output is y = ReLU(x).
-
-    If x is the output of a norm, `sums` are those that its backward needs.
-    """
-    sums = ChannelSums(norm.cache[0]) if norm else None
-
-    def then(block, dx):
-        relu_gradient(dx, y[block], out=dx)
-        if sums:
-            sums.add(block, dx)
-
-    note('ReLU in the gradient')
-    return conv.backward(dy, then=then), sums and sums.total()
+def _relu_in_place(block, y):
+    """Lay ReLU over y, the block that a convolution has just computed."""
+    rows = y.reshape(-1, y.shape[2] * y.shape[3])
+    relu(rows, *zeros(rows), out=rows)
 
 
 def folded(conv, norm):
