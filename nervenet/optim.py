@@ -26,7 +26,10 @@ import numpy
 from .checks import check_match, in_range
 from .engine import kernels
 from .engine.backend import device_of, get_array_module, move
-from .engine.memory import empty
+from .engine.memory import empty, scratch
+from .engine.parallel import cut, parallel_for
+
+BLOCK_VALUES = 2**16                    # of a parameter, updated at once: they stay in the cache, with gradient and averages
 
 
 class Optimizer:
@@ -68,18 +71,28 @@ class Optimizer:
         self.learning_rate = in_range('learning_rate', self.learning_rate, math.inf)
         self.steps += 1
         if self.xp is numpy:
-            for name, w in self.parameters.items():
-                self.advance(w, gradients[name], *(self.state[average][name] for average in self.averages))
+            parallel_for(self.blocks(gradients), lambda block: self.advance(*block))
             return
         joined = self.join(self.parameters.values())
         self.advance(joined, self.join(gradients[name] for name in self.parameters), *self.state.values())
         for name, w in self.parted(joined).items():
             self.parameters[name][...] = w
 
+    def blocks(self, gradients):
+        """Yield [w, gradient, *averages] of all parameters, each in pieces: the rules are element by element."""
+        for name, w in self.parameters.items():
+            arrays = [w, gradients[name], *(self.state[average][name] for average in self.averages)]
+            if all(array.flags.c_contiguous for array in arrays):
+                for some in cut(w.size, BLOCK_VALUES):
+                    yield [array.reshape(-1)[some] for array in arrays]
+            else:
+                yield arrays
+
     def advance(self, w, g, *averages):
         """Move `w` in place, given its gradient and its running averages, all of one shape."""
-        g = self.decayed(w, g, empty(w.shape, w))
-        self.update(w, g, *averages, scratch=empty(w.shape, w))
+        on_host = get_array_module(w) is numpy
+        decayed, free = (scratch(name, w.shape, w.dtype) if on_host else empty(w.shape, w) for name in ('decayed', 'update'))
+        self.update(w, self.decayed(w, g, decayed), *averages, scratch=free)
 
     def zeros(self):
         """Return what one running average starts as: {name: zeros}, or, on a GPU, one vector for all parameters."""

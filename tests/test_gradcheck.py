@@ -519,7 +519,7 @@ def test_bug_planted_in_a_network_is_caught(kind, broken, wrong, right, norm, me
      {'dx', 'stem.conv2.dweight'}),
     ('engine/pixelwise.py', '    for_rows(y, part)\n    return a, b', '    for_rows(y, part)\n    return b, a',
      {'dx', 'stem.conv2.dweight'}),
-    ('convolution/winograd_1d.py', 'out += numpy.matmul', 'out += 1.001 * numpy.matmul', {'ups.1.conv1.dweight'})], ids=str)
+    ('convolution/winograd_1d.py', 'numpy.add(M, product, out=M)', 'numpy.add(M, 1.001 * product, out=M)', {'ups.1.conv1.dweight'})], ids=str)
 def test_bug_planted_in_a_shortcut_is_caught(file, old, new, wrong, norm, rng):
     wrong = wrong if isinstance(wrong, set) else wrong.get(norm, set())
     small = 'winograd' not in file                                                          # wider ones take other paths
@@ -546,7 +546,7 @@ IN_PATHS = [        # module, what is replaced in its text, by what, a layer tha
      (2, 7, 6, 2), {'dx', 'dweight'}),
     (winograd_1d, 'M[1].reshape(-1, width * C)[:, :W_out * C] +=', 'M[0].reshape(-1, width * C)[:, :W_out * C] +=',
      lambda **o: Conv2D(9, 12, **o), (2, 22, 21, 9), {'dbias'}),
-    (patches, 'dpatches += numpy.tile(bias, KH * KW)', 'dpatches[:, :len(bias)] += bias', lambda **o: ConvTranspose2D(3, 2, **o), (2, 3, 4, 3),
+    (patches, 'numpy.tile(bias, KH * KW * rows.shape[1])', 'numpy.repeat(bias, KH * KW * rows.shape[1])', lambda **o: ConvTranspose2D(3, 2, **o), (2, 3, 4, 3),
      {'dbias'})]
 
 

@@ -143,15 +143,12 @@ def forward(x, weight, geometry, bias=None, then=None, kept=None, split=None):
              for i, part in enumerate(parts)]
         for i, result in enumerate(y):
             C = result.shape[3]
-            M = scratch('M', (6, images.stop - images.start, tiles.stop - tiles.start, width, C), result.dtype)
-            products = M.reshape(6, -1, C)                                   # (6, pixels, C_out)
+            shape = 6, images.stop - images.start, tiles.stop - tiles.start, width, C
             for j, points in enumerate(V):
+                product = scratch(f'M{min(j, 1)}', shape, result.dtype)
                 for pixels, windows in shifts(points.shape[1]):              # a row's last two windows are never read
-                    rows, out = points[:, pixels].reshape(6, -1, 3 * points.shape[2]), products[:, windows]
-                    if j == 0:
-                        numpy.matmul(rows, U[i][j], out=out)
-                    else:
-                        out += numpy.matmul(rows, U[i][j], out=scratch('product', out.shape, out.dtype))
+                    numpy.matmul(points[:, pixels].reshape(6, -1, 3 * points.shape[2]), U[i][j], out=product.reshape(6, -1, C)[:, windows])
+                M = product if j == 0 else numpy.add(M, product, out=M)      # of the parts of a join
             if bias is not None:
                 # The second column of Aᵀ is all ones: what is added at this point is added to all four rows.
                 M[1].reshape(-1, width * C)[:, :W_out * C] += numpy.tile(bias, W_out)
