@@ -531,9 +531,9 @@ def test_bug_planted_in_a_shortcut_is_caught(file, old, new, wrong, norm, rng):
 
 
 IN_PATHS = [        # module, what is replaced in its text, by what, a layer that takes this path, the shape of its input, what then is wrong
-    (winograd_2d, 'M[1, 1] += bias[start:stop]', 'M[1, 1] += bias[:stop - start]', lambda **o: Conv2D(33, 140, **o), (1, 10, 13, 33),
+    (winograd_2d, 'M[1, 1] += bias[channels]', 'M[1, 1] += bias[:some * width]', lambda **o: Conv2D(33, 140, **o), (1, 10, 13, 33),
      {'dbias'}),
-    (winograd_2d, 'U is None else U[i][k]', 'U is None else U[i][0]', lambda **o: Conv2D(33, 70, **o),
+    (winograd_2d, 'numpy.matmul(V, U[i][share], out', 'numpy.matmul(V, U[i][share][:1], out', lambda **o: Conv2D(33, 70, **o),
      (4, 21, 26, 33), {'dx', 'dweight'}),
     (winograd_2d, 'matrix, weight = G[:, ::-1], weight', 'matrix, weight = G, weight', lambda **o: Conv2D(34, 40, **o), (1, 10, 13, 34), {'dx'}),
     (winograd_2d, 'dweight[:, :, piece] = ', 'dweight[:, :, piece] = 1.001 * ', lambda **o: Conv2D(33, 70, **o), (4, 21, 26, 33), {'dweight'}),

@@ -24,7 +24,7 @@ It serves every geometry, and rounds like the plain path.
 import numpy
 
 from ..engine.memory import empty, scratch
-from ..engine.parallel import block_size, cut, cut_images, parallel_for
+from ..engine.parallel import cut, cut_images, parallel_for
 from ..engine.paths import note
 from ..engine.pixelwise import for_rows
 from . import plain
@@ -72,8 +72,7 @@ def forward(x, weight, geometry, bias=None, then=None):
     H_out, W_out = geometry.output_size(x.shape[1:3])
     y = empty((len(x), H_out, W_out, C_out), x)
     matrix = weight.reshape(-1, C_out)                                       # (KH·KW·C_in, C_out)
-    most = rows_per_block(W_out, KH * KW * C_in, x.itemsize)
-    strips = cut_images(len(x), H_out, block_size(len(x) * H_out, most, -(-LEAST_PIXELS // W_out)))
+    strips = cut_images(len(x), H_out, rows_per_block(W_out, KH * KW * C_in, x.itemsize))
     # Where the image is small and the channels are many, blocks also share the output channels.
     channels = cut(C_out, CHANNELS if len(strips) < 8 else C_out)
     if len(channels) > 1:

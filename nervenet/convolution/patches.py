@@ -15,7 +15,7 @@ import math
 import numpy
 
 from ..engine.memory import empty, scratch
-from ..engine.parallel import block_size, cut, parallel_for
+from ..engine.parallel import cut, parallel_for
 from .strips import sum_in_parts
 
 BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still in the cache when it is rearranged
@@ -36,8 +36,7 @@ def _rows_of_windows(x, kernel_size):
 
 def _blocks(windows):
     """Cut rows of windows into blocks of about BLOCK_BYTES, and at least LEAST_PIXELS windows."""
-    rows, least = len(windows), -(-LEAST_PIXELS // windows.shape[1])
-    return cut(rows, block_size(rows, max(BLOCK_BYTES * rows // windows.nbytes, least), least))
+    return cut(len(windows), max(BLOCK_BYTES * len(windows) // windows.nbytes, -(-LEAST_PIXELS // windows.shape[1])))
 
 
 def _matrix(windows, block):

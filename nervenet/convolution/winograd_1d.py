@@ -15,7 +15,7 @@ Here this is done down the columns of the image, with whole rows for pixels: d i
     y = Aᵀ M                                         one product: (4×6) @ (6 × W·C_out)
 
 The windows of three neighbouring pixels are 3·C_in values side by side in memory, so they need no copy either: windows
-0, 3, 6, … are the rows of one matrix, windows 1, 4, 7, … of a second, and 2, 5, 8, … of a third. Every step is a matrix
+0, 3, 6, … are the rows of one matrix, windows 1, 4, 7, … of a second, and 2, 5, 8, … of a third (`thirds`). Every step is a matrix
 product on memory as it lies, small enough for BLAS to skip its own rearranging.
 
 The gradient to the weight is the chain rule through these lines, that is their transposes: Z = A dy, dU_u =
@@ -29,6 +29,7 @@ large where values are near 1e-39, which float32 holds with fewer digits.
 """
 
 import numpy
+from numpy.lib.stride_tricks import as_strided
 
 from ..engine.memory import empty, scratch
 from ..engine.parallel import block_size, cut_images, parallel_for
@@ -53,7 +54,7 @@ AT = numpy.array([[1, 1, 1, 1, 1, 0],
                   [0, 1, -1, 8, -8, 1]])
 
 BLOCK_VALUES = 64 * 1024                # pixels times channels of one block, which has 1.5 times as many in V and in M
-LEAST_VALUES = 4 * 1024                 # of one block
+HALF_VALUES = 48 * 1024                 # of each of two blocks, where there are no more
 
 
 def transform_rows(matrix, x, images, tiles, padding, width, name):
@@ -65,7 +66,10 @@ def transform_rows(matrix, x, images, tiles, padding, width, name):
     """
     (p, q), (top, left), x = matrix.shape, padding, x[images]
     (n, H, W, C), number = x.shape, tiles.stop - tiles.start
-    values = scratch(name, (p, n, number, width, C), x.dtype)
+    size = p * n * number * width * C
+    memory = scratch(name, (size + 2 * C,), x.dtype)
+    memory[size:] = 0                                                        # see `thirds`
+    values = memory[:size].reshape(p, n, number, width, C)
     if left == 1 and width == W + 2:
         values[:, :, :, ::W + 1] = 0                                         # the first and the last column at once
     else:
@@ -106,17 +110,20 @@ def write_rows(values, y, images, tiles, channels=slice(None)):
                 y[:, first:first + part.shape[1], :, channels] = part
 
 
-def shifts(pixels):
-    """Yield (slice of pixels, slice of windows) for the three matrices that hold every third window of three pixels."""
-    for shift in range(3):
-        length = (pixels - shift) // 3 * 3
-        yield slice(shift, shift + length), slice(shift, shift + length, 3)
+def thirds(values, pixels, window):
+    """Return a view (3, 6, rows, window·C) of values (6, …, C), `pixels` of them at each point: every third window of so many pixels.
+
+    Windows 0, 3, 6, … make the first matrix of each point, 1, 4, 7, … the second, 2, 5, 8, … the third. The last ones may reach two pixels
+    over the end, into what `transform_rows` leaves there; windows that run from a row of the image into the next one mean nothing.
+    """
+    C, size = values.shape[-1], values.itemsize
+    return as_strided(values, (3, 6, -(-(pixels - 2) // 3), window * C), (C * size, pixels * C * size, 3 * C * size, size))
 
 
 def blocks_of(N, H_out, width, channels):
     """Cut N images into blocks of (images, rows of tiles); a tile is 4 output rows high."""
-    R = -(-H_out // 4)
-    return cut_images(N, R, block_size(N * R, BLOCK_VALUES // (width * channels), LEAST_VALUES // (width * channels)))
+    R, values = -(-H_out // 4), width * channels
+    return cut_images(N, R, block_size(N * R, max(1, BLOCK_VALUES // values), HALF_VALUES // values))
 
 
 def forward(x, weight, geometry, bias=None, then=None, kept=None, split=None):
@@ -139,15 +146,14 @@ def forward(x, weight, geometry, bias=None, then=None, kept=None, split=None):
 
     def work(block):
         images, tiles = block
-        V = [transform_rows(BT, part, images, tiles, padding, width, f'V{i}').reshape(6, -1, part.shape[3])      # (6, pixels, C)
-             for i, part in enumerate(parts)]
+        V = [transform_rows(BT, part, images, tiles, padding, width, f'V{i}') for i, part in enumerate(parts)]
+        pixels = (images.stop - images.start) * (tiles.stop - tiles.start) * width
         for i, result in enumerate(y):
             C = result.shape[3]
             shape = 6, images.stop - images.start, tiles.stop - tiles.start, width, C
-            for j, points in enumerate(V):
+            for j, values in enumerate(V):
                 product = scratch(f'M{min(j, 1)}', shape, result.dtype)
-                for pixels, windows in shifts(points.shape[1]):              # a row's last two windows are never read
-                    numpy.matmul(points[:, pixels].reshape(6, -1, 3 * points.shape[2]), U[i][j], out=product.reshape(6, -1, C)[:, windows])
+                numpy.matmul(thirds(values, pixels, 3), U[i][j], out=thirds(product, pixels, 1))
                 M = product if j == 0 else numpy.add(M, product, out=M)      # of the parts of a join
             if bias is not None:
                 # The second column of Aᵀ is all ones: what is added at this point is added to all four rows.
@@ -174,14 +180,13 @@ def weight_gradient(x, dy, geometry):
 
     def term(block, within):
         images, tiles = block
+        pixels = (images.stop - images.start) * (tiles.stop - tiles.start) * width
         # Zero in the last two columns of each row, so that the windows that do not exist count for nothing.
-        Z = transform_rows(AT.T, dy, images, tiles, (0, 0), width, 'Z').reshape(6, -1, C_out)
+        Z = thirds(transform_rows(AT.T, dy, images, tiles, (0, 0), width, 'Z'), pixels, 1)
         dU = numpy.empty((6, 3, C_in, C_out), dy.dtype)
         for part, channels in pieces(parts, within):
-            C = part.shape[3]
-            V = transform_rows(BT, part, images, tiles, geometry.padding, width, 'V0').reshape(6, -1, C)
-            dU[:, :, channels] = sum(V[:, pixels].reshape(6, -1, 3 * C).swapaxes(1, 2) @ Z[:, windows]
-                                     for pixels, windows in shifts(V.shape[1])).reshape(6, 3, C, C_out)
+            V = thirds(transform_rows(BT, part, images, tiles, geometry.padding, width, 'V0'), pixels, 3)
+            dU[:, :, channels] = (V.swapaxes(2, 3) @ Z).sum(axis=0).reshape(6, 3, -1, C_out)
         return dU
 
     def finish(dU):

@@ -40,6 +40,7 @@ from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
 TILE_VALUES = 16 * 1024                 # tiles times channels of one block, which has 36 times as many values in V
 LEAST_TILES = 32                        # of one block, because it reads all of U
+HALF_TILES = 96                         # of each of two blocks, where there are no more
 FEW_TILES = 128                         # up to so many in all, blocks share the channels, not the tiles
 SUMMED_TILES = 256                      # tiles that one term of a weight gradient sums over, if there are no more
 SHARES = 8                              # blocks that share the channels
@@ -85,53 +86,56 @@ def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None,
     (N, H, W, _), (C_in, C_out), dtype = parts[0].shape, weight.shape[2:], parts[0].dtype
     (H_out, W_out), padding = geometry.output_size((H, W)), geometry.padding
     R, columns = -(-H_out // 4), -(-W_out // 4)
-    few = N * R * columns <= (LEAST_TILES if kept else FEW_TILES)
-    tiles_per_block = FEW_TILES if few else block_size(N * R * columns, max(LEAST_TILES, TILE_VALUES // max(C_in, C_out)), LEAST_TILES)
+    few = N * R * columns <= FEW_TILES
+    tiles_per_block = FEW_TILES if few else block_size(N * R * columns, max(LEAST_TILES, TILE_VALUES // max(C_in, C_out)), HALF_TILES)
     outs = [slice(0, C_out)] if split is None else [slice(0, split), slice(split, C_out)]
     y = [empty((N, H_out, W_out, out.stop - out.start), parts[0]) for out in outs]
-    width = max(16, min(64, PIECE // (min(tiles_per_block, N * R * columns) * C_in) // 16 * 16))
-    panels = [cut(result.shape[3], width) for result in y]                   # of each result
+    most = max(16, min(64, PIECE // (min(tiles_per_block, N * R * columns) * C_in)))
+    widths = [next((n for n in range(most, 15, -1) if result.shape[3] % n == 0), result.shape[3]) for result in y]
     at = AT.astype(dtype)
 
-    def panel(i, within, memory):
-        """Return U of some output channels of result i, (36, C_in, channels), in `memory`."""
-        out = slice(outs[i].start + within.start, outs[i].start + within.stop)
-        return transform_weight(matrix, weight[..., out], memory.reshape(36, C_in, -1))
+    def panel(i, k, U):
+        """Fill U (36, C_in, width) with the k-th panel of result i, and return it."""
+        start = outs[i].start + k * widths[i]
+        return transform_weight(matrix, weight[..., start:start + widths[i]], U)
 
     def all_panels():
-        U = [numpy.empty(36 * C_in * result.shape[3], dtype) if kept else empty((36 * C_in * result.shape[3],), result) for result in y]
-        made = parallel_for([(i, within) for i, of_result in enumerate(panels) for within in of_result],
-                            lambda block: panel(*block, U[block[0]][36 * C_in * block[1].start:36 * C_in * block[1].stop]))
-        return [made[:len(panels[0])], made[len(panels[0]):]]
+        """Return U of each result, (panels, 36, C_in, width)."""
+        shapes = [(result.shape[3] // width, 36, C_in, width) for result, width in zip(y, widths)]
+        U = [numpy.empty(shape, dtype) if kept else empty(shape, result) for shape, result in zip(shapes, y)]
+        parallel_for([(i, k) for i, panels in enumerate(U) for k in range(len(panels))], lambda block: panel(*block, U[block[0]][block[1]]))
+        return U
 
     # With few tiles, U would be larger than all else: unless it is kept, each block then makes its panels as it uses them.
     note('few tiles' if few else 'many tiles')
-    U = kept(('winograd_2d', width), all_panels) if kept else None if few else all_panels()
+    U = kept(('winograd_2d', *widths), all_panels) if kept else None if few else all_panels()
 
     def work(block):
         (images, tiles), shares = block
         n, number = images.stop - images.start, tiles.stop - tiles.start
         V = transform_tiles(BT, parts, images, tiles, padding, columns, 'V')                      # (36, tiles, C_in)
         for i, share in shares:
-            start, stop = panels[i][share.start].start, panels[i][share.stop - 1].stop           # the channels of this share
-            M = scratch('M', (36, V.shape[1], stop - start), dtype)
-            for k in range(share.start, share.stop):
-                within = panels[i][k]
-                size = 36 * C_in * (within.stop - within.start)
-                numpy.matmul(V, panel(i, within, scratch('U', (size,), dtype)) if U is None else U[i][k],
-                             out=M[:, :, within.start - start:within.stop - start])
+            width, some = widths[i], share.stop - share.start
+            channels = slice(share.start * width, share.stop * width)
+            M = scratch('M', (36, V.shape[1], some * width), dtype)
+            of_panels = M.reshape(36, V.shape[1], some, width).transpose(2, 0, 1, 3)
+            if U is not None:
+                numpy.matmul(V, U[i][share], out=of_panels)                  # (36, tiles, C_in) @ (panels, 36, C_in, width)
+            else:
+                for k in range(some):
+                    numpy.matmul(V, panel(i, share.start + k, scratch('U', (36, C_in, width), dtype)), out=of_panels[k])
             M = M.reshape(6, 6, n, number, columns, -1)
             if bias is not None:
-                M[1, 1] += bias[start:stop]                                  # Aᵀ's column of ones adds it to 16 outputs
-            rows = scratch('rows', (6, n, number, columns, 4, stop - start), dtype)
+                M[1, 1] += bias[channels]                                    # Aᵀ's column of ones adds it to 16 outputs
+            rows = scratch('rows', (6, n, number, columns, 4, some * width), dtype)
             numpy.matmul(at, M.transpose(0, 2, 3, 4, 1, 5), out=rows)        # M A
-            write_rows(rows.reshape(6, n, number, 4 * columns, -1), y[i], images, tiles, slice(start, stop))
+            write_rows(rows.reshape(6, n, number, 4 * columns, -1), y[i], images, tiles, channels)
         if then and not few:
             rows = slice(4 * tiles.start, min(4 * tiles.stop, H_out))
             then((images, rows), y[0][images, rows])
 
-    shares = [(i, share) for i, of_result in enumerate(panels)
-              for share in cut(len(of_result), -(-len(of_result) // SHARES) if few else len(of_result))]
+    shares = [(i, share) for i, (result, width) in enumerate(zip(y, widths)) for panels in [result.shape[3] // width]
+              for share in cut(panels, -(-panels // SHARES) if few else panels)]
     strips = cut_images(N, R, tiles_per_block // columns)
     parallel_for([(strip, [share]) for strip in strips for share in shares] if few else [(strip, shares) for strip in strips], work)
     if then and few:

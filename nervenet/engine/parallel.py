@@ -37,7 +37,6 @@ import numpy
 
 from . import memory, plan
 
-BLOCKS = 4                                          # that small work is cut into: some laptop's cores; more would cost more than they give
 LINGER = 0.25                                       # seconds: far longer than the gaps between two layers of a network
 PATIENCE = 10                                       # seconds that a fork waits; longer only if blocks wait for who forks
 
@@ -80,12 +79,14 @@ def cut_images(images, rows, rows_per_block):
     return [(several, slice(0, rows)) for several in cut(images, rows_per_block // rows)]
 
 
-def block_size(total, most, least):
-    """Return how much of `total` a block should hold: `most`, but where there is little in all, less, so that several cores have work.
+def block_size(total, most, half):
+    """Return how much of `total` a block should hold: at most `most`, in an even number of blocks, so that two cores end together.
 
-    It is not worth a core's while below `least`.
+    What is less than twice `half` stays one block. Threads that compute only briefly before they need Python's lock again get into each
+    other's way: below some tenths of a millisecond, a block is not worth a core's while.
     """
-    return min(most, max(least, -(-total // BLOCKS)))
+    number = -(-total // most)
+    return -(-total // (number + number % 2 if total >= 2 * half else number))
 
 
 # --- How many threads -------------------------------------------------------------------------------------------------

@@ -33,11 +33,11 @@ import numpy
 
 from .backend import get_array_module
 from .memory import empty, scratch
-from .parallel import block_size, cut_images, parallel_for
+from .parallel import block_size, cut, cut_images, parallel_for
 from .paths import note, only_plain
 
 BLOCK_VALUES = 2**18            # 1 MiB of float32
-LEAST_VALUES = 2**15            # less is not worth a block of its own
+HALF_VALUES = 2**17             # of each of two blocks, where there are no more
 ROW_VALUES = 2**12              # values in a row, at most, where pixels are joined
 CHAIN = 128                     # values added in a row before their sum goes on in float64
 
@@ -68,7 +68,7 @@ def for_rows(x, work):
     """Call `work((images, rows))` with slices that together cover the images and rows of x (N, H, W, C)."""
     N, H, W, C = x.shape
     on_host = get_array_module(x) is numpy
-    rows = block_size(N * H, BLOCK_VALUES // (W * C), LEAST_VALUES // (W * C))
+    rows = block_size(N * H, max(1, BLOCK_VALUES // (W * C)), HALF_VALUES // (W * C))
     parallel_for(cut_images(N, H, rows) if on_host else [(slice(None), slice(None))], work)
 
 
@@ -177,11 +177,10 @@ def _cut(arrays, channels=()):
     pixels = arrays[0].size // C
     joined = _pixels_in_a_row(pixels, C) if all(array.flags.c_contiguous for array in arrays) else 1
     flat = [array.reshape(pixels // joined, joined * C) for array in arrays]
-    rows = block_size(len(flat[0]), max(1, BLOCK_VALUES // (joined * C)), max(1, LEAST_VALUES // (joined * C)))
-    if len(flat[0]) > rows:
+    blocks = cut(len(flat[0]), block_size(len(flat[0]), max(1, BLOCK_VALUES // (joined * C)), HALF_VALUES // (joined * C)))
+    if len(blocks) > 1:
         note('blocks of pixels')
-    return (flat, [numpy.tile(vector, joined) for vector in channels],
-            [slice(start, min(start + rows, len(flat[0]))) for start in range(0, len(flat[0]), rows)])
+    return flat, [numpy.tile(vector, joined) for vector in channels], blocks
 
 
 def _sum(values, C):
