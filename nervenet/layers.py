@@ -377,11 +377,13 @@ class MaxPool2D(Layer):
         dx[:, :, W_used:] = 0
 
         def give_to_the_first(block):
-            unclaimed = xp.ones(y[block].shape, bool)                          # windows whose maximum is still to be met
-            for pixel, dpixel in zip(self.windows(x, block), self.windows(dx, block)):
-                first = (pixel == y[block]) & unclaimed
-                dpixel[...] = dy[block] * first
-                unclaimed &= ~first
+            rest = dy[block].copy()                                            # what no pixel has claimed yet
+            *others, (_, last) = zip(self.windows(x, block), self.windows(dx, block))
+            for pixel, dpixel in others:
+                share = rest * (xp.ascontiguousarray(pixel) == y[block])       # all or nothing
+                dpixel[...] = share
+                rest -= share
+            last[...] = rest                                                   # one of them was the maximum
 
         for_rows(y, give_to_the_first)
         return dx

@@ -85,7 +85,7 @@ def block_size(total, most, half):
     What is less than twice `half` stays one block. Threads that compute only briefly before they need Python's lock again get into each
     other's way: below some tenths of a millisecond, a block is not worth a core's while.
     """
-    number = -(-total // most)
+    number = max(1, -(-total // most))
     return -(-total // (number + number % 2 if total >= 2 * half else number))
 
 

@@ -59,7 +59,7 @@ def back_in_sequence(dy, *layers, input_gradient=True):
         layer = layers.pop()
         kinds = [type(layer), *map(type, layers[-1:])]                          # this one, and the one before it
         if type(layer) is BatchNorm2D:
-            dy, sums = layer.backward(dy, sums), None
+            dy, sums = layer.backward(dy, sums=sums), None
         elif kinds == [Conv2D, ReLU] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
             note('ReLU in the gradient')
             y, = layers.pop().take()
