@@ -48,7 +48,6 @@ def main(arguments=None):
 
     times, oddities, names, skipped = [], {}, set(), 0                    # times: (latency, reading, network, writing) of each frame
     with suppress(KeyboardInterrupt):
-        print(f'watching {args.folder}; Ctrl-C ends it', flush=True)
         for path, seen in arrivals(args.folder, args.existing, args.idle):
             start = time.perf_counter()
             try:
@@ -96,6 +95,7 @@ def arrivals(folder, existing, idle):
                 if suffix.lower() in SUFFIXES and not stem.startswith('.') and not MASK_NAME.fullmatch(stem)}
 
     known = set() if existing else names()
+    print(f'watching {folder}; Ctrl-C ends it', flush=True)
     at_start, last = existing, time.perf_counter()
     while idle is None or time.perf_counter() - last < idle:
         seen, new = time.perf_counter(), names() - known
