@@ -2,31 +2,32 @@
 
     python examples/predict.py --model RUN/best.npz --input FOLDER-or-FILES --output FOLDER
 
-Writes into the output folder, for each image, {name}_mask.png (0 and 255, at the image's own size) and {name}_overlay.png (the
-prediction in orange; in blue the mask, where one is there to compare with), and for all of them results.csv: area, centroid,
-confidence, and Dice where there is a mask.
+Writes into the output folder, for each image, {name}_mask.png (0 and 255, at the image's own size) and, with --overlays,
+{name}_overlay.png (the prediction in orange; in blue the mask, where one is there to compare with), and for all of them
+results.csv: area, centroid, confidence, and Dice where there is a mask.
 """
 
 import argparse
 import csv
 import io
 import sys
-from dataclasses import asdict
-from functools import partial
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy
-from PIL import Image
 
 from nervenet.study import figures
-from nervenet.engine.backend import select_device
+from nervenet.engine.parallel import number_of_threads
 from nervenet.files import atomic_write, make_folder, refuse_content
-from nervenet.images.data import mask_oddity, oddity_warning, read_ahead, read_image, read_mask_of, resize_mask, white_of
-from nervenet.images.samples import DataError, find_samples
+from nervenet.images.data import in_background, mask_oddity, oddity_warning, read_image, read_mask_of, resize, resize_mask
+from nervenet.images.samples import DataError, Sample, find_samples
 from nervenet.metrics import SegmentationScores
-from nervenet.study.segment import Segmenter, describe
+from nervenet.study.segment import describe, intensity_warning, open_segmenter
 from nervenet.study.submission import TEST_HEADER, encode, write_submission
-from nervenet.study.options import positive
+from nervenet.study.options import HelpFormatter, add_prediction_options, positive
 from nervenet.study.report import print_whatever_comes, progress
 
 CLEAR_LINE = '\r\x1b[K'               # a progress bar may stand there
@@ -35,13 +36,7 @@ COLUMNS = 'image', 'area', 'share', 'row', 'column', 'confidence', 'dice'
 
 def main(arguments=None):
     args = parse(arguments)
-    device, _, reason = select_device(args.device, args.precision)
-    segmenter, extra = Segmenter.from_file(args.model, **args.settings)
-    segmenter.model.to(device)
-    settings = segmenter.settings
-    print(f'{reason}\nmodel:    {args.model}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}\nsettings: '
-          + ', '.join(f'{name} {value}' for name, value in asdict(settings).items()))
-
+    segmenter, extra = open_segmenter(args)
     samples = find_samples(args.input, masks='optional', tell=print)
     names = [sample.name for sample in samples]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
@@ -56,31 +51,27 @@ def main(arguments=None):
     if args.submission:
         make_folder(args.submission.absolute().parent, '--submission')
 
-    results, judged, failed, runs, odd_images, odd_masks = [], [], [], [], [], []
+    results, judged, failed, runs, odd_images, odd_masks = [], [], [], [], {}, []
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
-    batches = [samples[start:start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
-    read = partial(read_batch, mask_threshold=args.mask_threshold, white=args.white)
-    for batch in progress(read_ahead(read, batches), len(batches), 'predicting'):
-        for sample, image, _, error in batch:
-            if error:
-                failed.append(sample.name)
-                what = 'skipped' if image is None else 'predicted, but not scored'
-                print(f'{CLEAR_LINE if sys.stderr.isatty() else ""}{what}: {error}', file=sys.stderr)
-        good = [(sample, image, truth) for sample, image, truth, _ in batch if image is not None]
-        probabilities = segmenter.probabilities([image for _, image, _ in good]) if good else []
-        for (sample, image, truth), probability in zip(good, probabilities):
-            mask = settings.mask(probability)
-            result = {'image': sample.name, **describe(mask, probability), 'dice': ''}
-            odd_images.append((sample, segmenter.oddity(image)))
-            if truth is not None:
-                odd_masks.append((sample.mask_path.name, mask_oddity(sample, truth)))
-                count(scores, mask, truth, extra)
-                judged.append(result)
-            results.append(result)
-            runs.append((sample.name, encode(mask)))
-            figures.save(Image.fromarray(255 * mask.astype('uint8')), args.output / f'{sample.name}_mask.png')
-            if args.overlays:
-                figures.save(figures.overlay(image, mask, truth, size=image.shape), args.output / f'{sample.name}_overlay.png')
+    read, write = partial(read_frame, args, segmenter), partial(write_frame, args, segmenter.settings, mean_mask_at(extra))
+    # Files are read and written on all cores while the network computes; of the images themselves few are held at a time.
+    with (closing(in_background(read, samples, args.batch_size, number_of_threads())) as frames,
+          closing(in_background(write, predicted(segmenter, frames, args.batch_size), args.batch_size, number_of_threads())) as written):
+        for frame in progress(written, len(samples), 'predicting', unit='images'):
+            if frame.error:
+                failed.append(frame.sample.name)
+                what = 'skipped' if frame.result is None else 'predicted, but not scored'
+                print(f'{CLEAR_LINE if sys.stderr.isatty() else ""}{what}: {frame.error}', file=sys.stderr)
+            if frame.result is None:
+                continue
+            results.append(frame.result)
+            runs.append((frame.sample.name, frame.run_lengths))
+            odd_images[frame.sample.image_path] = frame.odd_image
+            if frame.scores:
+                judged.append(frame.result)
+                odd_masks.append((frame.sample.mask_path.name, frame.odd_mask))
+                for name, counted in frame.scores.items():
+                    scores[name].counts += counted.counts
 
     if judged:
         for result, dice in zip(judged, scores['network'].dice_of_images()):
@@ -109,43 +100,91 @@ def main(arguments=None):
     return 0
 
 
-def intensity_warning(odd_images, white):
-    """Return what is to be said of [(sample, words or '')] about intensities far from those of training; '' if nothing.
+@dataclass
+class Frame:
+    """What is known of one image on its way; None, or '', what is not, or no longer of use.
 
-    `white` is the level that was given, or None.
+    prepared    (h, w), as the network is to see it; None if the image cannot be read
+    picture     (H, W) uint8, to draw on
+    truth       (H, W) uint8 0/1, to compare with
+    result      the row of results.csv
+    scores      {name: SegmentationScores of this image}, where there is a truth
     """
-    samples, oddities = zip(*odd_images) if odd_images else ((), ())
-    oddities = [oddity and f'{oddity} than those the network was trained on, so their masks may be wrong' for oddity in oddities]
-    said = oddity_warning('images', [sample.name for sample in samples], oddities)
-    first = next((sample for sample, oddity in odd_images if oddity), None)
-    if first and white is None and (likely := white_of(first.image_path)):
-        said += f'\n{first.name} uses few levels of its 16 bits: if it holds fewer bits, give --white {likely}'
-    return said
+
+    sample: Sample
+    error: DataError | None = None
+    size: tuple | None = None
+    prepared: numpy.ndarray | None = None
+    picture: numpy.ndarray | None = None
+    truth: numpy.ndarray | None = None
+    odd_image: str = ''
+    odd_mask: str = ''
+    probabilities: numpy.ndarray | None = None
+    result: dict | None = None
+    run_lengths: str = ''
+    scores: dict | None = None
 
 
-def read_batch(samples, mask_threshold, white):
-    """Return [(sample, image (H, W) or None, truth (H, W) or None, error or None)]: one bad file does not stop the others."""
-    batch = []
-    for sample in samples:
-        image = truth = error = None
-        try:
-            image = read_image(sample.image_path, white)
-            if sample.mask_path:
-                truth = read_mask_of(sample, image, mask_threshold)
-        except DataError as problem:
-            error = problem
-        batch.append((sample, image, truth, error))
-    return batch
+def read_frame(args, segmenter, sample):
+    """Return the Frame of a sample, read and prepared: one bad file does not stop the others."""
+    frame = Frame(sample)
+    try:
+        image = read_image(sample.image_path, args.white)
+        frame.size, frame.prepared = image.shape, segmenter.prepare(image)
+        frame.odd_image = segmenter.oddity(frame.prepared)
+        if args.overlays:
+            frame.picture = numpy.round(image * 255).astype('uint8')
+        if sample.mask_path:
+            frame.truth = read_mask_of(sample, image, args.mask_threshold)
+            frame.odd_mask = mask_oddity(sample, frame.truth)
+    except DataError as problem:
+        frame.error = problem
+    return frame
 
 
-def count(scores, mask, truth, extra):
-    """Count this image for the network and for the baselines."""
-    target = truth[None, :, :, None]
-    candidates = {'network': mask, 'empty mask': numpy.zeros_like(mask)}
-    if 'mean_training_mask' in extra:
-        candidates['mean training mask'] = resize_mask(extra['mean_training_mask'], truth.shape)
-    for name, candidate in candidates.items():
-        scores[name].update(candidate[None, :, :, None].astype('float64'), target)
+def predicted(segmenter, frames, batch_size):
+    """Yield `frames` with their probabilities at the network's size, predicted so many at once."""
+    while batch := list(islice(frames, batch_size)):
+        good = [frame for frame in batch if frame.prepared is not None]
+        for frame, probabilities in zip(good, segmenter.maps([frame.prepared for frame in good])):
+            frame.probabilities, frame.prepared = probabilities, None
+        yield from batch
+
+
+def write_frame(args, settings, mean_mask, frame):
+    """Write the mask of a frame, and its overlay if asked for; return the frame with all that is to be said of it."""
+    if frame.probabilities is None:
+        return frame
+    probability = resize(frame.probabilities, frame.size)
+    mask = settings.mask(probability)
+    figures.save_mask(mask, args.output / f'{frame.sample.name}_mask.png')
+    if args.overlays:
+        figures.save(figures.overlay(frame.picture, mask, frame.truth, size=frame.size), args.output / f'{frame.sample.name}_overlay.png',
+                     durable=False, compress_level=1)
+    frame.result = {'image': frame.sample.name, **describe(mask, probability), 'dice': ''}
+    if args.submission:
+        frame.run_lengths = encode(mask)
+    if frame.truth is not None:
+        frame.scores = counts(mask, frame.truth, mean_mask)
+    frame.probabilities = frame.picture = frame.truth = None
+    return frame
+
+
+def mean_mask_at(extra):
+    """Return a function of a size (H, W) that gives the mean training mask of a model file at that size, or None if it has none."""
+    if 'mean_training_mask' not in extra:
+        return lambda size: None
+    return lru_cache(8)(partial(resize_mask, extra['mean_training_mask']))
+
+
+def counts(mask, truth, mean_mask):
+    """Return {name: SegmentationScores} of one image, for the network and for the baselines."""
+    scores = {}
+    for name, candidate in (('network', mask), ('empty mask', numpy.zeros_like(mask)), ('mean training mask', mean_mask(truth.shape))):
+        if candidate is not None:
+            scores[name] = SegmentationScores()
+            scores[name].update(candidate[None, :, :, None], truth[None, :, :, None])
+    return scores
 
 
 def print_scores(scores):
@@ -161,33 +200,19 @@ def print_scores(scores):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    parser.add_argument('--model', type=Path, required=True, metavar='FILE', help='model file, such as RUN/best.npz')
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split('\n')[0], formatter_class=HelpFormatter)
     parser.add_argument('--input', type=Path, nargs='+', required=True, metavar='PATH', help='folders of images, or image files')
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER', help='new folder for masks, overlays and results.csv')
-    parser.add_argument('--submission', type=Path, default=None, metavar='FILE.csv',
+    parser.add_argument('--submission', type=Path, metavar='FILE.csv',
                         help="also write the masks' run-length encoding, as the Kaggle competition takes it")
-    parser.add_argument('--mask-threshold', type=positive, default=None, metavar='N',
+    parser.add_argument('--mask-threshold', type=positive, metavar='N',
                         help='where masks are there to compare with: count their values from N up as foreground')
-    parser.add_argument('--white', type=positive, default=None, metavar='LEVEL',
-                        help='level that is white in the images, such as 4095 for 12 bits in a 16-bit file; by default the '
-                             'highest of the file')
-    parser.add_argument('--no-overlays', dest='overlays', action='store_false', default=True, help='write masks only')
-    parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='images predicted at once')
-    parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
-    parser.add_argument('--precision', choices=['fp32', 'tf32'], default=None,
-                        help='of matrix products on a GPU; by default tf32 where the GPU has it')
-    stored = parser.add_argument_group('from probabilities to a mask', 'Each default was chosen on the validation or inner subjects of the '
-                                       'training run and is stored in the model file.')
-    stored.add_argument('--threshold', type=float, metavar='P', help='a pixel is nerve where its probability is above P')
-    stored.add_argument('--minimal-area', type=float, metavar='SHARE',
-                        help='a mask that covers less than this share of the image counts as empty')
-    stored.add_argument('--flip-average', action=argparse.BooleanOptionalAction, help='average with the prediction of the mirrored image')
+    parser.add_argument('--overlays', action='store_true', help='also draw each mask on its image, which takes longer than all the rest')
+    parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='images predicted at once')
+    add_prediction_options(parser)
     args = parser.parse_args(arguments)
     if args.batch_size < 1:
         parser.error(f'--batch-size is {args.batch_size}; expected 1 or more')
-    args.settings = {name: value for name, value in vars(args).items() if name in ('threshold', 'minimal_area', 'flip_average')}
     return args
 
 
@@ -196,7 +221,7 @@ if __name__ == '__main__':
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print('predict.py: stopped; masks and overlays so far are in --output, results.csv is not', file=sys.stderr)
+        print('predict.py: stopped; what was predicted so far is in --output, results.csv is not', file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError, MemoryError, OverflowError) as error:
         sys.exit(f'predict.py: {error}')

@@ -10,24 +10,28 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path, durable=True):
     """Open a binary file for writing that takes the name `path` when the block ends, and vanishes if the block fails.
 
     The new content lies in the same folder under a fixed name, `path` + '.partial': what a killed process leaves there
     is overwritten by the next attempt. One process at a time may write a given path. Raises OSError.
+
+    With durable=False nothing waits for the disk: all of this then holds if the process is killed, but after a power failure a
+    new file may be empty. That is for many files that can be made again, such as predicted masks.
     """
     path = Path(path)
     partial = path.with_name(path.name + '.partial')
     try:
         with open(partial, 'wb') as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())         # the content must be on the disk before the name points to it
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())     # the content must be on the disk before the name points to it
         os.replace(partial, path)
     except BaseException:                   # also Ctrl-C
         partial.unlink(missing_ok=True)
         raise
-    if os.name == 'posix':
+    if durable and os.name == 'posix':
         with contextlib.suppress(OSError):  # some network folders refuse; the file itself is whole and on the disk
             folder = os.open(path.parent, os.O_RDONLY)
             try:

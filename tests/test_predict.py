@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy
@@ -12,7 +13,10 @@ import pytest
 from PIL import Image
 
 import nervenet
+from nervenet.images.data import read_image, read_mask
 from nervenet.images.samples import DataError
+from nervenet.study import figures
+from nervenet.study.segment import Segmenter, describe
 
 ROOT = Path(__file__).parents[1]
 MEAN, STD = 0.4, 0.2
@@ -52,7 +56,7 @@ def run(job, data, *inputs, **options):
     """Predict the inputs, by default the folder, and return the rows of results.csv."""
     arguments = ['--model', data.parent / 'model.npz', '--input', *(inputs or [data]), '--output', data.parent / 'out']
     for name, value in options.items():
-        arguments += [f'--{name}', value]
+        arguments += [f'--{name.replace("_", "-")}', *([] if value is None else [value])]
     job.main(list(map(str, arguments)))
     return list(csv.DictReader((data.parent / 'out' / 'results.csv').read_text(encoding='utf-8').splitlines()))
 
@@ -66,6 +70,52 @@ def test_masks_given_by_a_pattern_are_compared_with_and_not_predicted(job, data,
     assert 'WARNING' not in said and 'with a mask' not in said
     with pytest.raises(DataError, match='1_2_mask.png: is a mask'):
         run(job, data, data / '1_1_mask.png', data / '1_2_mask.png')
+
+
+def test_results_are_those_of_images_predicted_one_by_one(job, data, rng):
+    segmenter, _ = Segmenter.from_file(data.parent / 'model.npz')
+    for number in range(3, 10):
+        frame(data / f'2_{number}.png', rng)
+    Image.fromarray(rng.integers(0, 256, (33, 41), dtype='uint8')).save(data / '2_10.tif', compression='tiff_lzw')
+    (data / '2_5.png').write_bytes(b'damaged')
+    rows = run(job, data, batch_size=4)
+    assert [row['image'] for row in rows] == ['1_1', '1_2', '2_1', '2_3', '2_4', '2_6', '2_7', '2_8', '2_9', '2_10']
+    assert {path.name for path in (data.parent / 'out').iterdir()} == {'results.csv', *(f'{row["image"]}_mask.png' for row in rows)}
+    for row in rows:
+        image = read_image(next(data.glob(f'{row["image"]}.*')))
+        probability, = segmenter.probabilities([image])
+        mask = segmenter.settings.mask(probability)
+        assert 0 < mask.sum() < mask.size
+        written = Image.open(data.parent / 'out' / f'{row["image"]}_mask.png')
+        assert written.mode == 'L'
+        numpy.testing.assert_array_equal(numpy.array(written), 255 * mask)
+        dice = ''
+        if (data / f'{row["image"]}_mask.png').exists():
+            truth = read_mask(data / f'{row["image"]}_mask.png')
+            dice = round(2 * (mask & (truth > 0)).sum() / (mask.sum() + truth.sum()), 4)
+        assert row == {key: str(value) for key, value in {'image': row['image'], **describe(mask, probability), 'dice': dice}.items()}
+
+
+def test_overlays_are_drawn_where_they_are_asked_for(job, data):
+    run(job, data, overlays=None)
+    image, truth = read_image(data / '1_1.png'), read_mask(data / '1_1_mask.png')
+    mask = numpy.array(Image.open(data.parent / 'out' / '1_1_mask.png')) > 0
+    numpy.testing.assert_array_equal(numpy.array(Image.open(data.parent / 'out' / '1_1_overlay.png')),
+                                     numpy.array(figures.overlay(image, mask, truth, size=image.shape)))
+
+
+def test_a_mask_that_cannot_be_written_ends_it_and_leaves_nothing_half_written(job, data, monkeypatch):
+    def full(image, file, *rest, **options):
+        file.write(b'half')
+        if '1_2' in file.name:
+            raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Image.Image, 'save', full)
+    with pytest.raises(OSError, match='No space left'):
+        run(job, data, batch_size=1)
+    names = {path.name for path in (data.parent / 'out').iterdir()}
+    assert '1_1_mask.png' in names <= {'1_1_mask.png', '2_1_mask.png'}
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith('background')]
 
 
 def test_what_has_no_mask_is_counted(job, data, capsys):

@@ -55,7 +55,7 @@ def test_images_of_any_dtype_that_says_what_is_white_are_predicted_alike(model, 
 def test_intensities_far_from_those_of_training_are_odd(rng):
     image = rng.normal(0.4, 0.2, (30, 40)).clip(0, 1).astype('float32')
     trained = Segmenter(UNet(base_channels=2, depth=1, input_mean=0.4, input_std=0.2, rng=rng), (30, 40))
-    assert trained.oddity(image) == trained.oddity((image * 255).astype('uint8')) == ''
+    assert trained.oddity(image) == trained.oddity(trained.prepare((image * 255).astype('uint8'))) == ''
     assert trained.oddity(image / 16) == 'much darker'
     assert Segmenter(UNet(base_channels=2, depth=1, rng=rng), (30, 40)).oddity(image / 16) == '', 'training is unknown'
 
@@ -141,6 +141,9 @@ def test_describe_gives_area_centroid_and_confidence():
     mask[2:4, 5] = True
     probability[2:4, 5] = 0.8, 0.9
     assert describe(mask, probability) == {'area': 2, 'share': round(2 / 48, 6), 'row': 2.5, 'column': 5.0, 'confidence': 0.85}
+    mask[0, 0], probability[0, 0] = True, 1                              # corners, and a hole between them that does not count
+    mask[5, 7], probability[5, 7] = True, 0.25
+    assert describe(mask, probability) == {'area': 4, 'share': round(4 / 48, 6), 'row': 2.5, 'column': 4.2, 'confidence': 0.7375}
 
 
 @pytest.mark.parametrize('extra, message', [

@@ -74,7 +74,7 @@ def read_image(path, white=None):
     if not (pixels.min() >= 0 and pixels.max() <= white):                            # false for NaN as well
         raise DataError(f'{path}: holds values from {pixels.min():g} to {pixels.max():g}, expected 0 to {white:g}; '
                         + ('scale it, or save it with 8 or 16 bits' if full == 1 else 'is another value white?'))
-    return pixels.astype(numpy.float32) / white
+    return numpy.divide(pixels, white, dtype=numpy.float32)
 
 
 def white_of(path):
@@ -478,7 +478,7 @@ class Loader:
                 self.waited_seconds += time.perf_counter() - asked
                 yield batch
 
-        with (closing(read_ahead(prepare, starts, self.read_ahead)) as batches,
+        with (closing(in_background(prepare, starts, self.read_ahead)) as batches,
               closing(copied_ahead(waited(batches), self.device)) as copied):
             for batch in copied:
                 yield batch if self.device == 'cpu' else self.transformed(*batch)
@@ -490,13 +490,14 @@ def drawn(indices, number, rng):
     return numpy.concatenate([numpy.tile(indices, times), rng.permutation(indices)[:rest]])
 
 
-def read_ahead(function, items, ahead=2):
-    """Yield `function(item)` for each of `items`, in order; a background thread keeps `ahead` results ready.
+def in_background(function, items, ahead=2, threads=1):
+    """Yield `function(item)` for each of `items`, in order; background threads work up to `ahead` items in advance.
 
-    An error in the background is raised here, as itself. A caller that leaves its loop half-way leaves no thread
-    behind.
+    The caller's own thread iterates over `items`. So it reads ahead where items are files, and writes behind where they are
+    results. An error in the background is raised here, as itself and in its place. A caller that leaves its loop half-way
+    leaves no thread behind.
     """
-    pending, background = deque(), ThreadPoolExecutor(1, thread_name_prefix='read ahead')
+    pending, background = deque(), ThreadPoolExecutor(threads, thread_name_prefix='background')
     try:
         for item in items:
             pending.append(background.submit(function, item))

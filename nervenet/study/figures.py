@@ -16,6 +16,7 @@ and outlines are drawn enlarged and averaged down, which smooths their steps.
 """
 
 import unicodedata
+import zlib
 from functools import lru_cache
 
 import numpy
@@ -64,10 +65,16 @@ def _write(draw, position, text, size=TEXT, colour=INK, anchor='la', width=float
     return font.getlength(text)
 
 
-def save(image, path):
-    """Write a picture as PNG to `path`, whole or not at all. Raises OSError."""
-    with atomic_write(path) as file:
-        image.save(file, 'PNG')
+def save(image, path, durable=True, **options):
+    """Write a picture as PNG to `path`, whole or not at all (for `durable` see `atomic_write`); `options` are Pillow's. Raises OSError."""
+    with atomic_write(path, durable) as file:
+        image.save(file, 'PNG', **options)
+
+
+def save_mask(mask, path):
+    """Write a mask (H, W), bool, to `path` as a grey PNG of 8 bits, 0 and 255: one of many, so not durably. Raises OSError."""
+    # Of a mask there is nothing to compress but runs, and to look for them alone gives smaller files, sooner.
+    save(Image.fromarray(mask.astype('uint8') * 255), path, durable=False, compress_type=zlib.Z_RLE)
 
 
 # Curves

@@ -1,5 +1,7 @@
 """The options of `examples/train_unet.py`: what they are, what they default to, and which of them make a run what it is.
 
+Those that all scripts share that predict are in `add_prediction_options`.
+
 `parse` reads the command line. When a run goes on, `stored_options` reads what was stored of it, as if that had been typed.
 """
 
@@ -260,6 +262,24 @@ def build_parser():
                           help='go on with the run or the cross-validation in this folder, bit for bit; with more --epochs than '
                           'it had, one that has come to its end is trained on, with a schedule of its own for the new epochs')
     return parser
+
+
+def add_prediction_options(parser):
+    """Add the options that `segment.open_segmenter` reads, and --white: which network predicts, where, and how masks are made."""
+    parser.add_argument('--model', type=Path, required=True, metavar='FILE', default=argparse.SUPPRESS, help='model file, such as RUN/best.npz')
+    parser.add_argument('--white', type=positive, metavar='LEVEL',
+                        help='level that is white in the images, such as 4095 for 12 bits in a 16-bit file; default: the highest of the file')
+    parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
+    parser.add_argument('--precision', choices=['fp32', 'tf32'],
+                        help='of matrix products on a GPU; default: tf32 where the GPU has it')
+    stored = parser.add_argument_group('from probabilities to a mask', 'Each default was chosen on the validation or inner subjects of the '
+                                       'training run and is stored in the model file.')
+    stored.add_argument('--threshold', type=float, metavar='P', default=argparse.SUPPRESS,
+                        help='a pixel is nerve where its probability is above P')
+    stored.add_argument('--minimal-area', type=float, metavar='SHARE', default=argparse.SUPPRESS,
+                        help='a mask that covers less than this share of the image counts as empty')
+    stored.add_argument('--flip-average', action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                        help='average with the prediction of the mirrored image')
 
 
 # --- Types of options

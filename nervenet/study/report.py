@@ -135,11 +135,11 @@ def print_epoch(history, epochs):
               'and try\n             another --learning-rate, or --loss dice+bce.')
 
 
-def progress(items, total, label, stream=None, seconds=30):
+def progress(items, total, label, stream=None, seconds=30, unit='batches'):
     """Yield `items`, showing the share done, the speed and the time left.
 
     On a terminal that is a bar, wiped at the end; elsewhere a plain line every so many `seconds`. `total` is how
-    many items there will be.
+    many items there will be, `unit` what they are.
     """
     stream = sys.stderr if stream is None else stream
     terminal, start = stream.isatty(), time.perf_counter()
@@ -152,7 +152,7 @@ def progress(items, total, label, stream=None, seconds=30):
                 continue
             shown, speed = now, done / (now - start)
             left, filled = round((total - done) / speed), 30 * done // total
-            state = f'{done}/{total}  {speed:.1f} batches/s  {left // 60}:{left % 60:02d} left'
+            state = f'{done}/{total}  {speed:.1f} {unit}/s  {left // 60}:{left % 60:02d} left'
             stream.write(f'\r{label} [{"█" * filled}{"·" * (30 - filled)}] {state} \x1b[K' if terminal else f'{label}  {state}\n')
             stream.flush()
     finally:                                            # also when the loop is left half-way

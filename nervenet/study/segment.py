@@ -5,13 +5,13 @@ it does beyond that is a choice, `Settings`, and a choice that looks at data fla
 data that nobody reports scores of, and the settings are saved with the model.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy
 
-from ..engine.backend import move, to_cpu
+from ..engine.backend import move, select_device, to_cpu
 from ..images.augment import median_filter
-from ..images.data import as_intensities, intensity_oddity, resize
+from ..images.data import as_intensities, intensity_oddity, oddity_warning, resize, white_of
 from ..metrics import SegmentationScores, ratio
 from ..train import predict
 from .checkpoint import CheckpointError, load_checkpoint
@@ -40,7 +40,7 @@ class Settings:
     def mask(self, probability):
         """Return the mask (H, W), bool, of a map of probabilities (H, W)."""
         mask = probability > self.threshold
-        return mask if mask.mean() >= self.minimal_area else numpy.zeros_like(mask)
+        return mask if numpy.count_nonzero(mask) / mask.size >= self.minimal_area else numpy.zeros_like(mask)
 
 
 def predict_flips(model, x, flip_average):
@@ -97,17 +97,52 @@ class Segmenter:
     def probabilities(self, images):
         """Return, for each of `images`, (H, W) of any sizes, its map of probabilities (H, W). For values see `prepare`."""
         images = [numpy.asarray(image) for image in images]
-        if not images:
-            return []
-        x = numpy.stack([self.prepare(image) for image in images])[..., None].astype(self.model.dtype)     # (N, h, w, 1)
-        x = move(x, self.model.device)
-        p = to_cpu(predict_flips(self.model, x, self.settings.flip_average))[..., 0]                            # (N, h, w)
-        return [resize(small.astype('float32'), image.shape) for small, image in zip(p, images)]
+        maps = self.maps([self.prepare(image) for image in images])
+        return [resize(small, image.shape) for small, image in zip(maps, images)]
 
-    def oddity(self, image):
-        """Return in words how the intensities of an image (H, W) lie far from training's; '' if near, or these are unknown."""
+    def maps(self, prepared):
+        """Return for each of the images that `prepare` returned its map of probabilities at the network's size, (h, w) float32.
+
+        That is the network's own part of `probabilities`; `resize` brings a map to the size of its image.
+        """
+        if not prepared:
+            return []
+        x = move(numpy.stack(prepared)[..., None].astype(self.model.dtype), self.model.device)      # (N, h, w, 1)
+        p = to_cpu(predict_flips(self.model, x, self.settings.flip_average))[..., 0]                # (N, h, w)
+        return list(p.astype('float32', copy=False))
+
+    def oddity(self, prepared):
+        """Return in words how the intensities of an image that `prepare` returned lie far from training's; '' if near or unknown."""
         mean, std = self.model.config['input_mean'], self.model.config['input_std']
-        return '' if (mean, std) == (0, 1) else intensity_oddity(self.prepare(image), mean, std)
+        return '' if (mean, std) == (0, 1) else intensity_oddity(prepared, mean, std)
+
+
+def open_segmenter(args):
+    """Return (segmenter, extra) as the options of `options.add_prediction_options` say, on its device; print what will predict.
+
+    Raises CheckpointError, or RuntimeError if the device does not work.
+    """
+    device, _, reason = select_device(args.device, args.precision)
+    given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
+    segmenter, extra = Segmenter.from_file(args.model, **given)
+    segmenter.model.to(device)
+    print(f'{reason}\nmodel:    {args.model}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}\nsettings: '
+          + ', '.join(f'{name} {value}' for name, value in asdict(segmenter.settings).items()))
+    return segmenter, extra
+
+
+def intensity_warning(oddities, white):
+    """Return what is to be said of {path of an image: what `Segmenter.oddity` says of it}; '' if nothing.
+
+    `white` is the level that was given, or None.
+    """
+    said = oddity_warning('images', [path.stem for path in oddities],
+                          [oddity and f'{oddity} than those the network was trained on, so their masks may be wrong'
+                           for oddity in oddities.values()])
+    first = next((path for path, oddity in oddities.items() if oddity), None)
+    if first and white is None and (likely := white_of(first)):
+        said += f'\n{first.stem} uses few levels of its 16 bits: if it holds fewer bits, give --white {likely}'
+    return said
 
 
 def choose_settings(model, batches, thresholds=numpy.arange(0.1, 0.91, 0.05), areas=(0, 0.0025, 0.005, 0.01, 0.015, 0.02)):
@@ -153,9 +188,11 @@ def describe(mask, probability):
     row, column the centroid in pixels, counted from 0; empty for an empty mask
     confidence  the mean probability of the mask's pixels; of an empty mask, 1 − the highest probability anywhere
     """
-    rows, columns = numpy.nonzero(mask)
-    if not len(rows):
+    if not mask.any():
         return {'area': 0, 'share': 0.0, 'row': '', 'column': '', 'confidence': round(float(1 - probability.max()), 4)}
-    return {'area': len(rows), 'share': round(len(rows) / mask.size, 6), 'row': round(float(rows.mean()), 1),
-            'column': round(float(columns.mean()), 1), 'confidence': round(float(probability[mask].mean()), 4)}
-
+    (top, bottom), (left, right) = (numpy.flatnonzero(mask.any(axis=axis))[[0, -1]] for axis in (1, 0))
+    around = slice(top, bottom + 1), slice(left, right + 1)             # most of an image lies outside
+    rows, columns = numpy.nonzero(mask[around])
+    return {'area': len(rows), 'share': round(len(rows) / mask.size, 6), 'row': round(float((rows + top).mean()), 1),
+            'column': round(float((columns + left).mean()), 1),
+            'confidence': round(float(probability[around][mask[around]].mean()), 4)}
