@@ -405,3 +405,68 @@ def test_no_path_needs_scratch_as_large_as_the_batch(rng, path):
     x, weight, dy, geometry = arguments
     few = scratch_of(lambda: three(convolution, x[:100], weight, dy[:100], geometry))
     assert scratch_of(lambda: three(convolution, x, weight, dy, geometry)) <= 1.25 * few
+
+
+JOINS = [dict(N=2, H=9, W=11, C_in=5, C_out=4), dict(N=2, H=26, W=35, C_in=24, C_out=16), dict(N=3, H=41, W=30, C_in=20, C_out=90),
+         dict(N=1, H=10, W=13, C_in=140, C_out=70), dict(N=2, H=13, W=17, C_in=6, C_out=7, padding=(2, 3), dilation=(2, 3)),
+         dict(N=2, H=10, W=14, C_in=6, C_out=7, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0))]
+
+
+@pytest.mark.parametrize('shape', JOINS, ids=str)
+@pytest.mark.parametrize('plainly', [False, True])
+def test_a_join_may_be_given_as_its_parts(rng, xp, shape, plainly):
+    x, weight, dy, geometry = problem(rng, **shape, dtype='float64')
+    device, split = 'cpu' if xp is numpy else 'gpu', shape['C_in'] // 3
+    expected = three(plain, x, weight, dy, geometry)
+    x, weight, dy = (backend.move(array, device) for array in (x, weight, dy))
+    parts = x[..., :split], x[..., split:].copy()                                               # one of them not in one piece
+    with paths.plain() if plainly else contextlib.nullcontext():
+        first, second = convolution.input_gradient(dy, weight, x.shape[1:3], geometry, split=split)
+        results = {'forward': convolution.forward(parts, weight, geometry), 'weight_gradient': convolution.weight_gradient(parts, dy, geometry),
+                   'input_gradient': xp.concatenate([first, second], axis=3)}
+    assert first.shape[3] == split and first.flags.c_contiguous and second.flags.c_contiguous
+    assert_close({name: backend.to_cpu(result) for name, result in results.items()}, expected, 'float64', shape)
+
+
+@pytest.mark.parametrize('shape', [*JOINS, dict(N=3, H=90, W=100, C_in=16, C_out=16), dict(N=5, H=64, W=70, C_in=40, C_out=33),
+                                   dict(N=2, H=5, W=3, C_in=64, C_out=300)], ids=str)
+def test_what_follows_is_done_once_with_every_block(rng, xp, shape):
+    x, weight, dy, geometry = problem(rng, **shape, dtype='float64')
+    device, lock = 'cpu' if xp is numpy else 'gpu', threading.Lock()
+    x, weight, dy = (backend.move(array, device) for array in (x, weight, dy))
+    for work in (lambda **options: convolution.forward(x, weight, geometry, **options),
+                 lambda **options: convolution.input_gradient(dy, weight, x.shape[1:3], geometry, **options)):
+        expected, counted, met = work(), xp.zeros(work().shape), []
+
+        def then(block, part):
+            with lock:
+                counted[block] += 1
+                met.append((block, part.shape))
+                part *= 2
+
+        numpy.testing.assert_allclose(backend.to_cpu(work(then=then)), backend.to_cpu(2 * expected), rtol=1e-12)
+        assert (backend.to_cpu(counted) == 1).all() and all(counted[block].shape == part for block, part in met)
+        blocks = sorted(str(block) for block, _ in met)
+        with parallel.set_threads(1):
+            met.clear()
+            work(then=then)
+        assert sorted(str(block) for block, _ in met) == blocks
+
+
+def test_what_is_kept_of_a_weight_serves_images_of_any_size(rng):
+    made, results = [], {}
+
+    def kept(name, make):
+        if name not in results:
+            made.append(name)
+            results[name] = make()
+        return results[name]
+
+    for C_in, C_out in ((16, 20), (40, 70)):
+        made.clear(), results.clear()
+        weight = rng.standard_normal((3, 3, C_in, C_out))
+        for size in ((8, 9), (40, 52), (8, 9), (90, 60), (3, 4)):
+            x = rng.standard_normal((2, *size, C_in))
+            numpy.testing.assert_allclose(convolution.forward(x, weight, Geometry(3, 1, 'same'), kept=kept),
+                                          plain.forward(x, weight, Geometry(3, 1, 'same')), rtol=1e-9, atol=1e-9)
+        assert 1 <= len(made) <= 3

@@ -587,3 +587,11 @@ def test_threads_that_cannot_start_cost_speed_and_no_result(monkeypatch):
     for wrong in (0, 2.5, float('nan')):
         with pytest.raises(ValueError, match='number of threads is'):
             set_threads(wrong)
+
+
+def test_blocks_come_in_even_numbers_unless_they_would_be_small():
+    block_size = parallel.block_size
+    assert block_size(100, 100, 50) == 50 and block_size(99, 100, 50) == 99
+    assert block_size(300, 100, 50) == 75 and block_size(400, 100, 50) == 100 and block_size(401, 100, 50) == 67
+    assert block_size(0, 10, 4) == 0 and block_size(1, 1, 0) == 1 and block_size(3, 2, 0) == 2
+    assert all(block_size(total, most, half) <= most for total in range(1, 60) for most in range(1, 20) for half in range(10))

@@ -63,3 +63,23 @@ def test_sums_and_moments_of_large_values_keep_their_digits(rng):
     mean, variance = channel_moments(x)
     assert abs(mean[0] / x.mean(dtype=float) - 1) < 1e-7 and abs(variance[0] / x.var(dtype=float) - 1) < 1e-5
     assert abs(channel_sums(x)[0][0] / x.sum(dtype=float) - 1) < 1e-7
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_sums_taken_in_the_same_walk_are_those_of_the_result(shape, rng, monkeypatch):
+    monkeypatch.setattr(pixelwise, 'BLOCK_VALUES', 4096)
+    a, b, x = (rng.standard_normal(shape) for _ in range(3))
+    y, (total, product) = pixelwise.in_blocks_with_sums(numpy.subtract, a, b, x)
+    assert numpy.array_equal(y, a - b)
+    numpy.testing.assert_allclose(total, (a - b).sum(axis=(0, 1, 2)), rtol=1e-9, atol=1e-9)
+    numpy.testing.assert_allclose(product, ((a - b) * x).sum(axis=(0, 1, 2)), rtol=1e-9, atol=1e-9)
+
+
+def test_arrays_are_joined_side_by_side_and_taken_apart(rng, xp):
+    a, b, c = (xp.asarray(rng.standard_normal((2, 70, 90, C))) for C in (3, 16, 5))
+    y = pixelwise.side_by_side(a, b, c)
+    assert numpy.array_equal(backend.to_cpu(y), numpy.concatenate([backend.to_cpu(array) for array in (a, b, c)], axis=3))
+    first, rest = pixelwise.apart(y, 3)
+    assert numpy.array_equal(backend.to_cpu(first), backend.to_cpu(a)) and numpy.array_equal(backend.to_cpu(rest[..., :16]), backend.to_cpu(b))
+    assert first.flags.c_contiguous and rest.flags.c_contiguous                  # no views of all of y
+    assert pixelwise.side_by_side(a) is a
