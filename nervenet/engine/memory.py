@@ -105,8 +105,8 @@ class _Pool:
         self.waiting = []                       # pieces, the longest-waiting first
         self.total = self.used = self.peak = 0  # bytes of all pieces; of those in use; the most ever in use
 
-    def take(self, size):
-        """Return a piece of `size` bytes, its contents arbitrary."""
+    def take(self, size, slack=SLACK):
+        """Return a piece of `size` bytes, its contents arbitrary; `slack` is as SLACK."""
         with self.lock:
             self.sort_in()
             # The smallest that is large enough; of equals the one used last, which is the most likely to be in the cache still.
@@ -118,7 +118,7 @@ class _Pool:
                 self.total += size
             self.used += memory.nbytes
             self.peak = max(self.peak, self.used)
-            while self.waiting and self.total > SLACK * self.peak:
+            while self.waiting and self.total > slack * self.peak:
                 self.total -= self.waiting.pop(0).nbytes
         return memory
 
@@ -151,9 +151,9 @@ class _Pool:
 _pool = _Pool()
 
 
-def lease(size):
-    """Return a `Lease` of `size` bytes, or somewhat more, of the pool."""
-    memory = _pool.take(size)
+def lease(size, slack=SLACK):
+    """Return a `Lease` of `size` bytes, or somewhat more, of the pool, which then holds at most so many times what was in use at once."""
+    memory = _pool.take(size, slack)
     taken = Lease(memory)
     taken.tell(_pool.returned, memory)
     return taken

@@ -79,7 +79,7 @@ class _Step:
         self.gone.append(None)
         expected, place = self.places[number] if number < len(self.places) else (None, None)
         lease = self.region.lease(place, size) if place is not None and size == expected else None
-        lease = lease or memory.lease(size)
+        lease = lease or memory.lease(size, slack=1)                    # what waits is of no use to the steps that follow
         lease.tell(self.ended, number)
         return lease
 
