@@ -36,8 +36,11 @@ def in_sequence(x, *layers):
         if length > 1 and _may_be_fused(x, group):
             x = convolution_norm_relu(x, **{type(layer).__name__: layer for layer in group})
             del layers[:length]
+        elif kinds[:2] == [Concat, Conv2D] and not only_plain() and not _watched(layers[:2]):
+            x = layers[1].forward(x)                                            # on a device, or complex numbers
+            del layers[:2]
         elif kinds[:2] == [Conv2D, BatchNorm2D] and not only_plain() and not _learning(layers[:2]) and not _watched(layers[:2]):
-            x = layers[0].apply(x, *folded(*layers[:2]))                        # on a device, or complex numbers
+            x = layers[0].apply(x, *folded(*layers[:2]))                        # the same
             del layers[:2]
         elif kinds[:2] == [BatchNorm2D, ReLU] and not only_plain() and kernels.can_compute(x):
             x = norm_and_relu(x, *layers[:2])
