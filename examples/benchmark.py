@@ -1,66 +1,99 @@
 """Measure how fast the U-Net trains and predicts on this machine.
 
-    python examples/benchmark.py                                  four networks, about two minutes
-    python examples/benchmark.py --case 32:96x128:16 --layers     one network, each layer by itself
-    python examples/benchmark.py --growth                         time against image size and batch
-    python examples/benchmark.py --against torch                  beside PyTorch, if it is installed
-    python examples/benchmark.py --device gpu --against torch     the same on an NVIDIA GPU
+    python examples/benchmark.py                                       seven networks, about three minutes
+    python examples/benchmark.py --case 32:96x128:16:batch --layers    one network, each layer by itself
+    python examples/benchmark.py --growth                              time against image size and batch
+    python examples/benchmark.py --against torch compile onnx openvino     beside other engines, those that are installed
+    python examples/benchmark.py --device gpu --against torch          on an NVIDIA GPU
 
-A case is base channels, height×width and batch. For each one: milliseconds per image of forward, of a training step
-(`train_step`: forward, Dice loss, backward, Adam) and of inference (`predict`), the best of several rounds. Effective
-GF/s count two operations per multiply-add of the convolutions as the formula says them, whatever way they are computed;
-so a fast algorithm may exceed the machine's peak, which is measured here as the speed of large matrix products on the
-same threads.
+A case is base channels, height×width, batch and norm. Two kinds of work are timed, each in a plain loop as users have it: training
+(`train_step`: forward, Dice loss, backward, Adam) and inference (`predict`: the probabilities).
 
-Peak memory is the growth of the peak resident memory in three training steps, over the state with the model built, in a
-fresh process.
+**A benchmark that runs anything else beforehand measures something else.** A process remembers what it has done: memory that one
+kind of work left behind spares the next the system's fresh pages, and threads of one engine still spin while the next one computes.
+So every contender gets a fresh process for each kind of work, and that process does nothing else. It builds the model and the batch,
+warms up, and waits. Then all contenders have their turn, round after round, with a burst of consecutive steps, as many as fill about a
+second. Who waits, sleeps; a pause before each burst lets threads that spin go to sleep too.
 
-`--against torch` builds the same network with the same weights in PyTorch, checks in float64 that outputs and gradients
-agree, and times both of its memory formats in turn with ours, on as many threads. The ratio is images per second, ours over the
-better of the two.
+Milliseconds per image are the median of the rounds. The ratio is the rival's time over ours in the same round, so that a change of
+the machine's load meets both alike, and of those the median: above 1, nervenet is faster. In the table at the end the best rival
+counts. Beside the times stand, per step, the page faults (memory that the system had to hand out and clear) and the time spent in the
+system, and the peak memory: the most the process held from the first step on, over what it held with the model built; that of
+torch.compile includes compiling. GF/s are effective: two operations per multiply-add of the convolutions as the formula says them,
+whatever way they are computed; so a fast algorithm may exceed the machine's peak, which is measured here as the speed of large
+matrix products on the same threads.
+
+`--against` names rivals: PyTorch in both of its memory formats, torch.compile, and, for inference alone, ONNX Runtime and OpenVINO. All
+run the same network with the same weights in the same precision, on as many threads. Before they are timed, outputs and gradients of
+PyTorch are compared with ours in float64, and the probabilities of the other two in float32. What is not installed, or fails, is
+named and left out. `rivals.py` has them.
 
 On a GPU the host only orders work, and the device does it later. So times are between two events on the device, from an idle
 start, the median of the rounds. `host ms per step` is how long the host takes to order a training step, with its share of the
 step: near 100 % the device waits for the host, and faster kernels would not help. The peak is a large matrix product in the
 chosen precision. Layers without products are held to the copy of a large array instead, by the bytes of what they are given
-and return. Contenders run one after the other, since each may need all of the memory, and what does not fit is left out; peak
-MiB are all that a contender's arrays take in a training step, parameters included. PyTorch runs in float32 and in TF32, with
-cuDNN trying its algorithms first, and Adam in one kernel; that the networks agree is checked on the host, on small images.
+and return. Contenders run one after the other in this process, since each may need all of the memory, and what does not fit is left
+out; peak MiB are all that a contender's arrays take in a training step, parameters included. PyTorch runs in float32 and in TF32, with
+cuDNN trying its algorithms first; that the networks agree is checked on the host, on small images.
 """
 
 import argparse
 import contextlib
 import functools
+import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 
 import numpy
 
 import nervenet
+import rivals
 from nervenet.engine import kernels
 from nervenet.engine.backend import free_memory, get_array_module, mark, move, peak_memory, seconds_between, select_device
+from nervenet.engine.parallel import describe_blas, number_of_threads, parallel_for, set_threads
 from nervenet.losses import DiceLoss
 from nervenet.optim import Adam
-from nervenet.engine.parallel import describe_blas, number_of_threads, parallel_for, set_threads
+from nervenet.study.report import print_whatever_comes
 from nervenet.train import predict, train_step
 
-GROWTH_BYTES = 4 * 2**30         # cases of the growth table that need more are left out
-PRODUCT_SIDE, COPY_BYTES = 8192, 2**30          # what the ceilings of a GPU are measured with
-TORCH_DEVICE = {'cpu': 'cpu', 'gpu': 'cuda'}
+try:
+    import resource
+except ImportError:                     # Windows: faults and time in the system are not known there
+    resource = None
+
+KINDS = 'training', 'inference'
+BURST_SECONDS, LEAST_STEPS, PAUSE = 1.0, 3, 0.3         # a burst, and the seconds before it in which other engines' threads fall asleep
+GROWTH_BYTES = 4 * 2**30                                # cases of the growth table that need more are left out
+DISCARDED = 2                                           # rounds of a GPU: at first it compiles, reserves memory and tries algorithms
+PRODUCT_SIDE, COPY_BYTES = 8192, 2**30                  # what the ceilings of a GPU are measured with
+
+
+class Case(typing.NamedTuple):
+    base: int
+    size: tuple                     # (H, W)
+    batch: int
+    norm: str                       # 'none' or 'batch'
+
+    def __str__(self):
+        return f'{self.base}:{self.size[0]}x{self.size[1]}:{self.batch}:{self.norm}'
+
+    def describe(self, operations):
+        """Return the title of this case, of which one forward of the batch takes so many operations."""
+        return (f'\nU-Net base {self.base}, {self.size[0]}×{self.size[1]}, batch {self.batch}, norm {self.norm}: '
+                f'{operations / self.batch / 1e9:.2f} GF per image and forward')
 
 
 class Convention(typing.NamedTuple):
-    """How a device is timed, and how the results are written."""
+    """What is measured on a device by default, and how the results are written."""
     cases: list
     rounds: int
-    discarded: int                  # rounds before those: at first a GPU compiles, reserves memory and tries algorithms
-    statistic: typing.Callable      # of the rounds
-    label: str
     decimals: int                   # of milliseconds
     unit: str                       # of rates: `scale` operations per second
     scale: float
@@ -71,24 +104,24 @@ class Convention(typing.NamedTuple):
 
 
 CONVENTIONS = {
-    'cpu': Convention(['64:128x128:4', '32:96x128:16', '16:96x128:16', '32:416x576:1'],
-                      5, 0, min, '', 2, 'GF/s', 1e9, 0),
+    'cpu': Convention(['16:96x128:16:none', '16:96x128:16:batch', '32:96x128:16:none', '32:96x128:16:batch', '64:128x128:4:none',
+                       '32:416x576:1:none', '16:96x128:1:batch'], 7, 2, 'GF/s', 1e9, 0),
     'gpu': Convention([f'{base}:{size}:{batch}' for size in ('96x128', '416x576') for base in (16, 32, 64) for batch in (16, 64)],
-                      10, 2, statistics.median, ', median', 4, 'TF/s', 1e12, 1)}
+                      10, 4, 'TF/s', 1e12, 1)}
 
 
 class Contender(typing.NamedTuple):
-    """A library in one way of using it."""
+    """A library in one way of using it, on a GPU."""
     build: typing.Callable          # returns what is timed: forward, training step, inference
     clock: tuple                    # two functions, as backend.mark (without argument) and backend.seconds_between
-    peak_memory: typing.Callable    # as backend.peak_memory and backend.free_memory; only on a GPU
+    peak_memory: typing.Callable    # as backend.peak_memory and backend.free_memory
     free_memory: typing.Callable
 
 
 def main(arguments=None):
     args = parse(arguments)
-    if args.memory_of:
-        print(measure_memory(args.memory_of, args.case[0], args.norm))
+    if args.worker:
+        be_worker(args.worker)
         return
     if args.threads:
         set_threads(args.threads)
@@ -96,105 +129,164 @@ def main(arguments=None):
         device, _, where = select_device(args.device, args.precision)
     except RuntimeError as error:
         raise SystemExit(f'benchmark.py: {error}') from None
-    torch = import_torch(device) if args.against else None
-    how, ceilings = args.convention, measure_ceilings(args)
-    versions = f'nervenet {nervenet.__version__}, Python {platform.python_version()}, NumPy {numpy.__version__}'
-    print(versions + (f', PyTorch {torch.__version__}' if torch else ''))
+    versions = [f'nervenet {nervenet.__version__}', f'Python {platform.python_version()}', f'NumPy {numpy.__version__}']
     if device == 'cpu':
-        where, copies = f'{number_of_threads()} threads', ''
-        print(describe_blas())
+        run_on_cpu(args, versions)
     else:
-        copies = f', copies {ceilings[1] / 1e9:.0f} GB/s'
-        print(f'CuPy {get_array_module(move(numpy.zeros(1), device)).__version__}')
-    print(f'{where}, {args.dtype}, norm {args.norm}; matrix products reach {how.rate(ceilings[0])} {how.unit}{copies}')
-    with kernels.use_kernels() if args.kernels else contextlib.nullcontext():
-        if args.growth:
-            print_growth(args)
-            return
-        for case in args.case:
-            run_case(case, args, ceilings, torch)
+        run_on_gpu(args, versions, where)
 
 
-def run_case(case, args, ceilings, torch):
-    """Time one case and print its lines."""
-    base, (H, W), N = case
-    on_cpu = args.device == 'cpu'
-    x, target = make_batch(case, args.dtype)
-    model = make_model(base, args.norm, args.dtype)
-    operations = 2 * model.multiply_adds(x.shape)                # of one forward; backward does each product twice
-    print(f'\nU-Net base {base}, {H}×{W}, batch {N}: {operations / N / 1e9:.2f} GF per image and forward')
+# --- On the CPU -------------------------------------------------------------------------------------------------------
 
-    def build():
-        return our_jobs(make_model(base, args.norm, args.dtype, args.device), x, target)
-
-    contenders, ratios = {'nervenet': Contender(build, our_clock(args.device), peak_memory, free_memory)}, {}
-    if torch:
-        print(f'  {agreement(torch, case if on_cpu else (base, (48, 64), 2), args.norm)}')
-        theirs = torch_contenders(torch, model, args, x, target)
-        contenders |= theirs
-        ratios = ({'ratio to the better': theirs} if on_cpu else
-                  {'ratio to tf32 channels_last': ['torch tf32 channels_last'], 'ratio to the best': theirs})
-    times, memory = measure(contenders, args)
-    print_times(times, memory, ratios, operations, N, args, ceilings)
-    if on_cpu:
-        libraries = ['nervenet', 'torch'] if torch else ['nervenet']
-        memory = [f'{library} {memory_in_fresh_process(library, case, args.norm)}' for library in libraries]
-        print(f'  peak memory of three training steps: {", ".join(memory)}')
-    if args.layers and 'nervenet' in times:
-        with skipping('layers'):
-            model.to(args.device)
-            print_layers(model, our_jobs(model, x, target)[1], args, ceilings)
-
-
-def print_times(times, memory, ratios, operations, N, args, ceilings):
-    """Print a line for each of `times`, which are of N images, and for each of `ratios`: label → names of rivals."""
-    if not times:
+def run_on_cpu(args, versions):
+    """Print the tables of all cases, or that of growth."""
+    libraries = {}
+    with contextlib.ExitStack() as stack:
+        probes = {library: stack.enter_context(Worker(args, kind='versions', library=library)) for library in args.against}
+        for library, probe in probes.items():
+            with left_out(f'--against {library}'):
+                libraries[library] = probe.answer()['versions']
+    print(', '.join(dict.fromkeys([*versions, *(version for several in libraries.values() for version in several)])))
+    print(describe_blas())
+    if 'OPENBLAS_CORETYPE' in os.environ:
+        print(f'OPENBLAS_CORETYPE is {os.environ["OPENBLAS_CORETYPE"]}: a choice that does not fit the processor can halve the speed; '
+              'unset it to measure')
+    peak = measure_peak(args.dtype)
+    print(f'{number_of_threads()} threads, {args.dtype}; matrix products reach {args.convention.rate(peak)} GF/s')
+    if args.growth:
+        print_growth(args)
         return
-    how, width = args.convention, max(20, 1 + max(map(len, [*times, *ratios])))
-    of_gpu = f'{"host ms per step":>20}{"peak MiB":>10}' if memory else ''
-    print(f'  {"ms per image" + how.label:{width}}{"forward":>10}{"train step":>12}{"predict":>10}{of_gpu}   '
-          f'{how.unit} (of peak): train, predict')
-    for name, ((forward, _), (step, issued), (inference, _)) in times.items():
-        rates = ', '.join(f'{how.rate(rate)} ({rate / ceilings[0]:.0%})'
-                          for rate in (3 * operations / step, operations / inference))
-        cells = [f'{seconds / N * 1e3:.{how.decimals}f}' for seconds in (forward, step, inference)]
-        of_gpu = f'{f"{issued * 1e3:.2f} ({issued / step:.0%})":>20}{memory[name] / 2**20:10.0f}' if memory else ''
-        print(f'  {name:{width}}{cells[0]:>10}{cells[1]:>12}{cells[2]:>10}{of_gpu}   {rates}')
-    for label, names in ratios.items():
-        rivals = [times[name] for name in names if name in times]
-        if rivals and 'nervenet' in times:
-            cells = [min(rival[job][0] for rival in rivals) / times['nervenet'][job][0] for job in range(3)]
-            print(f'  {label:{width}}{cells[0]:10.2f}{cells[1]:12.2f}{cells[2]:10.2f}')
+    results = {case: run_case(case, args, peak, libraries) for case in args.case}
+    print_summary(results)
+
+
+def run_case(case, args, peak, libraries):
+    """Time one case and print its table; return kind → (milliseconds per image, ratio and name of the best rival; None if unknown)."""
+    operations, best = 2 * make_model(case, args.dtype).multiply_adds((case.batch, *case.size, 1)), {}      # of one forward
+    print(case.describe(operations) + (' (ms per image are ms per call)' if case.batch == 1 else ''))
+    with tempfile.TemporaryDirectory() as folder:
+        agreeing = agreeing_libraries(libraries, case, args, folder)
+        print(f'  {"contender":21}{"kind":11}{"ms per image":>12}{"ratio":>8}{"faults per step":>17}{"system ms per step":>20}'
+              f'{"peak MiB":>10}{"GF/s (of peak)":>16}')
+        for kind in KINDS:
+            contenders = ['nervenet'] + [name for library in agreeing if kind == 'inference' or library in rivals.TRAINABLE
+                                         for name in rivals.CONTENDERS[library]]
+            bursts = measure(case, kind, contenders, args, folder)
+            ratio = ratios(bursts)
+            for name, rounds in bursts.items():
+                print(row(name, kind, rounds, ratio.get(name), case.batch, operations * (3 if kind == 'training' else 1), peak))
+            rival = min(ratio, key=ratio.get, default=None)
+            ours = middle(bursts.get('nervenet'), 'seconds')
+            best[kind] = ours and ours / case.batch * 1e3, ratio.get(rival), rival
+    if args.layers:
+        with left_out('layers'), Worker(args, kind='layers', case=case) as worker:
+            print('\n'.join(worker.answer()['lines']))
+    return best
+
+
+def agreeing_libraries(libraries, case, args, folder):
+    """Return those of the `libraries` that compute what we compute, each with a line that says so; `folder` then has their networks."""
+    found = {}
+    for library in libraries:
+        network = 'torch' if library in rivals.TRAINABLE else library               # torch.compile runs the network of PyTorch
+        if network not in found:
+            found[network] = False
+            with left_out(f'{network}, check'), Worker(args, kind='check', library=network, case=case, folder=folder) as worker:
+                print(f'  {network}: {worker.answer()["line"]}')
+                found[network] = True
+    return [library for library in libraries if found['torch' if library in rivals.TRAINABLE else library]]
+
+
+def measure(case, kind, contenders, args, folder=None):
+    """Return name → what a burst of steps took (as in `burst`), a list over the rounds, of the contenders that came to the end."""
+    workers, bursts = {}, {}
+    with contextlib.ExitStack() as stack:
+        for name in contenders:
+            with left_out(f'{name}, {kind}'):
+                worker = stack.enter_context(Worker(args, kind=kind, contender=name, case=case, folder=folder))
+                worker.answer()                                         # it is warm
+                workers[name], bursts[name] = worker, []
+        for _ in range(args.rounds):
+            for name in list(bursts):
+                time.sleep(PAUSE)
+                try:
+                    bursts[name].append(workers[name].ask())
+                except WorkerEnded as error:
+                    print(f'  {name}, {kind}: left out, {error}')
+                    del bursts[name]
+    return bursts
+
+
+def middle(rounds, what):
+    """Return the median over the rounds of one of the numbers in `burst`; None if it was not measured."""
+    values = [one[what] for one in rounds or [] if one[what] is not None]
+    return statistics.median(values) if values else None
+
+
+def ratios(bursts):
+    """Return name of a rival → its time by ours in the same round, the median of the rounds. `bursts` is what `measure` returns."""
+    ours = bursts.get('nervenet', [])
+    return {name: statistics.median(theirs['seconds'] / own['seconds'] for own, theirs in zip(ours, rounds))
+            for name, rounds in bursts.items() if ours and name != 'nervenet'}
+
+
+def row(name, kind, rounds, ratio, images, operations, peak):
+    """Return the line of a table about one contender, whose step is so many operations on so many images."""
+    seconds, faults, system, memory = (middle(rounds, what) for what in ('seconds', 'faults', 'system', 'peak'))
+    rate = operations / seconds
+    cells = [written(ratio, 2, '', 8), written(faults, 0, '-', 17), written(system and system * 1e3, 1, '-', 20),
+             written(memory and memory / 1024, 0, '-', 10), f'{f"{rate / 1e9:.0f} ({rate / peak:.0%})":>16}']
+    return f'  {name:21}{kind:11}{seconds / images * 1e3:12.2f}' + ''.join(cells)
+
+
+def written(value, decimals, unknown, width):
+    return f'{unknown if value is None else f"{value:.{decimals}f}":>{width}}'
+
+
+def print_summary(results):
+    """Print a line for each case: `results` is case → what `run_case` returns."""
+    width = 2 + max(len(str(case)) for case in results)
+    print('\n' + f'{"ms per image":{width}}' + ''.join(f'{kind:>10}{"ratio":>8}  {"to the best rival":21}' for kind in KINDS).rstrip())
+    for case, best in results.items():
+        print((f'{str(case):{width}}' + ''.join(
+            f'{written(seconds, 2, "-", 10)}{written(ratio, 2, "-", 8)}  {rival or "":21}' for seconds, ratio, rival in
+            (best[kind] for kind in KINDS))).rstrip())
 
 
 def print_growth(args):
-    """Print how the time of a training step and of inference grows with image and batch, for the base of the first case."""
-    base, sides, batches = args.case[0][0], (32, 64, 128, 256, 512), (1, 4, 16, 64)
-    model, label = make_model(base, args.norm, args.dtype, args.device), args.convention.label
-    for number, name in ((1, 'train step'), (2, 'predict')):
-        print(f'\n  {name}, base {base}: ms per image{label} (ns per pixel)\n  {"":9}'
+    """Print how the time of a training step and of inference grows with image and batch, for the base and norm of the first case."""
+    sides, batches, first = (32, 64, 128, 256, 512), (1, 4, 16, 64), args.case[0]
+    model = make_model(first, args.dtype)
+    for kind in KINDS:
+        print(f'\n  {kind}, base {first.base}, norm {first.norm}: ms per image (ns per pixel)\n  {"":9}'
               + ''.join(f'{f"batch {N}":>18}' for N in batches))
         for side in sides:
             cells = []
             for N in batches:
-                if model.training_memory((N, side, side, 1)) > GROWTH_BYTES:
-                    cells.append('too large')
-                    continue
-                job = our_jobs(model, *make_batch((base, (side, side), N), args.dtype))[number]
-                seconds = time_jobs({name: ([job], our_clock(args.device))}, args)[name][0][0] / N
-                cells.append(f'{seconds * 1e3:.2f} ({seconds / side**2 * 1e9:.0f})')
+                seconds, cell = None, 'too large'
+                if model.training_memory((N, side, side, 1)) <= GROWTH_BYTES:
+                    seconds, cell = own_seconds(Case(first.base, (side, side), N, first.norm), kind, args), 'failed'
+                cells.append(f'{seconds / N * 1e3:.2f} ({seconds / N / side**2 * 1e9:.0f})' if seconds else cell)
             print(f'  {f"{side}×{side}":9}' + ''.join(f'{cell:>18}' for cell in cells))
+
+
+def own_seconds(case, kind, args):
+    """Return how long a step of this kind takes; None, and a line that says why, if it fails."""
+    if args.device == 'cpu':
+        return middle(measure(case, kind, ['nervenet'], args).get('nervenet'), 'seconds')
+    job = our_jobs(make_model(case, args.dtype, 'gpu'), *make_batch(case, args.dtype))[1 + KINDS.index(kind)]
+    return time_jobs([job], our_clock('gpu'), args)[0][0]
 
 
 def make_batch(case, dtype):
     """Return random images (N, H, W, 1) in [0, 1] and masks of 0 and 1."""
-    _, size, N = case
-    rng = numpy.random.default_rng(0)
-    return rng.random((N, *size, 1)).astype(dtype), (rng.random((N, *size, 1)) > 0.7).astype(dtype)
+    rng, shape = numpy.random.default_rng(0), (case.batch, *case.size, 1)
+    return rng.random(shape).astype(dtype), (rng.random(shape) > 0.7).astype(dtype)
 
 
-def make_model(base, norm, dtype, device='cpu'):
-    return nervenet.UNet(base_channels=base, norm=norm, rng=numpy.random.default_rng(1), dtype=dtype).to(device)
+def make_model(case, dtype, device='cpu'):
+    norm = None if case.norm == 'none' else case.norm
+    return nervenet.UNet(base_channels=case.base, norm=norm, rng=numpy.random.default_rng(1), dtype=dtype).to(device)
 
 
 def our_jobs(model, x, target):
@@ -206,22 +298,244 @@ def our_jobs(model, x, target):
             lambda: predict(model, x))
 
 
-# --- Time -------------------------------------------------------------------------------------------------------------
+def measure_peak(dtype):
+    """Return operations per second of large matrix products, one per thread at a time: the most that any product here can reach."""
+    size, rng = 1024, numpy.random.default_rng(0)
+    a, threads = rng.random((size, size)).astype(dtype), number_of_threads()
+    best = float('inf')
+    for _ in range(5):
+        start = time.perf_counter()
+        parallel_for(range(4 * threads), lambda block: a @ a)
+        best = min(best, time.perf_counter() - start)
+    return 4 * threads * 2 * size**3 / best
 
-def measure(contenders, args):
-    """Return (times, memory): name → as in `time_jobs`; on a GPU, name → bytes that a training step takes at most.
 
-    There each contender is built, timed and dropped before the next: the large cases need all of the device's memory.
+# --- Workers: processes that do one thing -----------------------------------------------------------------------------
+
+class WorkerEnded(Exception):
+    """A worker ended before it answered; the message says why."""
+
+
+@contextlib.contextmanager
+def left_out(what):
+    """Go on, with a line that says why, if a worker ends."""
+    try:
+        yield
+    except WorkerEnded as error:
+        print(f'  {what}: left out, {error}')
+
+
+class Worker:
+    """A process of this script that does the one thing its task says (see `work`), until this context is left."""
+
+    def __init__(self, args, **task):
+        case = task.pop('case', args.case[0])
+        task = {'library': None, 'contender': None, 'folder': None, **task, 'case': str(case), 'dtype': args.dtype,
+                'threads': number_of_threads(), 'seconds': BURST_SECONDS}
+        environment = dict(os.environ)
+        if task['kind'] != 'layers' and task['contender'] != 'nervenet':
+            environment.update(OMP_NUM_THREADS=str(task['threads']), TORCHINDUCTOR_COMPILE_THREADS='1')     # and it starts no processes
+        self.said = tempfile.TemporaryFile()
+        self.process = subprocess.Popen([sys.executable, __file__, '--worker', json.dumps(task)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment)
+
+    def ask(self):
+        """Have a burst of steps done, and return what it took, as `burst` has it. Raises WorkerEnded."""
+        with contextlib.suppress(BrokenPipeError):              # then there is no answer either
+            print('burst', file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self):
+        """Wait for the next answer and return it. Raises WorkerEnded."""
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self.process.wait()
+        self.said.seek(0)
+        lines = [line.strip() for line in self.said.read().decode(errors='replace').splitlines() if line.strip()]
+        reasons = ([f'ended by {signal.Signals(-code).name}'] if code < 0 else []) + lines[-1:]
+        raise WorkerEnded(': '.join(reasons) or f'ended with {code}')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()                          # who waits for an order ends now
+        try:
+            self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self.said.close()
+
+
+def be_worker(task):
+    """Be the process that a `Worker` starts: answers are lines of JSON."""
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)                                               # what a library prints is no answer
+    try:
+        for answer in work(task, sys.stdin):
+            print(json.dumps(answer), file=answers, flush=True)
+    except Exception as error:                                  # whatever it is, the others go on, and this line says it
+        sys.exit(f'{type(error).__name__}: {(str(error).strip().splitlines() or ["no message"])[0]}')
+
+
+def work(task, orders):
+    """Do what `task` says and yield the answers, dicts.
+
+    kind 'versions': the only one has those of the packages that a library needs. 'check': a line on how well it agrees. 'layers': the
+    lines of that table. 'training', 'inference': an empty one when the contender is warm, and for each of the `orders` one about a
+    burst of steps.
     """
-    if args.device == 'cpu':
-        return time_jobs({name: (contender.build(), contender.clock) for name, contender in contenders.items()}, args), {}
+    set_threads(task['threads'])
+    kind, dtype = task['kind'], task['dtype']
+    if kind == 'versions':
+        yield {'versions': rivals.versions(task['library'])}
+        return
+    case = parse_case(task['case'])
+    if kind == 'check':
+        dtype = 'float64' if task['library'] in rivals.TRAINABLE else dtype
+        yield {'line': rivals.check(task['library'], make_model(case, dtype), *make_batch(case, dtype), task['folder'])}
+        return
+    model, (x, target) = make_model(case, dtype), make_batch(case, dtype)
+    if kind == 'layers':
+        yield {'lines': [*layer_lines(model, our_jobs(model, x, target)[1], CONVENTIONS['cpu'], 3)]}
+        return
+    if task['contender'] == 'nervenet':
+        if kind == 'inference':
+            model.eval()                                        # as a loaded model is
+        step = our_jobs(model, x, target)[1 + KINDS.index(kind)]
+    else:
+        step = rivals.job(task['contender'], kind, model, x, target, task['folder'], task['threads'])
+    del model, x, target                                        # a rival has its own
+    before = fresh_peak()
+    steps = warm_up(step, task['seconds'])
+    yield {}
+    for _ in orders:
+        yield {**burst(step, steps), 'peak': before and resident_memory('VmHWM') - before}
+
+
+def warm_up(step, seconds):
+    """Run steps for so long, three at least; return how many steps fill that time.
+
+    The averages of Adam, and the gradients of the step before, are there from the second on.
+    """
+    begin, fastest, count = time.perf_counter(), float('inf'), 0
+    while count < LEAST_STEPS or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        step()
+        fastest, count = min(fastest, time.perf_counter() - start), count + 1
+    return max(LEAST_STEPS, round(seconds / fastest))
+
+
+def burst(step, steps):
+    """Run consecutive steps; return what one of them took: seconds, page faults, and seconds in the system."""
+    used, start = usage(), time.perf_counter()
+    for _ in range(steps):
+        step()
+    seconds, now = time.perf_counter() - start, usage()
+    return {'seconds': seconds / steps, **{what: used[what] if used[what] is None else (now[what] - used[what]) / steps for what in used}}
+
+
+def usage():
+    """Return how many page faults this process has had, and how many seconds the system has worked for it; None where nobody says."""
+    if resource is None:
+        return {'faults': None, 'system': None}
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {'faults': used.ru_minflt + used.ru_majflt, 'system': used.ru_stime}
+
+
+def fresh_peak():
+    """Let the peak resident memory begin anew, where the system can; return the resident memory now in KiB, None without /proc."""
+    with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')                                         # else building the model counts too
+    return resident_memory('VmRSS')
+
+
+def resident_memory(field):
+    """Return a field of /proc/self/status in KiB: VmRSS is what the process holds now, VmHWM the most it ever held. None without /proc."""
+    if not os.path.exists('/proc/self/status'):
+        return None
+    with open('/proc/self/status') as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+def run_on_gpu(args, versions, where):
+    """Print the tables of all cases, or that of growth."""
+    torch = rivals.import_torch(number_of_threads()) if args.against else None
+    product, copying = measure_ceilings(args)
+    print(', '.join(versions + ([f'PyTorch {torch.__version__}'] if torch else [])))
+    print(f'CuPy {get_array_module(move(numpy.zeros(1), "gpu")).__version__}')
+    print(f'{where}, {args.dtype}; matrix products reach {args.convention.rate(product)} TF/s, copies {copying / 1e9:.0f} GB/s')
+    with kernels.use_kernels() if args.kernels else contextlib.nullcontext():
+        if args.growth:
+            print_growth(args)
+            return
+        for case in args.case:
+            run_case_on_gpu(case, args, (product, copying), torch)
+
+
+def run_case_on_gpu(case, args, ceilings, torch):
+    """Time one case and print its lines."""
+    x, target = make_batch(case, args.dtype)
+    model = make_model(case, args.dtype)
+    operations = 2 * model.multiply_adds(x.shape)                # of one forward; backward does each product twice
+    print(case.describe(operations))
+
+    def build():
+        return our_jobs(make_model(case, args.dtype, 'gpu'), x, target)
+
+    contenders, ratios_to = {'nervenet': Contender(build, our_clock('gpu'), peak_memory, free_memory)}, {}
+    if torch:
+        small = case._replace(size=(48, 64), batch=2)
+        print(f'  {rivals.agreement(torch, make_model(small, "float64"), *make_batch(small, "float64"))}')
+        theirs = {name: Contender(*parts) for name, parts in rivals.gpu_contenders(torch, model, x, target).items()}
+        contenders |= theirs
+        ratios_to = {'ratio to tf32 channels_last': ['torch tf32 channels_last'], 'ratio to the best': theirs}
+    times, memory = measure_on_gpu(contenders, args)
+    print_times(times, memory, ratios_to, operations, case.batch, args, ceilings)
+    if args.layers and 'nervenet' in times:
+        with skipping('layers'):
+            model.to('gpu')
+            print('\n'.join(layer_lines(model, our_jobs(model, x, target)[1], args.convention, args.rounds, ceilings)))
+
+
+def print_times(times, memory, ratios_to, operations, N, args, ceilings):
+    """Print a line for each of `times`, which are of N images, and for each of `ratios_to`: label → names of rivals."""
+    if not times:
+        return
+    how, width = args.convention, max(20, 1 + max(map(len, [*times, *ratios_to])))
+    print(f'  {"ms per image, median":{width}}{"forward":>10}{"train step":>12}{"predict":>10}{"host ms per step":>20}{"peak MiB":>10}   '
+          f'{how.unit} (of peak): train, predict')
+    for name, ((forward, _), (step, issued), (inference, _)) in times.items():
+        rates = ', '.join(f'{how.rate(rate)} ({rate / ceilings[0]:.0%})'
+                          for rate in (3 * operations / step, operations / inference))
+        cells = [f'{seconds / N * 1e3:.{how.decimals}f}' for seconds in (forward, step, inference)]
+        host = f'{issued * 1e3:.2f} ({issued / step:.0%})'
+        print(f'  {name:{width}}{cells[0]:>10}{cells[1]:>12}{cells[2]:>10}{host:>20}{memory[name] / 2**20:10.0f}   {rates}')
+    for label, names in ratios_to.items():
+        theirs = [times[name] for name in names if name in times]
+        if theirs and 'nervenet' in times:
+            cells = [min(rival[job][0] for rival in theirs) / times['nervenet'][job][0] for job in range(3)]
+            print(f'  {label:{width}}{cells[0]:10.2f}{cells[1]:12.2f}{cells[2]:10.2f}')
+
+
+def measure_on_gpu(contenders, args):
+    """Return (times, memory): name → as in `time_jobs`, and name → bytes that a training step takes at most.
+
+    Each contender is built, timed and dropped before the next: the large cases need all of the device's memory.
+    """
     times, memory = {}, {}
 
     def measure_alone(name, contender):                     # a function, so that all it built goes when it returns
         jobs = contender.build()
-        measured = time_jobs({name: (jobs, contender.clock)}, args)
+        measured = time_jobs(jobs, contender.clock, args)
         memory[name] = contender.peak_memory(jobs[1])
-        times.update(measured)
+        times[name] = measured
 
     for name, contender in contenders.items():
         with skipping(name):
@@ -246,54 +560,36 @@ def our_clock(device):
 
 
 def timed(job, clock):
-    """Return the seconds one call of `job` takes, and those until it returns, which on a GPU is when the work is ordered."""
+    """Return the seconds one call of `job` takes, and those until it returns, which is when the work is ordered."""
     now, between = clock
-    between(now(), now())                               # waits until a GPU is idle
+    between(now(), now())                               # waits until the GPU is idle
     start, called = now(), time.perf_counter()
     job()
     issued = time.perf_counter() - called
     return between(start, now()), issued
 
 
-def time_jobs(contenders, args):
-    """Return name → [(seconds, seconds until it returned) of each job], of contenders name → (jobs, clock): best or median.
-
-    In every round all contenders have their turn, so that a change of the machine's load meets them alike; the first call of a
-    turn is not timed.
-    """
-    how = args.convention
-    samples = {name: [[] for _ in jobs] for name, (jobs, _) in contenders.items()}
-    for _ in range(how.discarded + args.rounds):
-        for name, (jobs, clock) in contenders.items():
-            for job, pairs in zip(jobs, samples[name]):
-                job()
-                pairs.append(timed(job, clock))
-    return {name: [tuple(map(how.statistic, zip(*pairs[how.discarded:]))) for pairs in lists] for name, lists in samples.items()}
+def time_jobs(jobs, clock, args):
+    """Return (seconds, seconds until it returned) of each job, medians of the rounds. The first call in a round is not timed."""
+    samples = [[] for _ in jobs]
+    for _ in range(DISCARDED + args.rounds):
+        for job, pairs in zip(jobs, samples):
+            job()
+            pairs.append(timed(job, clock))
+    return [tuple(map(statistics.median, zip(*pairs[DISCARDED:]))) for pairs in samples]
 
 
 def measure_ceilings(args):
-    """Return (operations per second of large matrix products, bytes per second of a copy on a GPU, None on the CPU)."""
-    if args.device == 'cpu':
-        return measure_peak(args.dtype), None
+    """Return (operations per second of large matrix products, bytes per second of a copy)."""
     a = move(numpy.random.default_rng(0).random((PRODUCT_SIDE, PRODUCT_SIDE)).astype(args.dtype), 'gpu')
     xp = get_array_module(a)
     source, copy = xp.zeros(COPY_BYTES, 'uint8'), xp.zeros(COPY_BYTES, 'uint8')
     jobs = (lambda: a @ a, lambda: xp.copyto(copy, source))
-    (product, _), (copying, _) = time_jobs({'': (jobs, our_clock('gpu'))}, args)['']
+    (product, _), (copying, _) = time_jobs(jobs, our_clock('gpu'), args)
     return 2 * PRODUCT_SIDE**3 / product, 2 * COPY_BYTES / copying          # each byte is read and written
 
 
-def measure_peak(dtype):
-    """Return operations per second of large matrix products, one per thread at a time: the most that any product here can reach."""
-    size, rng = 1024, numpy.random.default_rng(0)
-    a, threads = rng.random((size, size)).astype(dtype), number_of_threads()
-    best = float('inf')
-    for _ in range(5):
-        start = time.perf_counter()
-        parallel_for(range(4 * threads), lambda block: a @ a)
-        best = min(best, time.perf_counter() - start)
-    return 4 * threads * 2 * size**3 / best
-
+# --- Layers -----------------------------------------------------------------------------------------------------------
 
 def leaves(model):
     """Yield (name, layer) for every layer that computes something itself."""
@@ -346,21 +642,20 @@ def time_layers(model, job, clock):
     return rows
 
 
-def print_layers(model, step, args, ceilings):
-    """Print what each layer costs in a training step, the best of three, or on a GPU the median of the rounds."""
-    how, on_cpu = args.convention, args.device == 'cpu'
-    labels, width = (('GF/s forward', 'backward'), 10) if on_cpu else (('forward (of ceiling)', 'backward'), 20)
+def layer_lines(model, step, how, rounds, ceilings=(None, None)):
+    """Yield the lines of a table of what each layer costs in a training step, the median of the rounds; `ceilings` are those of a GPU."""
+    labels, width = (('forward (of ceiling)', 'backward'), 20) if ceilings[1] else (('GF/s forward', 'backward'), 10)
     step()
-    runs = [time_layers(model, step, our_clock(args.device)) for _ in range(3 if on_cpu else args.rounds)]
-    rows = {key: (how.statistic(run[key][0] for run in runs), *runs[0][key][1:]) for key in runs[0]}
+    runs = [time_layers(model, step, our_clock(model.device)) for _ in range(rounds)]
+    rows = {key: (statistics.median(run[key][0] for run in runs), *runs[0][key][1:]) for key in runs[0]}
     total = {method: sum(row[0] for key, row in rows.items() if key[1] == method) for method in ('forward', 'backward')}
-    print(f'  {"layer":24}{"forward ms":>12}{"backward ms":>13}{"share":>8}{labels[0]:>{width + 4}}{labels[1]:>{width}}')
+    yield f'  {"layer":24}{"forward ms":>12}{"backward ms":>13}{"share":>8}{labels[0]:>{width + 4}}{labels[1]:>{width}}'
     for name, _ in leaves(model):
         forward, backward = rows[name, 'forward'], rows[name, 'backward']
         rates = f'{layer_rate(*forward, how, ceilings):>{width + 4}}{layer_rate(*backward, how, ceilings):>{width}}'.rstrip()
-        print(f'  {name:24}{forward[0] * 1e3:12.{how.decimals}f}{backward[0] * 1e3:13.{how.decimals}f}'
-              f'{(forward[0] + backward[0]) / sum(total.values()):8.1%}{rates}')
-    print(f'  {"all layers":24}{total["forward"] * 1e3:12.{how.decimals}f}{total["backward"] * 1e3:13.{how.decimals}f}')
+        yield (f'  {name:24}{forward[0] * 1e3:12.{how.decimals}f}{backward[0] * 1e3:13.{how.decimals}f}'
+               f'{(forward[0] + backward[0]) / sum(total.values()):8.1%}{rates}')
+    yield f'  {"all layers":24}{total["forward"] * 1e3:12.{how.decimals}f}{total["backward"] * 1e3:13.{how.decimals}f}'
 
 
 def layer_rate(seconds, operations, touched, how, ceilings):
@@ -372,227 +667,19 @@ def layer_rate(seconds, operations, touched, how, ceilings):
     return f'{touched / seconds / 1e9:.0f} GB/s ({touched / seconds / copying:.0%})' if copying and touched else ''
 
 
-# --- Memory -----------------------------------------------------------------------------------------------------------
-
-def memory_in_fresh_process(library, case, norm):
-    """Return the peak memory of three training steps as text, measured in a process that does nothing else."""
-    base, (H, W), N = case
-    result = subprocess.run([sys.executable, __file__, '--case', f'{base}:{H}x{W}:{N}', '--norm', norm or 'none',
-                             '--memory-of', library], capture_output=True, text=True)
-    if result.returncode:
-        return f'not measured ({result.stderr.strip().splitlines()[-1]})'
-    return result.stdout.strip()
-
-
-def measure_memory(library, case, norm):
-    """Run three training steps and return by how much it raised the peak resident memory, as text."""
-    if not os.path.exists('/proc/self/status'):
-        return 'not measured (this needs /proc, so Linux)'
-    x, target = make_batch(case, 'float32')
-    model = make_model(case[0], norm, 'float32')
-    if library == 'torch':
-        torch = import_torch()
-        other = torch_unet(torch, model, case[0], norm).to(memory_format=torch.channels_last)
-        del model
-        before = resident_memory('VmRSS')
-        step = torch_jobs(torch, other, torch.channels_last, x, target)[1]
-    else:
-        before = resident_memory('VmRSS')
-        step = our_jobs(model, x, target)[1]
-    for _ in range(3):              # the averages of Adam, and the gradients of the step before, are there from the second on
-        step()
-    return f'{(resident_memory("VmHWM") - before) / 1024:.0f} MiB'
-
-
-def resident_memory(field):
-    """Return a field of /proc/self/status in KiB: VmRSS is what the process holds now, VmHWM the most it ever held."""
-    with open('/proc/self/status') as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field))
-
-
-# --- PyTorch ----------------------------------------------------------------------------------------------------------
-
-def import_torch(device='cpu'):
-    try:
-        import torch
-    except ImportError as error:
-        raise SystemExit(f'--against torch: PyTorch cannot be imported ({error}). Install it, or leave the flag out')
-    torch.set_num_threads(number_of_threads())
-    if device == 'gpu':
-        if not torch.cuda.is_available():
-            raise SystemExit(f'--against torch: PyTorch {torch.__version__} finds no GPU. Install a build with CUDA that fits the '
-                             'driver, or leave the flag out')
-        torch.backends.cudnn.benchmark = True
-    return torch
-
-
-def torch_contenders(torch, model, args, x, target):
-    """Return name → Contender, with the weights of `model`: both memory formats, on a GPU each of them in float32 and in TF32."""
-    formats = {'NCHW': torch.contiguous_format, 'channels_last': torch.channels_last}
-
-    def contender(memory_format, precision):
-        def build():
-            if precision:
-                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == 'tf32 '
-            other = torch_unet(torch, model, model.config['base_channels'], args.norm)
-            return torch_jobs(torch, other.to(TORCH_DEVICE[args.device], memory_format=memory_format), memory_format, x, target)
-        return Contender(build, our_clock('cpu') if args.device == 'cpu' else torch_clock(torch),
-                         functools.partial(torch_peak_memory, torch), torch.cuda.empty_cache)
-
-    return {f'torch {precision}{name}': contender(memory_format, precision)
-            for precision in ([''] if args.device == 'cpu' else ['fp32 ', 'tf32 ']) for name, memory_format in formats.items()}
-
-
-def torch_clock(torch):
-    """Return what `our_clock` returns, for work that PyTorch orders on a GPU."""
-    def now():
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(start, end):
-        end.synchronize()
-        return start.elapsed_time(end) / 1000               # PyTorch too gives milliseconds
-
-    return now, between
-
-
-def torch_peak_memory(torch, work):
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return torch.cuda.max_memory_allocated()
-
-
-def torch_unet(torch, model, base, norm):
-    """Return the same network in PyTorch, part for part under the same names, with the weights of `model`."""
-    nn = torch.nn
-
-    class DoubleConv(nn.Module):
-        def __init__(self, in_channels, out_channels):
-            super().__init__()
-            for number, channels in (('1', in_channels), ('2', out_channels)):
-                setattr(self, 'conv' + number, nn.Conv2d(channels, out_channels, 3, padding=1, bias=norm is None))
-                if norm:
-                    setattr(self, 'norm' + number, nn.BatchNorm2d(out_channels))
-
-        def forward(self, x):
-            for number in '12':
-                x = getattr(self, 'conv' + number)(x)
-                if norm:
-                    x = getattr(self, 'norm' + number)(x)
-                x = nn.functional.relu(x, inplace=True)
-            return x
-
-    class Up(DoubleConv):
-        def __init__(self, in_channels, out_channels):
-            super().__init__(2 * out_channels, out_channels)
-            self.upconv = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
-
-    class UNet(nn.Module):
-        def __init__(self, depth=4):
-            super().__init__()
-            channels = [base * 2**level for level in range(depth + 1)]
-            self.stem = DoubleConv(1, base)
-            self.downs = nn.ModuleList(DoubleConv(channels[i], channels[i + 1]) for i in range(depth))
-            self.ups = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in reversed(range(depth)))
-            self.head = nn.Conv2d(base, 1, 1)
-
-        def forward(self, x):
-            x, skips = self.stem(x), []
-            for down in self.downs:
-                skips.append(x)
-                x = down(nn.functional.max_pool2d(x, 2))
-            for up in self.ups:
-                x = up(torch.cat([skips.pop(), up.upconv(x)], dim=1))
-            return self.head(x)
-
-    other = UNet().to(getattr(torch, str(model.dtype)))
-    state = {name: torch.from_numpy(to_torch_layout(array)) for name, array in model.state_dict().items()}
-    other.load_state_dict(state, strict=False)      # PyTorch also counts batches, and would miss that number
-    return other
-
-
-def to_torch_layout(array):
-    """Return weights (KH, KW, in, out) as (out, in, KH, KW), vectors as they are."""
-    return numpy.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array.copy()
-
-
-def torch_batch(torch, memory_format, *arrays, device='cpu'):
-    """Return images (N, H, W, C) as (N, C, H, W) in the given memory format."""
-    return [torch.tensor(array.transpose(0, 3, 1, 2)).contiguous(memory_format=memory_format).to(device) for array in arrays]
-
-
-def torch_dice_loss(torch, logits, target):
-    p = torch.sigmoid(logits)
-    return -(2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
-
-
-def torch_jobs(torch, other, memory_format, x, target):
-    """Return what is timed: forward, training step, inference."""
-    device = next(other.parameters()).device
-    x, target = torch_batch(torch, memory_format, x, target, device=device)
-    optimizer = torch.optim.Adam(other.parameters(), 1e-4, fused=device.type == 'cuda' or None)
-
-    def step():
-        other.train()
-        optimizer.zero_grad()
-        torch_dice_loss(torch, other(x), target).backward()
-        optimizer.step()
-
-    def inference():
-        other.eval()
-        with torch.inference_mode():
-            return torch.sigmoid(other(x))
-
-    def forward():
-        other.train()
-        return other(x)
-
-    return forward, step, inference
-
-
-def agreement(torch, case, norm):
-    """Return a line that says how far outputs and gradients of the two networks lie apart in float64; exit if too far.
-
-    In float32 the gradients of two correct networks differ: where a ReLU's input is within rounding of 0, one passes the
-    gradient on and the other does not. In float64 hardly any input is that close, and a mistake has nowhere to hide.
-    """
-    x, target = make_batch(case, 'float64')
-    model, loss = make_model(case[0], norm, 'float64'), DiceLoss()
-    logits = model.forward(x)
-    loss.forward(logits, target)
-    model.backward(loss.backward(), input_gradient=False)
-    other = torch_unet(torch, model, case[0], norm)
-    x, target = torch_batch(torch, torch.contiguous_format, x, target)
-    other_logits = other(x)
-    torch_dice_loss(torch, other_logits, target).backward()
-    gradients = dict(other.named_parameters())
-    errors = {name: relative_error(to_torch_layout(gradient), gradients[name].grad)
-              for name, gradient in model.gradients().items()}
-    errors['logits'] = relative_error(logits.transpose(0, 3, 1, 2), other_logits)
-    worst = max(errors, key=errors.get)
-    if errors[worst] > 1e-6:
-        raise SystemExit(f'the two networks disagree: {worst} differs by {errors[worst]:.1e}, expected below 1e-6')
-    return f'the two agree in float64: logits to {errors["logits"]:.0e}, all gradients to {errors[worst]:.0e}'
-
-
-def relative_error(ours, theirs):
-    theirs = theirs.detach().numpy()
-    return float(numpy.linalg.norm((ours - theirs).ravel()) / numpy.linalg.norm(theirs.ravel()))
-
-
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 def parse_case(text):
-    """Turn '32:96x128:16' into (32, (96, 128), 16)."""
+    """Turn '32:96x128:16:batch' into a Case; its norm is '' if the text has none."""
     try:
-        base, size, batch = text.split(':')
+        base, size, batch, *norm = text.split(':')
         H, W = map(int, size.split('x'))
-        case = int(base), (H, W), int(batch)
+        case = Case(int(base), (H, W), int(batch), ''.join(norm))
     except ValueError:
-        case = 0, (0, 0), 0
-    if min(case[0], *case[1], case[2]) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no case; expected base:HEIGHTxWIDTH:batch, as in 32:96x128:16')
+        norm, case = [], Case(0, (0, 0), 0, '')
+    if min(case.base, *case.size, case.batch) < 1 or norm not in ([], ['none'], ['batch']):
+        raise argparse.ArgumentTypeError(f'{text!r} is no case; expected base:HEIGHTxWIDTH:batch, as in 32:96x128:16, and then :none or '
+                                         ':batch if it shall have a norm of its own')
     return case
 
 
@@ -605,32 +692,40 @@ def whole(text):
 def parse(arguments):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--case', type=parse_case, nargs='+', help='base:HEIGHTxWIDTH:batch, one or several')
+    parser.add_argument('--case', type=parse_case, nargs='+', help='base:HEIGHTxWIDTH:batch, and :norm if it shall differ, one or several')
     parser.add_argument('--device', choices=['cpu', 'gpu'], default='cpu', help='default: cpu')
     parser.add_argument('--precision', choices=['fp32', 'tf32'], help='of our products of float32 matrices on a GPU; default: tf32 '
                         'where the GPU has it')
     parser.add_argument('--kernels', action='store_true', help='on a GPU, use the kernels of nervenet/kernels.cu, which are off otherwise')
-    parser.add_argument('--norm', choices=['none', 'batch'], default='none')
+    parser.add_argument('--norm', choices=['none', 'batch'], help='of cases that name none; default: none')
     parser.add_argument('--dtype', choices=['float32', 'float64'], default='float32')
-    parser.add_argument('--threads', type=whole, help='default: the cores this process may use')
-    parser.add_argument('--rounds', type=whole, help='of which the best counts (default 5), on a GPU the median (default 10)')
-    parser.add_argument('--growth', action='store_true', help='instead: time against image size and batch, for the first base')
+    parser.add_argument('--threads', type=whole, help='of all contenders; default: the cores this process may use')
+    parser.add_argument('--rounds', type=whole, help='default: 7, with --growth 3, on a GPU 10')
+    parser.add_argument('--growth', action='store_true', help='instead: time against image size and batch, for the first case')
     parser.add_argument('--layers', action='store_true', help='also time each layer of a training step')
-    parser.add_argument('--against', choices=['torch'], help='also run the same network in PyTorch')
-    parser.add_argument('--memory-of', choices=['nervenet', 'torch'], help=argparse.SUPPRESS)
+    parser.add_argument('--against', choices=rivals.CONTENDERS, nargs='+', default=[], help='engines to run the same network in')
+    parser.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.kernels and args.device == 'cpu':
         parser.error('--kernels needs --device gpu: they are for a GPU')
     if args.growth and (args.layers or args.against):
         parser.error('--growth is a table of its own: leave out --layers and --against')
+    if args.device == 'gpu' and args.against not in ([], ['torch']):
+        parser.error(f'--against {" ".join(args.against)}: on a GPU the only rival is torch')
+    if args.dtype == 'float64' and {*args.against} - {*rivals.TRAINABLE}:
+        parser.error('--dtype float64: onnx and openvino are compared in float32; leave them out')
     args.convention = CONVENTIONS[args.device]
     args.case = args.case or [parse_case(text) for text in args.convention.cases]
-    args.rounds = args.rounds or args.convention.rounds
-    args.norm = None if args.norm == 'none' else args.norm
+    if args.norm and all(case.norm for case in args.case):
+        parser.error(f'--norm {args.norm}: every case names its own norm; give a --case without, as in 32:96x128:16')
+    args.case = [case._replace(norm=case.norm or args.norm or 'none') for case in args.case]
+    args.rounds = args.rounds or (3 if args.growth and args.device == 'cpu' else args.convention.rounds)
     return args
 
 
 if __name__ == '__main__':
+    print_whatever_comes()
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:

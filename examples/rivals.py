@@ -1,0 +1,266 @@
+"""The same U-Net in other engines, with the same weights, for `benchmark.py`: PyTorch, torch.compile, ONNX Runtime, OpenVINO.
+
+Each is set up the way that is fastest on a CPU as its own documentation has it, on as many threads as nervenet. The network is written
+once, in PyTorch; the last two read it from a file. None of them is needed to use nervenet, so each is imported only where it is used.
+"""
+
+import importlib
+
+import numpy
+
+from nervenet.losses import DiceLoss
+from nervenet.train import predict
+
+# What --against takes → what has to be importable for it, and its contenders.
+MODULES = {'torch': ['torch'], 'compile': ['torch'], 'onnx': ['torch', 'onnx', 'onnxscript', 'onnxruntime'],
+           'openvino': ['torch', 'openvino']}
+CONTENDERS = {'torch': ['torch NCHW', 'torch channels_last'], 'compile': ['torch.compile'], 'onnx': ['ONNX Runtime'],
+              'openvino': ['OpenVINO']}
+TRAINABLE = 'torch', 'compile'
+TORCH_DEVICE = {'cpu': 'cpu', 'gpu': 'cuda'}
+
+
+# --- In the processes of the benchmark on a CPU -----------------------------------------------------------------------
+
+def versions(library):
+    """Return [name and version of each package that `library` needs]. Raises ImportError, or what torch.compile raises if it cannot."""
+    modules = [importlib.import_module(name) for name in MODULES[library]]
+    if library == 'compile':
+        torch, = modules
+        torch.compile(lambda x: x + 1)(torch.zeros(8))                      # it may lack a C++ compiler
+    return [f'{module.__name__} {module.__version__}' for module in modules]
+
+
+def check(library, model, x, target, folder):
+    """Return a line that says how far `library` and `model` agree on the images x and masks target, (N, H, W, 1); exit if they do not.
+
+    PyTorch computes in float64, with gradients. The engines that only predict do so in the precision of `model`, and the network
+    that they read lies in `folder` afterwards.
+    """
+    import torch
+    if library in TRAINABLE:
+        return agreement(torch, model, x, target)
+    model.forward(x)                                # in training mode, so that the averages of batch norm are not all 0 and 1
+    other = torch_unet(torch, model)
+    write(torch, library, torch.nn.Sequential(other, torch.nn.Sigmoid()).eval(), torch_batch(torch, torch.contiguous_format, x)[0], folder)
+    error = relative_error(predict(model, x), read(library, x, folder, threads=None)().reshape(x.shape))
+    if not error < 1e-4:
+        raise SystemExit(f'the probabilities differ by {error:.1e}, expected below 1e-4')
+    return f'probabilities agree to {error:.0e}'
+
+
+def job(contender, kind, model, x, target, folder, threads):
+    """Return the function that is timed: one step of `kind`, 'training' or 'inference'. Its model is there when this returns."""
+    if contender in CONTENDERS['onnx']:
+        return read('onnx', x, folder, threads)
+    if contender in CONTENDERS['openvino']:
+        return read('openvino', x, folder, threads)
+    import torch
+    torch.set_num_threads(threads)
+    memory_format = torch.contiguous_format if contender == 'torch NCHW' else torch.channels_last
+    other = torch_unet(torch, model).to(memory_format=memory_format)
+    _, training, inference = torch_jobs(torch, other, memory_format, x, target, torch.compile if contender == 'torch.compile' else None)
+    return training if kind == 'training' else inference
+
+
+def write(torch, library, network, x, folder):
+    """Write the PyTorch `network`, for images of the shape of x, as a file that `library` reads."""
+    if library == 'onnx':
+        torch.onnx.export(network, (x,), f'{folder}/unet.onnx', opset_version=18, input_names=['x'])
+    else:
+        import openvino
+        openvino.save_model(openvino.convert_model(network, example_input=x, input=[tuple(x.shape)]), f'{folder}/unet.xml',
+                            compress_to_fp16=False)
+
+
+def read(library, x, folder, threads):
+    """Return the function that gives the probabilities (N, 1, H, W) of the images x (N, H, W, 1), by the network in `folder`.
+
+    `threads` is how many compute, None for as many as `library` likes.
+    """
+    x = numpy.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    if library == 'onnx':
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        session = onnxruntime.InferenceSession(f'{folder}/unet.onnx', options, providers=['CPUExecutionProvider'])
+        return lambda: session.run(None, {'x': x})[0]
+    import openvino
+    config = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads or 0}
+    request = openvino.Core().compile_model(f'{folder}/unet.xml', 'CPU', config).create_infer_request()
+    return lambda: request.infer([x], share_inputs=True, share_outputs=True)[0]
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+def import_torch(threads):
+    """Return PyTorch, ready for a GPU."""
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(f'--against torch: PyTorch cannot be imported ({error}). Install it, or leave the flag out') from None
+    torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        raise SystemExit(f'--against torch: PyTorch {torch.__version__} finds no GPU. Install a build with CUDA that fits the '
+                         'driver, or leave the flag out')
+    torch.backends.cudnn.benchmark = True
+    return torch
+
+
+def gpu_contenders(torch, model, x, target):
+    """Return name → as in `benchmark.Contender`, with the weights of `model`: both memory formats, each in float32 and in TF32."""
+    formats = {'NCHW': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+    def contender(memory_format, precision):
+        def build():
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+            other = torch_unet(torch, model).to(TORCH_DEVICE['gpu'], memory_format=memory_format)
+            return torch_jobs(torch, other, memory_format, x, target)
+
+        def peak_memory(work):
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            return torch.cuda.max_memory_allocated()
+
+        return build, torch_clock(torch), peak_memory, torch.cuda.empty_cache
+
+    return {f'torch {precision} {name}': contender(memory_format, precision)
+            for precision in ('fp32', 'tf32') for name, memory_format in formats.items()}
+
+
+def torch_clock(torch):
+    """Return two functions, as backend.mark (without argument) and backend.seconds_between, for work that PyTorch orders on a GPU."""
+    def now():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(start, end):
+        end.synchronize()
+        return start.elapsed_time(end) / 1000               # PyTorch too gives milliseconds
+
+    return now, between
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+def torch_unet(torch, model):
+    """Return the same network in PyTorch, part for part under the same names, with the weights of `model`."""
+    nn, base, norm = torch.nn, model.config['base_channels'], model.config['norm']
+
+    class DoubleConv(nn.Module):
+        def __init__(self, in_channels, out_channels):
+            super().__init__()
+            for number, channels in (('1', in_channels), ('2', out_channels)):
+                setattr(self, 'conv' + number, nn.Conv2d(channels, out_channels, 3, padding=1, bias=norm is None))
+                if norm:
+                    setattr(self, 'norm' + number, nn.BatchNorm2d(out_channels))
+
+        def forward(self, x):
+            for number in '12':
+                x = getattr(self, 'conv' + number)(x)
+                if norm:
+                    x = getattr(self, 'norm' + number)(x)
+                x = nn.functional.relu(x, inplace=True)
+            return x
+
+    class Up(DoubleConv):
+        def __init__(self, in_channels, out_channels):
+            super().__init__(2 * out_channels, out_channels)
+            self.upconv = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+
+    class UNet(nn.Module):
+        def __init__(self, depth=4):
+            super().__init__()
+            channels = [base * 2**level for level in range(depth + 1)]
+            self.stem = DoubleConv(1, base)
+            self.downs = nn.ModuleList(DoubleConv(channels[i], channels[i + 1]) for i in range(depth))
+            self.ups = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in reversed(range(depth)))
+            self.head = nn.Conv2d(base, 1, 1)
+
+        def forward(self, x):
+            x, skips = self.stem(x), []
+            for down in self.downs:
+                skips.append(x)
+                x = down(nn.functional.max_pool2d(x, 2))
+            for up in self.ups:
+                x = up(torch.cat([skips.pop(), up.upconv(x)], dim=1))
+            return self.head(x)
+
+    other = UNet().to(getattr(torch, str(model.dtype)))
+    state = {name: torch.from_numpy(to_torch_layout(array)) for name, array in model.state_dict().items()}
+    other.load_state_dict(state, strict=False)      # PyTorch also counts batches, and would miss that number
+    return other
+
+
+def to_torch_layout(array):
+    """Return weights (KH, KW, in, out) as (out, in, KH, KW), vectors as they are."""
+    return numpy.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array.copy()
+
+
+def torch_batch(torch, memory_format, *arrays, device='cpu'):
+    """Return images (N, H, W, C) as (N, C, H, W) in the given memory format."""
+    return [torch.tensor(array.transpose(0, 3, 1, 2)).contiguous(memory_format=memory_format).to(device) for array in arrays]
+
+
+def torch_dice_loss(torch, logits, target):
+    p = torch.sigmoid(logits)
+    return -(2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
+
+
+def torch_jobs(torch, other, memory_format, x, target, compiled=None):
+    """Return what is timed: forward, training step, inference; the last two through `compiled`, if it is torch.compile."""
+    x, target = torch_batch(torch, memory_format, x, target, device=next(other.parameters()).device)
+    optimizer = torch.optim.Adam(other.parameters(), 1e-4, fused=True)          # in one pass, on a CPU in a third of the time
+    compiled = compiled or (lambda function: function)
+    loss = compiled(lambda x, target: torch_dice_loss(torch, other(x), target))
+    probabilities = compiled(lambda x: torch.sigmoid(other(x)))
+
+    def in_mode(training):
+        if other.training != training:              # to look is quick; to set it goes through all layers
+            other.train(training)
+
+    def step():
+        in_mode(True)
+        optimizer.zero_grad()
+        loss(x, target).backward()
+        optimizer.step()
+
+    def inference():
+        in_mode(False)
+        with torch.inference_mode():
+            return probabilities(x)
+
+    def forward():
+        in_mode(True)
+        return other(x)
+
+    return forward, step, inference
+
+
+def agreement(torch, model, x, target):
+    """Return a line that says how far outputs and gradients of `model`, in float64, and of the same in PyTorch lie apart; exit if too far.
+
+    In float32 the gradients of two correct networks differ: where a ReLU's input is within rounding of 0, one passes the
+    gradient on and the other does not. In float64 hardly any input is that close, and a mistake has nowhere to hide.
+    """
+    loss = DiceLoss()
+    logits = model.forward(x)
+    loss.forward(logits, target)
+    model.backward(loss.backward(), input_gradient=False)
+    other = torch_unet(torch, model)
+    x, target = torch_batch(torch, torch.contiguous_format, x, target)
+    other_logits = other(x)
+    torch_dice_loss(torch, other_logits, target).backward()
+    gradients = dict(other.named_parameters())
+    errors = {name: relative_error(to_torch_layout(gradient), gradients[name].grad.numpy())
+              for name, gradient in model.gradients().items()}
+    errors['logits'] = relative_error(logits.transpose(0, 3, 1, 2), other_logits.detach().numpy())
+    worst = max(errors, key=errors.get)
+    if not errors[worst] < 1e-6:
+        raise SystemExit(f'the two networks disagree: {worst} differs by {errors[worst]:.1e}, expected below 1e-6')
+    return f'the two agree in float64: logits to {errors["logits"]:.0e}, all gradients to {errors[worst]:.0e}'
+
+
+def relative_error(ours, theirs):
+    return float(numpy.linalg.norm((ours - theirs).ravel()) / numpy.linalg.norm(theirs.ravel()))
