@@ -1,127 +1,147 @@
-"""The same U-Net, with the same weights, in the engines that benchmark.py can compare with.
+"""The same U-Net in other engines, with the same weights, for `benchmark.py`: PyTorch, torch.compile, ONNX Runtime, OpenVINO.
 
-`RIVALS` lists them. Each builds one kind of work, training or inference, and returns it as a function without arguments that does one
-step on the batch. An engine is imported only when something is built with it.
+Each is set up the way that is fastest on a CPU as its own documentation has it, on as many threads as nervenet. The network is written
+once, in PyTorch; the last two read it from a file. None of them is needed to use nervenet, so each is imported only where it is used.
 """
 
-import functools
-import importlib.metadata
-import importlib.util
-import io
-import typing
+import importlib
 
 import numpy
 
-from nervenet.engine.parallel import number_of_threads
 from nervenet.losses import DiceLoss
+from nervenet.train import predict
 
+# What --against takes → what has to be importable for it, and its contenders.
+MODULES = {'torch': ['torch'], 'compile': ['torch'], 'onnx': ['torch', 'onnx', 'onnxscript', 'onnxruntime'],
+           'openvino': ['torch', 'openvino']}
+CONTENDERS = {'torch': ['torch NCHW', 'torch channels_last'], 'compile': ['torch.compile'], 'onnx': ['ONNX Runtime'],
+              'openvino': ['OpenVINO']}
+TRAINABLE = 'torch', 'compile'
 TORCH_DEVICE = {'cpu': 'cpu', 'gpu': 'cuda'}
 
 
-class Rival(typing.NamedTuple):
-    """An engine in one way of using it."""
-    option: str                     # of --against
-    packages: tuple                 # that it needs
-    kinds: tuple                    # of work that it can do
-    build: typing.Callable          # (model, kind, x, target) → one step; inference returns the probabilities (N, 1, H, W)
+# --- In the processes of the benchmark on a CPU -----------------------------------------------------------------------
+
+def versions(library):
+    """Return [name and version of each package that `library` needs]. Raises ImportError, or what torch.compile raises if it cannot."""
+    modules = [importlib.import_module(name) for name in MODULES[library]]
+    if library == 'compile':
+        torch, = modules
+        torch.compile(lambda x: x + 1)(torch.zeros(8))                      # it may lack a C++ compiler
+    return [f'{module.__name__} {module.__version__.partition("-")[0]}' for module in modules]          # OpenVINO adds its commit
 
 
-def missing(option):
-    """Return the packages that a choice of --against needs and that are not installed."""
-    packages = dict.fromkeys(package for rival in RIVALS.values() if rival.option == option for package in rival.packages)
-    return [package for package in packages if importlib.util.find_spec(package) is None]
+def check(library, model, x, target, folder):
+    """Return a line that says how far `library` and `model` agree on the images x and masks target, (N, H, W, 1); exit if they do not.
+
+    PyTorch computes in float64, with gradients. The engines that only predict do so in the precision of `model`, and the network
+    that they read lies in `folder` afterwards.
+    """
+    import torch
+    if library in TRAINABLE:
+        return agreement(torch, model, x, target)
+    model.forward(x)                                # in training mode, so that the averages of batch norm are not all 0 and 1
+    other = torch_unet(torch, model)
+    write(torch, library, torch.nn.Sequential(other, torch.nn.Sigmoid()).eval(), torch_batch(torch, torch.contiguous_format, x)[0], folder)
+    error = relative_error(predict(model, x), read(library, x, folder, threads=None)().reshape(x.shape))
+    if not error < 1e-4:
+        raise SystemExit(f'the probabilities differ by {error:.1e}, expected below 1e-4')
+    return f'probabilities agree to {error:.0e}'
 
 
-def versions(options):
-    """Return 'package version' of all that the given choices of --against use."""
-    packages = dict.fromkeys(package for rival in RIVALS.values() if rival.option in options for package in rival.packages)
-    return list(map(version, packages))
-
-
-def version(package):
-    try:
-        return f'{package} {importlib.metadata.version(package)}'
-    except importlib.metadata.PackageNotFoundError:         # installed under another name, or without one
-        return f'{package} of unknown version'
-
-
-# --- How they are built -----------------------------------------------------------------------------------------------
-
-def build_torch(model, kind, x, target, memory_format='channels_last', compiled=False):
-    """Return a step of PyTorch, operation by operation, or of what `torch.compile` makes of the network."""
-    torch = import_torch()
-    memory_format = getattr(torch, memory_format)
+def job(contender, kind, model, x, target, folder, threads):
+    """Return the function that is timed: one step of `kind`, 'training' or 'inference'. Its model is there when this returns."""
+    if contender in CONTENDERS['onnx']:
+        return read('onnx', x, folder, threads)
+    if contender in CONTENDERS['openvino']:
+        return read('openvino', x, folder, threads)
+    import torch
+    torch.set_num_threads(threads)
+    memory_format = torch.contiguous_format if contender == 'torch NCHW' else torch.channels_last
     other = torch_unet(torch, model).to(memory_format=memory_format)
-    if not compiled:
-        _, step, inference = torch_jobs(torch, other, memory_format, x, target)
-        return step if kind == 'training' else inference
-    if kind == 'training':
-        return torch_jobs(torch, torch.compile(other), memory_format, x, target)[1]
-    images, = torch_batch(torch, memory_format, x)
-    network = torch.compile(with_sigmoid(torch, other))
-
-    def inference():
-        with torch.inference_mode():
-            return network(images)
-
-    return inference
+    _, training, inference = torch_jobs(torch, other, memory_format, x, target, torch.compile if contender == 'torch.compile' else None)
+    return training if kind == 'training' else inference
 
 
-def build_onnx(model, kind, x, target):
-    """Return inference by ONNX Runtime, of a network of fixed shape."""
-    torch = import_torch()
-    import onnxruntime
-    images, = torch_batch(torch, torch.contiguous_format, x)
-    file = io.BytesIO()
-    torch.onnx.export(with_sigmoid(torch, torch_unet(torch, model)), (images,), file, dynamo=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = number_of_threads()
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=['CPUExecutionProvider'])
-    inputs = {session.get_inputs()[0].name: images.numpy()}
-    return lambda: session.run(None, inputs)[0]
+def write(torch, library, network, x, folder):
+    """Write the PyTorch `network`, for images of the shape of x, as a file that `library` reads."""
+    if library == 'onnx':
+        torch.onnx.export(network, (x,), f'{folder}/unet.onnx', opset_version=18, input_names=['x'])
+    else:
+        import openvino
+        openvino.save_model(openvino.convert_model(torch.export.export(network, (x,))), f'{folder}/unet.xml', compress_to_fp16=False)
 
 
-def build_openvino(model, kind, x, target):
-    """Return inference by OpenVINO in float32, of a network of fixed shape."""
-    torch = import_torch()
+def read(library, x, folder, threads):
+    """Return the function that gives the probabilities (N, 1, H, W) of the images x (N, H, W, 1), by the network in `folder`.
+
+    `threads` is how many compute, None for as many as `library` likes.
+    """
+    x = numpy.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    if library == 'onnx':
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        session = onnxruntime.InferenceSession(f'{folder}/unet.onnx', options, providers=['CPUExecutionProvider'])
+        return lambda: session.run(None, {'x': x})[0]
     import openvino
-    images, = torch_batch(torch, torch.contiguous_format, x)
-    network = openvino.convert_model(with_sigmoid(torch, torch_unet(torch, model)), example_input=images, input=list(images.shape))
-    compiled = openvino.Core().compile_model(network, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY',
-                                                              'INFERENCE_NUM_THREADS': number_of_threads()})
-    images = images.numpy()
-    return lambda: compiled(images)[0]
+    config = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads or 0}
+    request = openvino.Core().compile_model(f'{folder}/unet.xml', 'CPU', config).create_infer_request()
+    return lambda: request.infer([x], share_inputs=True, share_outputs=True)[0]
 
 
-BOTH = 'training', 'inference'
-RIVALS = {
-    'torch NCHW': Rival('torch', ('torch',), BOTH, functools.partial(build_torch, memory_format='contiguous_format')),
-    'torch channels_last': Rival('torch', ('torch',), BOTH, build_torch),
-    'torch.compile': Rival('compile', ('torch',), BOTH, functools.partial(build_torch, compiled=True)),
-    'ONNX Runtime': Rival('onnx', ('torch', 'onnx', 'onnxruntime'), ('inference',), build_onnx),
-    'OpenVINO': Rival('openvino', ('torch', 'openvino'), ('inference',), build_openvino)}
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
 
-
-# --- PyTorch ----------------------------------------------------------------------------------------------------------
-
-def import_torch(device='cpu'):
+def import_torch(threads):
+    """Return PyTorch, ready for a GPU."""
     try:
         import torch
     except ImportError as error:
-        raise SystemExit(f'--against torch: PyTorch cannot be imported ({error}). Install it, or leave the flag out')
-    torch.set_num_threads(number_of_threads())
-    if device == 'gpu':
-        if not torch.cuda.is_available():
-            raise SystemExit(f'--against torch: PyTorch {torch.__version__} finds no GPU. Install a build with CUDA that fits the '
-                             'driver, or leave the flag out')
-        torch.backends.cudnn.benchmark = True
+        raise SystemExit(f'--against torch: PyTorch cannot be imported ({error}). Install it, or leave the flag out') from None
+    torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        raise SystemExit(f'--against torch: PyTorch {torch.__version__} finds no GPU. Install a build with CUDA that fits the '
+                         'driver, or leave the flag out')
+    torch.backends.cudnn.benchmark = True
     return torch
 
 
-def with_sigmoid(torch, other):
-    """Return the network that gives probabilities, for inference."""
-    return torch.nn.Sequential(other, torch.nn.Sigmoid()).eval()
+def gpu_contenders(torch, model, x, target):
+    """Return name → as in `benchmark.Contender`, with the weights of `model`: both memory formats, each in float32 and in TF32."""
+    formats = {'NCHW': torch.contiguous_format, 'channels_last': torch.channels_last}
 
+    def contender(memory_format, precision):
+        def build():
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+            other = torch_unet(torch, model).to(TORCH_DEVICE['gpu'], memory_format=memory_format)
+            return torch_jobs(torch, other, memory_format, x, target)
+
+        def peak_memory(work):
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            return torch.cuda.max_memory_allocated()
+
+        return build, torch_clock(torch), peak_memory, torch.cuda.empty_cache
+
+    return {f'torch {precision} {name}': contender(memory_format, precision)
+            for precision in ('fp32', 'tf32') for name, memory_format in formats.items()}
+
+
+def torch_clock(torch):
+    """Return two functions, as backend.mark (without argument) and backend.seconds_between, for work that PyTorch orders on a GPU."""
+    def now():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(start, end):
+        end.synchronize()
+        return start.elapsed_time(end) / 1000               # PyTorch too gives milliseconds
+
+    return now, between
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 def torch_unet(torch, model):
     """Return the same network in PyTorch, part for part under the same names, with the weights of `model`."""
@@ -187,36 +207,38 @@ def torch_dice_loss(torch, logits, target):
     return -(2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
 
 
-def torch_jobs(torch, other, memory_format, x, target):
-    """Return what is timed: forward, training step, inference."""
-    device = next(other.parameters()).device
-    x, target = torch_batch(torch, memory_format, x, target, device=device)
-    optimizer = torch.optim.Adam(other.parameters(), 1e-4, fused=device.type == 'cuda' or None)
+def torch_jobs(torch, other, memory_format, x, target, compiled=None):
+    """Return what is timed: forward, training step, inference; the last two through `compiled`, if it is torch.compile."""
+    x, target = torch_batch(torch, memory_format, x, target, device=next(other.parameters()).device)
+    optimizer = torch.optim.Adam(other.parameters(), 1e-4, fused=True)          # in one pass, on a CPU in a third of the time
+    compiled = compiled or (lambda function: function)
+    loss = compiled(lambda x, target: torch_dice_loss(torch, other(x), target))
+    probabilities = compiled(lambda x: torch.sigmoid(other(x)))
 
-    def set_training(training):
-        if other.training != training:
+    def in_mode(training):
+        if other.training != training:              # to look is quick; to set it goes through all layers
             other.train(training)
 
     def step():
-        set_training(True)
+        in_mode(True)
         optimizer.zero_grad()
-        torch_dice_loss(torch, other(x), target).backward()
+        loss(x, target).backward()
         optimizer.step()
 
     def inference():
-        set_training(False)
+        in_mode(False)
         with torch.inference_mode():
-            return torch.sigmoid(other(x))
+            return probabilities(x)
 
     def forward():
-        set_training(True)
+        in_mode(True)
         return other(x)
 
     return forward, step, inference
 
 
 def agreement(torch, model, x, target):
-    """Return a line that says how far outputs and gradients of the two networks lie apart, of a model in float64; exit if too far.
+    """Return a line that says how far outputs and gradients of `model`, in float64, and of the same in PyTorch lie apart; exit if too far.
 
     In float32 the gradients of two correct networks differ: where a ReLU's input is within rounding of 0, one passes the
     gradient on and the other does not. In float64 hardly any input is that close, and a mistake has nowhere to hide.
@@ -234,34 +256,10 @@ def agreement(torch, model, x, target):
               for name, gradient in model.gradients().items()}
     errors['logits'] = relative_error(logits.transpose(0, 3, 1, 2), other_logits.detach().numpy())
     worst = max(errors, key=errors.get)
-    if not errors[worst] <= 1e-6:
+    if not errors[worst] < 1e-6:
         raise SystemExit(f'the two networks disagree: {worst} differs by {errors[worst]:.1e}, expected below 1e-6')
-    return f'nervenet and PyTorch agree in float64: logits to {errors["logits"]:.0e}, all gradients to {errors[worst]:.0e}'
+    return f'the two agree in float64: logits to {errors["logits"]:.0e}, all gradients to {errors[worst]:.0e}'
 
 
 def relative_error(ours, theirs):
-    """Return the norm of the difference of two arrays of equal size, over the norm of the second."""
-    ours, theirs = numpy.ravel(ours), numpy.ravel(theirs)
-    return float(numpy.linalg.norm(ours - theirs) / numpy.linalg.norm(theirs))
-
-
-# --- On a GPU ---------------------------------------------------------------------------------------------------------
-
-def torch_clock(torch):
-    """Return what `our_clock` returns, for work that PyTorch orders on a GPU."""
-    def now():
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(start, end):
-        end.synchronize()
-        return start.elapsed_time(end) / 1000               # PyTorch too gives milliseconds
-
-    return now, between
-
-
-def torch_peak_memory(torch, work):
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return torch.cuda.max_memory_allocated()
+    return float(numpy.linalg.norm((ours - theirs).ravel()) / numpy.linalg.norm(theirs.ravel()))
