@@ -87,7 +87,7 @@ def test_a_case_on_the_cpu_prints_its_table_every_layer_and_a_summary(main, monk
 
 
 def test_each_kind_runs_in_a_process_of_its_own_that_does_nothing_else(main, workers, in_workers, tmp_path):
-    """Three steps to get warm and three in each burst; no forward but the one in each of them."""
+    """Three steps to get warm, one more before each burst and three in it; no forward but the one in each of them."""
     in_workers(f"""
 import os, nervenet, nervenet.train
 
@@ -105,7 +105,7 @@ for name in 'train_step', 'predict':
     main('--case', '2:16x16:1', '--rounds', 2)
     training, inference = (str(worker.process.pid) for worker in workers)
     assert (tmp_path / 'calls').read_text().split() == \
-        [training, 'train_step', training, 'forward'] * 9 + [inference, 'predict', inference, 'forward'] * 9
+        [training, 'train_step', training, 'forward'] * 11 + [inference, 'predict', inference, 'forward'] * 11
 
 
 def test_a_burst_fills_about_a_second_and_has_three_steps_at_least(main, monkeypatch):
@@ -120,7 +120,7 @@ def test_a_burst_fills_about_a_second_and_has_three_steps_at_least(main, monkeyp
 
         assert main.module.warm_up(step, 1.0) == steps and len(calls) == warm
         calls.clear()
-        assert main.module.burst(step, steps)['seconds'] == seconds and len(calls) == steps
+        assert main.module.burst(step, steps)['seconds'] == seconds and len(calls) == steps + 1
 
 
 def test_a_burst_counts_page_faults_and_time_in_the_system_per_step(main, monkeypatch):
