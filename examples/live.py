@@ -44,7 +44,8 @@ def main(arguments=None):
     if args.output:
         refuse_content(args.output, '--output')           # its masks would mix with those of another model
         make_folder(args.output, '--output')
-    segmenter.maps([numpy.zeros(segmenter.size, 'float32')])              # what is made once is made before the first frame
+    for _ in range(2):                                                    # what is made once is made before the first frame
+        segmenter.maps([numpy.zeros(segmenter.size, 'float32')])
 
     times, oddities, names, skipped = [], {}, set(), 0                    # times: (latency, reading, network, writing) of each frame
     with suppress(KeyboardInterrupt):

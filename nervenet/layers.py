@@ -221,8 +221,8 @@ def relu_gradient(dy, y, out=None):
 
 
 def zeros(x):
-    """Return the zeros of `relu` for x (…, C), (C,): of an array and a number NumPy takes the maximum three times as slowly as of two arrays."""
-    return get_array_module(x).zeros(x.shape[-1:], x.dtype),
+    """Return zeros (C,) for `relu` of x (…, C): the maximum of an array and a number takes NumPy three times as long as that of two arrays."""
+    return get_array_module(x).zeros(x.shape[-1:], x.dtype)
 
 
 class ReLU(Layer):
@@ -233,7 +233,7 @@ class ReLU(Layer):
     """
 
     def forward(self, x):
-        y = in_blocks(relu, x, channels=zeros(x))
+        y = in_blocks(relu, x, channels=[zeros(x)])
         self.keep(y)
         return y
 

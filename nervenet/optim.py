@@ -89,7 +89,7 @@ class Optimizer:
                 yield arrays
 
     def advance(self, w, g, *averages):
-        """Move `w` in place, given its gradient and its running averages, all of one shape."""
+        """Move `w`, a parameter or a piece of one, in place, given its gradient and its running averages, all of one shape."""
         on_host = get_array_module(w) is numpy
         decayed, free = (scratch(name, w.shape, w.dtype) if on_host else empty(w.shape, w) for name in ('decayed', 'update'))
         self.update(w, self.decayed(w, g, decayed), *averages, scratch=free)
@@ -120,7 +120,7 @@ class Optimizer:
         return xp.add(g, scratch, out=scratch)
 
     def update(self, w, g, *averages, scratch):
-        """Move `w` in place, given g, the running averages of this parameter, and `scratch`, free to be overwritten."""
+        """Move `w`, a parameter or a piece of one, in place, given g, its running averages, and `scratch`, free to be overwritten."""
         raise NotImplementedError(f'{type(self).__name__} has no update rule')
 
     def state_dict(self):

@@ -55,6 +55,8 @@ SHAPES = [
     dict(N=2, H=10, W=12, C_in=6, C_out=5, padding=(0, 0)),
     dict(N=2, H=10, W=12, C_in=6, C_out=5, padding=(2, 1)),
     dict(N=2, H=10, W=12, C_in=20, C_out=24, padding=(0, 2)),
+    dict(N=2, H=40, W=1, C_in=64, C_out=64, padding=(2, 2)),
+    dict(N=2, H=1, W=40, C_in=64, C_out=64, padding=(2, 2)),
     dict(N=2, H=10, W=12, C_in=6, C_out=5, padding=(4, 3)),                   # more padding than kernel
     dict(N=2, H=10, W=12, C_in=6, C_out=5, padding=(1, 3)),
     dict(N=2, H=10, W=12, C_in=6, C_out=5, padding=(3, 1)),

@@ -1,18 +1,20 @@
 """The blocks of networks, what is done at once, and what is said of a network without computing anything."""
 
+import contextlib
 import copy
 import pickle
 import threading
+import warnings
 
 import numpy
 import pytest
 
 import nervenet
-from nervenet import BatchNorm2D, Conv2D, DoubleConv, Down, Layer, LeakyReLU, ReLU, UNet, Up, predict
-from nervenet.engine import backend, paths
+from nervenet import BatchNorm2D, Concat, Conv2D, DoubleConv, Down, Layer, LeakyReLU, ReLU, UNet, Up, predict
+from nervenet.engine import backend, parallel, paths
 from nervenet.networks import NETWORKS
 from nervenet.networks.blocks import pad_to_multiple, padded_size
-from nervenet.networks.fusing import in_sequence
+from nervenet.networks.fusing import back_in_sequence, in_sequence
 from nervenet.networks.network import Network
 from nervenet.networks.summary import trace
 
@@ -227,3 +229,61 @@ def test_a_norm_is_done_by_the_layer_s_own_convolution(rng, monkeypatch):
     apply, x = Conv2D.apply, rng.standard_normal((2, 6, 7, 3))
     monkeypatch.setattr(Conv2D, 'apply', lambda layer, x, weight, bias, **options: apply(layer, 5 * x, weight, bias, **options))
     numpy.testing.assert_allclose(in_sequence(x, conv, norm), norm.forward(conv.forward(x)), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('C', [8, 40])
+@pytest.mark.parametrize('skip', [(2, 28, 32), (2, 36, 36), (1, 32, 32), (2, 32, 30)])
+def test_a_join_that_does_not_fit_is_refused_with_both_shapes(skip, C, rng):
+    up, x = Up(2 * C, C, rng=rng), rng.random((2, 16, 16, 2 * C), dtype='float32')
+    for way in contextlib.nullcontext, nervenet.plain:
+        with way(), pytest.raises(ValueError, match=rf'cannot join \({skip[0]}, {skip[1]}, {skip[2]}, {C}\).*differ before the channels'):
+            up.forward(x, rng.random((*skip, C), dtype='float32'))
+    with pytest.raises(ValueError, match='cannot join .* float64'):
+        up.forward(x, rng.random((2, 32, 32, C)))
+
+
+@pytest.mark.parametrize('norm', ['batch', None])
+def test_whoever_replaces_a_backward_is_asked(norm, rng):
+    block, x = DoubleConv(6, 6, norm, rng=rng, dtype=float), rng.standard_normal((2, 20, 24, 6))
+    dy = rng.standard_normal(block.forward(x).shape)
+    expected, gradients = block.backward(dy), {name: array.copy() for name, array in block.gradients().items()}
+    for name, layer in block.children.items():
+        asked, backward = [], layer.backward
+        layer.backward = lambda dy: asked.append(name) or backward(dy)
+        block.forward(x)
+        numpy.testing.assert_allclose(block.backward(dy), expected, rtol=1e-9)
+        assert asked == [name]
+        for key, array in block.gradients().items():
+            numpy.testing.assert_allclose(array, gradients[key], rtol=1e-9, atol=1e-12)
+        del layer.backward
+
+
+@pytest.mark.parametrize('first', [ReLU, Concat])
+def test_nothing_is_returned_where_no_input_gradient_is_asked_for(first, rng):
+    conv, x = Conv2D(8, 5, rng=rng, dtype=float), rng.standard_normal((2, 20, 24, 8))
+    layers = first(), conv
+    y = in_sequence((x[..., :3], x[..., 3:]) if first is Concat else x, *layers)
+    assert back_in_sequence(numpy.ones_like(y), *layers, input_gradient=False) is None
+    assert conv.grads['weight'].any()
+
+
+def test_a_prepared_forward_leaves_no_cache_of_an_earlier_one(rng):
+    block, x = DoubleConv(6, 6, rng=rng), rng.random((2, 20, 24, 6), dtype='float32')
+    block.forward(x)
+    for _, layer in block.layers():
+        layer.training = layer.keep_cache = False
+    block.forward(x)
+    assert all(layer.cache is None for _, layer in block.layers())
+
+
+def test_what_was_not_written_does_not_enter_a_result(rng):
+    """In one thread, scratch memory of one dtype is used again for another: its bits may be anything."""
+    with parallel.set_threads(1), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for W in range(20, 36):
+            for dtype in 'float64', 'float32':
+                layers = Concat(), Conv2D(32, 16, rng=rng, dtype=dtype), ReLU()
+                pair = tuple(rng.standard_normal((2, 32, W, 16)).astype(dtype) for _ in range(2))
+                with numpy.errstate(all='raise', under='ignore'):
+                    y = in_sequence(pair, *layers)
+                    back_in_sequence(y, *layers)

@@ -1,6 +1,7 @@
 import gc
 import os
 import random
+import sys
 import threading
 
 import numpy
@@ -243,3 +244,27 @@ def test_a_planned_training_gives_the_same_bits_as_one_without_plan(fresh, monke
     assert planned[0] == unplanned[0]
     assert all((a == b).all() for a, b in zip(planned[1], unplanned[1]))
     assert all((array == unplanned[2][name]).all() for name, array in planned[2].items())
+
+
+def test_threads_that_meet_many_kinds_of_steps_get_along(fresh):
+    owner, errors = Owner(), []
+
+    def work(rng):
+        try:
+            for _ in range(400):
+                kind = rng.randrange(40)
+                step(owner, [SIZE * (1 + kind % 3)] * rng.randrange(1, 4), kind)
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(random.Random(number),)) for number in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors and len(plan._models[id(owner)]) <= plan.MOST_PLANS

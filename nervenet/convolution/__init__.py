@@ -10,6 +10,7 @@ the plain mathematics alone.
 | `winograd_1d.py` | 3×3, few channels | half the multiplications: filters as products of polynomials |
 | `winograd_2d.py` | 3×3, many channels | a quarter of them: down the columns and along the rows |
 | `im2col.py` | the first layer, dilated kernels, and everything else | windows as rows of a matrix, in strips that fit the cache |
+| `kept.py` | both Winograds, in inference | what was made of a weight is used again |
 | `runs.py` | float32 arrays on a GPU | few products of tall matrices, windows copied three times instead of nine |
 """
 

@@ -2,8 +2,8 @@
 
 In inference weights do not change, and what Winograd convolution makes of them is as large a work, for a single image, as the
 convolution itself. But a weight can change at any moment, by loading, by a step, by writing into the array or into a view of it, and
-nothing tells. So a copy is kept too, and compared before each use: that takes a tenth of what it saves, and what is out of date can never
-be used.
+nothing tells. So a copy is kept too, and compared before each use: that takes a tenth of what it saves, and what is out of date is never
+used. It costs memory: the copy, and of a wide 3×3 kernel four times its size.
 """
 
 import weakref
@@ -15,17 +15,21 @@ class Kept:
     """Results by name, made of arrays that held just these bytes."""
 
     def __init__(self, arrays):
-        self.copies, self.results = [bytearray(_bytes(array)) for array in arrays], {}
+        self.arrays, self.results = arrays, {}
+        self.copies = [bytearray(_bytes(array)) for array in arrays]
 
     def holds(self, arrays):
         """Say whether the arrays hold, bit for bit, what they held when this was made."""
         return len(arrays) == len(self.copies) and all(copy == _bytes(array) for copy, array in zip(self.copies, arrays))
 
     def __call__(self, name, make):
-        """Return the result of this name; make it if there is none yet."""
-        if name not in self.results:
-            self.results[name] = make()
-        return self.results[name]
+        """Return the result of this name; make it if there is none yet, and keep it unless an array was written to meanwhile."""
+        if name in self.results:
+            return self.results[name]
+        result = make()
+        if self.holds(self.arrays):
+            self.results[name] = result
+        return result
 
 
 def _bytes(array):

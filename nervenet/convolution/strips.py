@@ -10,8 +10,13 @@ PARTIAL_SUMS = 8                        # at most; a fixed number, because a sum
 
 
 def parts_of(x):
-    """Return the arrays whose channels, side by side, are the input: x itself, or those of the tuple x."""
-    return x if isinstance(x, tuple) else (x,)
+    """Return the arrays whose channels, side by side, are the input: x itself, or those of the tuple x. Raises ValueError if they do not fit."""
+    parts = x if isinstance(x, tuple) else (x,)
+    for part in parts[1:]:
+        if part.shape[:3] != parts[0].shape[:3] or part.dtype != parts[0].dtype:
+            raise ValueError(f'cannot join {parts[0].shape} of {parts[0].dtype} and {part.shape} of {part.dtype}: they differ before the '
+                             'channels, or in their dtype; pad or crop one of them')
+    return parts
 
 
 def pieces(parts, within):

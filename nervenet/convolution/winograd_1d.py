@@ -77,7 +77,7 @@ def transform_rows(matrix, x, images, tiles, padding, width, name):
         values[:, :, :, left + W:] = 0
     inside = slice(left * C, (left + W) * C)
     out = values.reshape(p, n, number, width * C)[..., inside].transpose(1, 2, 0, 3)     # (n, tiles, p, W·C)
-    matrix, x = matrix.astype(x.dtype), x.reshape(n, H, W * C)
+    matrix, x = matrix.astype(x.dtype), numpy.ascontiguousarray(x.reshape(n, H, W * C))
     a, b, c = x.strides
     tile = tiles.start
     while tile < tiles.stop:
@@ -141,7 +141,7 @@ def forward(x, weight, geometry, bias=None, then=None, kept=None, split=None):
         return [[(g @ weight[:, :, channels, out].reshape(3, -1)).reshape(6, -1, out.stop - out.start) for channels in within]
                 for out in outs]
 
-    U = kept('winograd_1d', transformed) if kept else transformed()
+    U = kept(('winograd_1d', *(part.shape[3] for part in parts)), transformed) if kept else transformed()
     y = [empty((N, H_out, W_out, out.stop - out.start), parts[0]) for out in outs]
 
     def work(block):
@@ -150,11 +150,15 @@ def forward(x, weight, geometry, bias=None, then=None, kept=None, split=None):
         pixels = (images.stop - images.start) * (tiles.stop - tiles.start) * width
         for i, result in enumerate(y):
             C = result.shape[3]
+            written = (pixels - 2) * C                                       # of each point: the last two windows of a row do not exist
             shape = 6, images.stop - images.start, tiles.stop - tiles.start, width, C
             for j, values in enumerate(V):
                 product = scratch(f'M{min(j, 1)}', shape, result.dtype)
                 numpy.matmul(thirds(values, pixels, 3), U[i][j], out=thirds(product, pixels, 1))
-                M = product if j == 0 else numpy.add(M, product, out=M)      # of the parts of a join
+                if j == 0:
+                    M = product
+                else:                                                        # of the parts of a join, the windows that there are
+                    numpy.add(M.reshape(6, -1)[:, :written], product.reshape(6, -1)[:, :written], out=M.reshape(6, -1)[:, :written])
             if bias is not None:
                 # The second column of Aᵀ is all ones: what is added at this point is added to all four rows.
                 M[1].reshape(-1, width * C)[:, :W_out * C] += numpy.tile(bias, W_out)

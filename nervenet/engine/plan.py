@@ -50,11 +50,13 @@ def planned(model, *kind):
     if memory.this_thread.step is not None:
         yield
         return
-    plans = _plans_of(model)
-    plan = plans[kind] = plans.pop(kind, None) or _Plan()               # the one used last goes to the end
-    if len(plans) > MOST_PLANS:
-        del plans[next(iter(plans))]
-    step = memory.this_thread.step = _Step(plan)
+    with _lock:
+        plans = _plans_of(model)
+        plan = plans[kind] = plans.pop(kind, None) or _Plan()           # the one used last goes to the end
+        while len(plans) > MOST_PLANS:
+            del plans[next(iter(plans))]
+        step = _Step(plan)
+    memory.this_thread.step = step
     try:
         yield
         plan.seen(step)                                                 # but not if it was broken off
@@ -78,7 +80,7 @@ class _Step:
         self.sizes.append(size)
         self.gone.append(None)
         expected, place = self.places[number] if number < len(self.places) else (None, None)
-        lease = self.region.lease(place, size) if place is not None and size == expected else None
+        lease = self.region.lease(place, size) if self.region and place is not None and size == expected else None
         lease = lease or memory.lease(size, slack=1)                    # what waits is of no use to the steps that follow
         lease.tell(self.ended, number)
         return lease
@@ -97,8 +99,9 @@ class _Plan:
 
     def seen(self, step):
         """Compare a finished step with the plan."""
-        if step.sizes != [size for size, _ in self.places]:
-            self.last = step
+        with _lock:
+            if step.sizes != [size for size, _ in self.places]:
+                self.last, step.region = step, None                     # the region may go before the next step of this kind
 
     def places_now(self):
         """Return the places for a step that begins now, when it shows which arrays have outlived the last one."""
@@ -142,7 +145,9 @@ class _Region:
         self.lock = threading.Lock()
 
     def lease(self, place, size):
-        """Return the lease of `size` bytes at `place`, or None where an array still lives."""
+        """Return the lease of `size` bytes at `place`, or None where an array still lives, or beyond the end."""
+        if place + size > self.memory.nbytes:
+            return None                                                 # another thread has made the plan anew
         first, pages = place // PAGE, -(-size // PAGE)
         bits = (1 << pages) - 1 << first
         with self.lock:
@@ -156,6 +161,7 @@ class _Region:
         return lease
 
 
+_lock = threading.RLock()                       # no two threads begin or end a step at once
 _models = {}                                    # id of a model that lives: its plans by kind
 _region = None
 
@@ -187,5 +193,7 @@ def _region_for(plan):
 
 def forget_region():
     """Make the next step use fresh memory: in a forked child, to write into what the parent touched would copy it page by page."""
-    global _region
-    _region = None
+    global _region, _lock
+    _region, _lock = None, threading.RLock()        # of the parent's threads, one may have held it
+    if memory.this_thread.step is not None:
+        memory.this_thread.step.region = None

@@ -17,6 +17,8 @@ All of them keep what the layers would keep, so that either way of backward can 
 
 from functools import partial
 
+import numpy
+
 from ..convolution.kept import drop_kept, kept_for
 from ..engine import kernels
 from ..engine.paths import note, only_plain
@@ -34,15 +36,16 @@ def in_sequence(x, *layers):
         length += kinds[length:length + 1] == [ReLU] if length else 0
         group = layers[:length]
         if length > 1 and _may_be_fused(x, group):
-            x = convolution_norm_relu(x, **{type(layer).__name__: layer for layer in group})
+            of = {type(layer): layer for layer in group}
+            x = convolution_norm_relu(x, of[Conv2D], of.get(BatchNorm2D), of.get(ReLU))
             del layers[:length]
         elif kinds[:2] == [Concat, Conv2D] and not only_plain() and not _watched(layers[:2]):
             x = layers[1].forward(x)                                            # on a device, or complex numbers
             del layers[:2]
         elif kinds[:2] == [Conv2D, BatchNorm2D] and not only_plain() and not _learning(layers[:2]) and not _watched(layers[:2]):
-            x = layers[0].apply(x, *folded(*layers[:2]))                        # the same
+            x = layers[0].apply(x, *folded(*layers[:2]))                        # there too
             del layers[:2]
-        elif kinds[:2] == [BatchNorm2D, ReLU] and not only_plain() and kernels.can_compute(x):
+        elif kinds[:2] == [BatchNorm2D, ReLU] and not only_plain() and not _watched(layers[:2]) and kernels.can_compute(x):
             x = norm_and_relu(x, *layers[:2])
             del layers[:2]
         else:
@@ -54,7 +57,7 @@ def in_sequence(x, *layers):
 def back_in_sequence(dy, *layers, input_gradient=True):
     """Return ∂L/∂(what `in_sequence` was given), a pair where the layers begin with a Concat.
 
-    Without `input_gradient`, nothing beyond the parameters of the first convolution is asked for.
+    Without `input_gradient` return None: nothing beyond the parameters of the first convolution is asked for.
     """
     layers, sums = [layer for layer in layers if layer is not None], None
     first = next((layer for layer in layers if type(layer) is Conv2D), None)
@@ -62,7 +65,10 @@ def back_in_sequence(dy, *layers, input_gradient=True):
         layer = layers.pop()
         kinds = [type(layer), *map(type, layers[-1:])]                          # this one, and the one before it
         if type(layer) is BatchNorm2D:
-            dy, sums = layer.backward(dy, sums=sums), None
+            dy, sums = layer.backward(dy) if sums is None else layer.backward(dy, sums=sums), None
+        elif layer is first and not input_gradient:
+            layer.backward(dy, input_gradient=False)
+            return None
         elif kinds == [Conv2D, ReLU] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
             note('ReLU in the gradient')
             y, = layers.pop().take()
@@ -72,8 +78,6 @@ def back_in_sequence(dy, *layers, input_gradient=True):
             dy, sums = in_blocks_with_sums(relu_gradient, dy, y, layers[-1].cache[0])
         elif type(layer) is Concat and isinstance(dy, tuple):
             note('join left out')                                               # the convolution took the two as they are
-        elif layer is first and not input_gradient:
-            dy = layer.backward(dy, input_gradient=False)
         else:
             dy = layer.backward(dy)
     return dy
@@ -93,13 +97,15 @@ def _learning(layers):
     return any(layer.training or layer.keep_cache for layer in layers)
 
 
-def convolution_norm_relu(x, Conv2D, Concat=None, BatchNorm2D=None, ReLU=None):
-    """Return ReLU(norm(convolution(join(x)))), each of them a layer or None but for the convolution."""
-    conv, norm, activation = Conv2D, BatchNorm2D, ReLU
+def convolution_norm_relu(x, conv, norm=None, activation=None):
+    """Return activation(norm(conv(x))), without those that are None; x may be a pair to be joined."""
+    group = [layer for layer in (conv, norm, activation) if layer]
     activate = activation and _relu_in_place
-    if not _learning([layer for layer in (conv, norm, activation) if layer]):
+    if not _learning(group):
         note('prepared once')
-        weights = [*conv.params.values(), *([*norm.params.values(), *norm.buffers.values()] if norm else [])]
+        weights = [*conv.params.values(), *([*norm.params.values(), *norm.buffers.values(), numpy.array(norm.eps)] if norm else [])]
+        for layer in group:
+            layer.forget()
         kept = kept_for(conv, weights)
         weight, bias = kept('folded', partial(folded, conv, norm)) if norm else (conv.params['weight'], conv.params.get('bias'))
         return conv.apply(x, weight, bias, then=activate, kept=kept)
@@ -109,7 +115,8 @@ def convolution_norm_relu(x, Conv2D, Concat=None, BatchNorm2D=None, ReLU=None):
     else:
         y = conv.forward(x)
         channels = norm.slope_and_shift(y)
-        y = in_blocks(_scaled_shifted_relu, y, channels=(*channels, *zeros(y))) if activation else in_blocks(scaled_and_shifted, y, channels=channels)
+        formula = _scaled_shifted_relu if activation else scaled_and_shifted
+        y = in_blocks(formula, y, channels=(*channels, zeros(y)) if activation else channels)
     if activation:
         note('ReLU in the same walk')
         activation.keep(y)
@@ -123,7 +130,7 @@ def _scaled_shifted_relu(x, slope, shift, zero, out=None):
 def _relu_in_place(block, y):
     """Lay ReLU over y, the block that a convolution has just computed."""
     rows = y.reshape(-1, y.shape[2] * y.shape[3])
-    relu(rows, *zeros(rows), out=rows)
+    relu(rows, zeros(rows), out=rows)
 
 
 def folded(conv, norm):
