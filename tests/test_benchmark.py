@@ -1,8 +1,10 @@
 import functools
 import itertools
+import math
 import os
 import re
 import sys
+import time
 import types
 
 import numpy
@@ -215,7 +217,7 @@ rivals.job = job
             workers[2].process.kill()
             workers[2].process.wait()
 
-    monkeypatch.setattr(main.module.time, 'sleep', sleep)
+    monkeypatch.setattr(main.module, 'time', types.SimpleNamespace(sleep=sleep, perf_counter=time.perf_counter))
     measured = main.module.measure(args.case[0], 'inference', ['nervenet', 'hungry', 'killed'], args)
     assert [*measured] == ['nervenet'] and len(measured['nervenet']) == 3 and len(slept) == 2 + 2 + 1
     assert capsys.readouterr().out.splitlines() == ['  hungry, inference: left out, MemoryError: Unable to allocate 9 TiB',
@@ -227,7 +229,7 @@ def test_ctrl_c_ends_the_workers(main, workers, monkeypatch):
         assert [worker.process.poll() for worker in workers] == [None]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main.module.time, 'sleep', sleep)
+    monkeypatch.setattr(main.module, 'time', types.SimpleNamespace(sleep=sleep, perf_counter=time.perf_counter))
     with pytest.raises(KeyboardInterrupt):
         main('--case', '2:16x16:1')
     assert len(workers) == 1 and workers[0].process.poll() is not None
@@ -242,7 +244,8 @@ def test_a_worker_ends_with_whoever_asks_it_even_if_that_is_killed(main):
 
 
 def test_growth_on_the_cpu_asks_a_worker_for_each_size(main, monkeypatch):
-    monkeypatch.setattr(main.module, 'GROWTH_BYTES', 2**21 + 2**19)
+    monkeypatch.setattr(main.module, 'GROWTH_BYTES', 64 * 64)
+    monkeypatch.setattr(main.module, 'make_model', lambda case, dtype: types.SimpleNamespace(training_memory=math.prod))
     asked, real = [], main.module.measure
 
     def measure(case, kind, *rest):

@@ -45,7 +45,7 @@ def in_sequence(x, *layers):
         elif kinds[:2] == [Conv2D, BatchNorm2D] and not only_plain() and not _learning(layers[:2]) and not _watched(layers[:2]):
             x = layers[0].apply(x, *folded(*layers[:2]))                        # there too
             del layers[:2]
-        elif kinds[:2] == [BatchNorm2D, ReLU] and not only_plain() and not _watched(layers[:2]) and kernels.can_compute(x):
+        elif kinds[:2] == [BatchNorm2D, ReLU] and not only_plain() and kernels.can_compute(x):
             x = norm_and_relu(x, *layers[:2])
             del layers[:2]
         else:
