@@ -428,7 +428,7 @@ class Conv2D(Layer):
 
     def apply(self, x, weight, bias, **options):
         """Return forward's result for another weight and bias, and keep nothing."""
-        parts = x if isinstance(x, tuple) else (x,)
+        parts = convolution.parts_of(x)
         self.output_shape((*parts[0].shape[:3], sum(part.shape[3] for part in parts)))      # raises for an input that does not fit
         return convolution.forward(x, weight, self.geometry, bias, **options)
 

@@ -19,13 +19,12 @@ import numpy
 from ..engine.backend import get_array_module
 from ..engine.parallel import one_thread_per_product
 from ..engine.paths import note, only_plain
-from ..engine.pixelwise import apart, for_rows, side_by_side
+from ..engine.pixelwise import apart, side_by_side
 from . import im2col, patches, plain, runs, winograd_1d, winograd_2d
 from .geometry import Geometry
-from .strips import parts_of
+from .strips import followed, parts_of
 
 WINOGRAD = winograd_1d, winograd_2d             # take the parts of a join as they are, and keep what they make of a weight
-BLOCKWISE = im2col, *WINOGRAD                   # work in blocks of whole channels that stay in the cache
 
 FEW_CHANNELS = 32 * 32          # C_in·C_out, up to which `winograd_1d` wins: there `winograd_2d` spends its gain on transforms
 
@@ -74,14 +73,14 @@ def forward(x, weight, geometry, bias=None, *, then=None, kept=None):
            is computed and still in the cache; it may change y[block]. Blocks are the same whatever the number of threads.
     kept   if given, kept(name, make) returns what make() returned when it was last called for this weight: see `Kept`.
     """
-    path = _noted(_path((*parts_of(x), weight), geometry, parts_of(x)[0].shape[1:3], *weight.shape[2:]))
-    options = {'then': then} if path in BLOCKWISE else {}
+    parts = parts_of(x)
+    path = _noted(_path((*parts, weight), geometry, parts[0].shape[1:3], *weight.shape[2:]))
     if path in WINOGRAD:
-        return path.forward(x, weight, geometry, bias, kept=kept, **options)
-    y = path.forward(side_by_side(*parts_of(x)), weight, geometry, bias, **options)
-    if then and not options:
-        for_rows(y, lambda block: then(block, y[block]))
-    return y
+        return path.forward(x, weight, geometry, bias, then, kept)
+    x = side_by_side(*parts)
+    if path is im2col:
+        return path.forward(x, weight, geometry, bias, then)
+    return followed(path.forward(x, weight, geometry, bias), then)
 
 
 @one_thread_per_product()
@@ -94,9 +93,7 @@ def input_gradient(dy, weight, input_size, geometry, bias=None, *, then=None, sp
     path = _noted(_path((dy, weight), geometry, input_size, *weight.shape[2:]))
     if path in WINOGRAD:
         return path.input_gradient(dy, weight, input_size, geometry, bias, then, split)
-    dx = path.input_gradient(dy, weight, input_size, geometry, bias)
-    if then:
-        for_rows(dx, lambda block: then(block, dx[block]))
+    dx = followed(path.input_gradient(dy, weight, input_size, geometry, bias), then)
     return dx if split is None else apart(dx, split)
 
 

@@ -26,10 +26,9 @@ import numpy
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut, cut_images, parallel_for
 from ..engine.paths import note
-from ..engine.pixelwise import for_rows
 from . import plain
 from .geometry import turn
-from .strips import overlapping, padded_strip, sum_in_parts
+from .strips import followed, overlapping, padded_strip, sum_in_parts
 
 COLUMN_BYTES = 512 * 1024               # of one strip; they must stay in a core's own cache (1 MiB) beside the weight
 LEAST_PIXELS = 64                       # of one strip, because it reads the whole weight
@@ -91,9 +90,7 @@ def forward(x, weight, geometry, bias=None, then=None):
             then((images, rows), y[images, rows])
 
     parallel_for([(strip, out) for strip in strips for out in channels], work)
-    if then and len(channels) > 1:
-        for_rows(y, lambda block: then(block, y[block]))
-    return y
+    return followed(y, then if len(channels) > 1 else None)
 
 
 def input_gradient(dy, weight, input_size, geometry, bias=None):

@@ -5,6 +5,7 @@ import numpy
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut, parallel_for
 from ..engine.paths import note
+from ..engine.pixelwise import for_rows
 
 PARTIAL_SUMS = 8                        # at most; a fixed number, because a sum's last bits depend on its order
 
@@ -32,6 +33,13 @@ def pieces(parts, within):
 def overlapping(x, shape, strides, offset=0):
     """Return a view of the memory of x, which must be contiguous, from `offset` bytes on. (NumPy's `as_strided` takes five times as long.)"""
     return numpy.ndarray(shape, x.dtype, x, offset, strides)
+
+
+def followed(y, then):
+    """Return y, with then(block, y[block]) called for blocks that cover it, where `then` is given and could not be called any earlier."""
+    if then:
+        for_rows(y, lambda block: then(block, y[block]))
+    return y
 
 
 def padded_strip(x, images, top, left, height, width, name='strip'):

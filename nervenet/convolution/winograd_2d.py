@@ -34,8 +34,7 @@ import numpy
 from ..engine.memory import empty, scratch
 from ..engine.parallel import block_size, cut, cut_images, parallel_for
 from ..engine.paths import note
-from ..engine.pixelwise import for_rows
-from .strips import overlapping, parts_of, pieces, sum_in_parts
+from .strips import followed, overlapping, parts_of, pieces, sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
 TILE_VALUES = 16 * 1024                 # tiles times channels of one block, which has 36 times as many values in V
@@ -138,8 +137,7 @@ def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None,
               for share in cut(panels, -(-panels // SHARES) if few else panels)]
     strips = cut_images(N, R, tiles_per_block // columns)
     parallel_for([(strip, [share]) for strip in strips for share in shares] if few else [(strip, shares) for strip in strips], work)
-    if then and few:
-        for_rows(y[0], lambda block: then(block, y[0][block]))
+    followed(y[0], then if few else None)
     return y[0] if split is None else tuple(y)
 
 

@@ -159,11 +159,6 @@ def lease(size, slack=SLACK):
     return taken
 
 
-def give_back():
-    """Give back to the system what no array is on."""
-    _pool.give_back()
-
-
 def pool():
     """Return the pool of this process, which `parallel` guards in a fork."""
     return _pool

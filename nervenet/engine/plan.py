@@ -108,12 +108,12 @@ class _Plan:
         if (step := self.last) is not None:
             self.last = None
             step.note_ends()
-            requests, N = range(len(step.sizes)), len(step.sizes)
+            requests = range(len(step.sizes))
             lives = {number: (number, step.gone[number]) for number in requests if step.gone[number] is not None}
             offsets = lay_out({number: step.sizes[number] for number in lives}, lives)
             self.size = max((offset + step.sizes[number] for number, offset in offsets.items()), default=0)
             self.places = [(step.sizes[number], offsets.get(number)) for number in requests]
-            memory.give_back()                  # what the step that was watched left in the pool
+            memory.pool().give_back()           # what the step that was watched left in the pool
         return self.places
 
 

@@ -19,6 +19,7 @@ from functools import partial
 
 import numpy
 
+from ..convolution import parts_of
 from ..convolution.kept import drop_kept, kept_for
 from ..engine import kernels
 from ..engine.paths import note, only_plain
@@ -85,8 +86,7 @@ def back_in_sequence(dy, *layers, input_gradient=True):
 
 def _may_be_fused(x, layers, method='forward'):
     """Say whether these layers may be done at once: not by the plain mathematics, nor where somebody watches a layer's method."""
-    arrays = x if isinstance(x, tuple) else (x,)
-    return not only_plain() and are_real_numpy(*arrays) and not _watched(layers, method)
+    return not only_plain() and are_real_numpy(*parts_of(x)) and not _watched(layers, method)
 
 
 def _watched(layers, method='forward'):
