@@ -13,7 +13,8 @@ A case is base channels, height×width, batch and norm. Two kinds of work are ti
 kind of work left behind spares the next the system's fresh pages, and threads of one engine still spin while the next one computes.
 So every contender gets a fresh process for each kind of work, and that process does nothing else. It builds the model and the batch,
 warms up, and waits. Then all contenders have their turn, round after round, with a burst of consecutive steps, as many as fill about a
-second. Who waits, sleeps; a pause before each burst lets threads that spin go to sleep too.
+second. Who waits, sleeps; a pause before each burst lets threads that spin go to sleep too. So a burst begins with one step that is not
+counted.
 
 Milliseconds per image are the median of the rounds. The ratio is the rival's time over ours in the same round, so that a change of
 the machine's load meets both alike, and of those the median: above 1, nervenet is faster. In the table at the end the best rival

@@ -160,5 +160,5 @@ def lease(size, slack=SLACK):
 
 
 def pool():
-    """Return the pool of this process, which `parallel` guards in a fork."""
+    """Return the pool of this process, which `parallel` guards in a fork and `plan` empties."""
     return _pool
