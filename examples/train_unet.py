@@ -34,11 +34,13 @@ from nervenet.images.data import Filtered, Loader, Reader, data_warning, holds_f
 from nervenet.images.samples import DataError, find_samples, split_by_subject
 from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
+from nervenet.networks import NETWORKS
 from nervenet.optim import ConstantSchedule, CosineSchedule
 from nervenet.study.fit import Interrupted, fit, stopping_on_signals
 from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_image_alone, folds_by_subject, read_split, sides,
                                   write_split)
-from nervenet.study.options import LOSSES, OPTIMIZERS, augmentation, check_memory, describe_need, options_to_store, parse
+from nervenet.study.options import (LOSSES, OPTIMIZERS, architecture, augmentation, check_memory, describe_need, options_to_store,
+                                    parse)
 from nervenet.study.pictures import draw_run, preview_augmentation
 from nervenet.study.report import caveat, print_epoch, print_header, print_scores, print_whatever_comes, without_foreground
 from nervenet.study.run_folder import RunFolder, read_config, room_for_results, seen_before
@@ -151,8 +153,8 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
 
     # The network, what it minimises, and how.
     rng = numpy.random.default_rng(args.seed)
-    model = nervenet.UNet(base_channels=args.base_channels, depth=args.depth, norm=args.norm, dropout=args.dropout,
-                          input_mean=input_mean, input_std=input_std, rng=rng).to(args.device)
+    network = NETWORKS[args.model]
+    model = network(**architecture(args), input_mean=input_mean, input_std=input_std, rng=rng).to(args.device)
     loss = LOSSES[args.loss]()
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), args.learning_rate)
 
@@ -167,7 +169,7 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     warmup = min(steps // 10, len(training))
     schedule = (CosineSchedule(args.learning_rate, steps, warmup) if args.schedule == 'cosine'
                 else ConstantSchedule(args.learning_rate, warmup))
-    print(f'network:     {sum(array.size for array in model.parameters().values()):,} parameters, images of '
+    print(f'network:     {network.__name__} of {sum(array.size for array in model.parameters().values()):,} parameters, images of '
           f'{args.size[0]}x{args.size[1]}\nrun folder:  {run.path}'
           + (f', going on after epoch {len(run.history)}' if run.history else '') + '\n')
     if run.begun:

@@ -15,7 +15,7 @@ Where every value is treated by itself, the formula is a plain function such as 
 computed in pieces that stay in the cache, on all cores. Within `nervenet.plain()` it is relu(x) itself, and convolution and batch norm
 are computed by their plain formulas too.
 
-The order is from the simplest layer up: ReLU, LeakyReLU, Sigmoid, Concat, MaxPool2D, Conv2D, ConvTranspose2D, BatchNorm2D, Dropout.
+The order is from the simplest layer up: ReLU, LeakyReLU, Sigmoid, Add, Concat, MaxPool2D, Conv2D, ConvTranspose2D, BatchNorm2D, Dropout.
 """
 
 import contextlib
@@ -28,11 +28,10 @@ import numpy
 from . import convolution
 from .checks import check_channels, check_match, in_range, positive
 from .convolution import Geometry
-from .engine import kernels
+from .engine import pooling
 from .engine.backend import device_of, generator_like, get_array_module, move
-from .engine.memory import empty
 from .engine.paths import only_plain
-from .engine.pixelwise import apart, channel_moments, channel_sums, for_rows, in_blocks, side_by_side
+from .engine.pixelwise import add, apart, channel_moments, channel_sums, in_blocks, side_by_side
 
 _inferring = contextvars.ContextVar('inference', default=False)
 
@@ -114,6 +113,10 @@ class Layer:
     def output_shape(self, *shapes):
         """Return the shape that forward gives for inputs of these shapes."""
         return shapes[0]
+
+    def fitted(self, *shapes, **options):
+        """Return the layer that acts on all inputs as this one does on inputs of these shapes: itself, unless its sizes depend on them."""
+        return self
 
     def multiply_adds(self, x):
         """Return how many multiply-adds the products of one forward take for an input of shape x."""
@@ -301,8 +304,32 @@ def sigmoid(x):
     return rising / (rising + falling)
 
 
+class Add(Layer):
+    """y = a + b + …, arrays of one shape (N, H, W, C): where a block is to learn what is missing, not the whole (He et al. 2015, arXiv:1512.03385).
+
+    Each input moved y by as much as it moved itself, so each receives all of dy: the same array, which nobody writes into.
+    """
+
+    keeps = ()
+
+    def forward(self, a, b, *others):
+        self.output_shape(a.shape, b.shape, *(other.shape for other in others))       # raises for inputs that do not fit
+        self.keep(2 + len(others))
+        return functools.reduce(add, others, add(a, b))
+
+    def backward(self, dy):
+        number, = self.take()
+        return (dy,) * number
+
+    def output_shape(self, a, *others):
+        for other in others:
+            if other != a:
+                raise ValueError(f'cannot add {a} and {other}: the shapes differ')
+        return a
+
+
 class Concat(Layer):
-    """y = [a, b] side by side along the channels: (N, H, W, A) and (N, H, W, B) give (N, H, W, A + B).
+    """y = [a, b, …] side by side along the channels: (N, H, W, A) and (N, H, W, B) give (N, H, W, A + B).
 
     Every output channel is a copy of one input channel, so each input receives its own part of dy back: a copy too, since a view
     would keep all of dy in memory for as long as one part of it is needed.
@@ -310,92 +337,85 @@ class Concat(Layer):
 
     keeps = ()
 
-    def forward(self, a, b):
-        self.output_shape(a.shape, b.shape)                     # raises for inputs that do not fit
-        self.keep(a.shape[3])
-        return side_by_side(a, b)                                              # (N, H, W, A + B)
+    def forward(self, a, b, *others):
+        inputs = a, b, *others
+        self.output_shape(*(x.shape for x in inputs))           # raises for inputs that do not fit
+        self.keep([x.shape[3] for x in inputs])
+        return side_by_side(*inputs)                                           # (N, H, W, A + B)
 
     def backward(self, dy):
-        A, = self.take()
-        return apart(dy, A)                                                    # (N, H, W, A), (N, H, W, B)
+        channels, = self.take()
+        return apart(dy, *channels)                                            # (N, H, W, A), (N, H, W, B)
 
-    def output_shape(self, a, b):
-        if a[:3] != b[:3]:
-            raise ValueError(f'cannot join {a} and {b}: they differ before the channels; pad or crop one of them')
-        return (*a[:3], a[3] + b[3])
+    def output_shape(self, a, *others):
+        for b in others:
+            if a[:3] != b[:3]:
+                raise ValueError(f'cannot join {a} and {b}: they differ before the channels; pad or crop one of them')
+        return (*a[:3], a[3] + sum(b[3] for b in others))
+
+
+def largest(x, geometry):
+    """Return the largest value of each window of x (N, H, W, C), tap by tap: (N, H_out, W_out, C)."""
+    padded, size = surrounded(x, geometry.padding), geometry.output_size(x.shape[1:3])
+    return functools.reduce(get_array_module(x).maximum, (padded[:, rows, columns] for _, _, rows, columns in geometry.taps(size)))
+
+
+def to_the_first(dy, x, y, geometry):
+    """Return ∂L/∂x from dy: in each window the first tap that is as large as y, in reading order, receives all, the others nothing."""
+    (PH, PW), (_, H, W, _) = geometry.padding, x.shape
+    padded, rest = surrounded(x, geometry.padding), dy.copy()                  # what no pixel has claimed yet
+    dpadded = get_array_module(x).zeros(padded.shape, dy.dtype)
+    for _, _, rows, columns in geometry.taps(dy.shape[1:3]):
+        share = rest * (padded[:, rows, columns] == y)                         # all or nothing
+        dpadded[:, rows, columns] += share                                     # windows may overlap
+        rest -= share
+    return dpadded[:, PH:PH + H, PW:PW + W]
+
+
+def surrounded(x, padding):
+    """Return x (N, H, W, C) with rows and columns around it that are lower than anything."""
+    xp, (PH, PW), (N, H, W, C) = get_array_module(x), padding, x.shape
+    padded = xp.full((N, H + 2 * PH, W + 2 * PW, C), -math.inf, x.dtype)
+    padded[:, PH:PH + H, PW:PW + W] = x
+    return padded
 
 
 class MaxPool2D(Layer):
-    """y = the maximum of each kernel_size × kernel_size window: (N, H, W, C) gives (N, H // k, W // k, C).
+    """y = the maximum of each kernel_size × kernel_size window: (N, H, W, C) gives (N, H_out, W_out, C).
 
-    Windows do not overlap; rows and columns left over at the bottom and right are ignored. Only the maximum moved the output,
-    so only it receives gradient; of equal maxima, the first in reading order does.
+    Unless `stride` says otherwise, windows lie side by side, and rows and columns left over at the bottom and right are ignored:
+    (N, H // k, W // k, C). `padding` rows and columns around the image never are a maximum. Only the maximum moved the output, so only
+    it receives gradient; of equal maxima, the first in reading order does. Where windows overlap, a pixel collects from all of them.
+
+    `largest` and `to_the_first` are the mathematics, `engine/pooling.py` is faster. Raises ValueError for what is no number of pixels
+    or pair of them, and for a padding that would leave windows empty.
     """
 
     keeps = 'input', 'output'
 
-    def __init__(self, kernel_size=2):
+    def __init__(self, kernel_size=2, stride=None, padding=0):
         super().__init__()
-        self.kernel_size = positive(kernel_size, 'kernel_size')
-
-    def windows(self, x, block):
-        """Yield k² views of x, (n, rows, W // k, C) each: the first pixel of every window, the second, …
-
-        `block` is a pair of slices: of images, and of rows of windows.
-        """
-        k, (_, H_out, W_out, _), (images, rows) = self.kernel_size, self.output_shape(x.shape), block
-        for i in range(k):
-            for j in range(k):
-                yield x[images, i:k * H_out:k, j:k * W_out:k][:, rows]
+        self.geometry = Geometry(kernel_size, kernel_size if stride is None else stride, padding)
+        if any(p >= k for p, k in zip(self.geometry.padding, self.geometry.kernel_size)):
+            raise ValueError(f'padding is {padding}; expected less than the kernel of {kernel_size}: a window outside the image has no maximum')
 
     def forward(self, x):
-        xp, shape = get_array_module(x), self.output_shape(x.shape)
-        if kernels.can_compute(x) and self.kernel_size**2 <= 256:               # the place of a maximum has 8 bits there
-            y, argmax = kernels.max_pool(x, self.kernel_size)
-            self.keep(x, y, argmax)
-            return y
-        y, k = empty(shape, x), self.kernel_size                               # (N, H // k, W // k, C)
-
-        def largest(block):
-            images, rows = block
-            # First down the columns: there whole rows lie side by side in memory.
-            columns = functools.reduce(xp.maximum, (x[images, i:k * shape[1]:k][:, rows] for i in range(k)))
-            y[block] = functools.reduce(xp.maximum, (columns[:, :, j:k * shape[2]:k] for j in range(k)))
-
-        for_rows(y, largest)
-        self.keep(x, y, None)
+        self.output_shape(x.shape)                              # raises for an image that is too small
+        y, places = (largest(x, self.geometry), None) if only_plain() else pooling.largest(x, self.geometry)
+        self.keep(x, y, places)
         return y
 
     def backward(self, dy):
-        x, y, argmax = self.take()                                             # x and y are kept by their neighbours anyway
-        if argmax is not None:
-            return kernels.max_pool_backward(dy, argmax, self.kernel_size, x.shape)
-        xp = get_array_module(x)
-        dx = empty(x.shape, dy)
-        H_used, W_used = self.kernel_size * y.shape[1], self.kernel_size * y.shape[2]
-        dx[:, H_used:] = 0                                                     # what no window covers moved nothing
-        dx[:, :, W_used:] = 0
-
-        def give_to_the_first(block):
-            rest = dy[block].copy()                                            # what no pixel has claimed yet
-            *others, (_, last) = zip(self.windows(x, block), self.windows(dx, block))
-            for pixel, dpixel in others:
-                share = rest * (xp.ascontiguousarray(pixel) == y[block])       # all or nothing
-                dpixel[...] = share
-                rest -= share
-            last[...] = rest                                                   # one of them was the maximum
-
-        for_rows(y, give_to_the_first)
-        return dx
+        x, y, places = self.take()                                             # x and y are kept by their neighbours anyway
+        if only_plain() and places is None:
+            return to_the_first(dy, x, y, self.geometry)
+        return pooling.to_the_first(dy, x, y, places, self.geometry)
 
     def output_shape(self, x):
-        N, H, W, C = x
-        if min(H, W) < self.kernel_size:
-            raise ValueError(f'an image of {H}×{W} is smaller than the {self.kernel_size}×{self.kernel_size} pooling window')
-        return N, H // self.kernel_size, W // self.kernel_size, C
+        return x[0], *self.geometry.output_size(x[1:3]), x[3]
 
     def input_range(self, first, last, axis):
-        return first * self.kernel_size, last * self.kernel_size + self.kernel_size - 1
+        return self.geometry.input_range(first, last, axis)
 
 
 class Conv2D(Layer):

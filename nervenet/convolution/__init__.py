@@ -94,7 +94,7 @@ def input_gradient(dy, weight, input_size, geometry, bias=None, *, then=None, sp
     if path in WINOGRAD:
         return path.input_gradient(dy, weight, input_size, geometry, bias, then, split)
     dx = followed(path.input_gradient(dy, weight, input_size, geometry, bias), then)
-    return dx if split is None else apart(dx, split)
+    return dx if split is None else apart(dx, split, dx.shape[3] - split)
 
 
 @one_thread_per_product()

@@ -87,16 +87,17 @@ def side_by_side(a, *others):
     return y
 
 
-def apart(y, C):
-    """Return copies of the first C channels of y and of the others."""
-    a, b = empty((*y.shape[:3], C), y), empty((*y.shape[:3], y.shape[3] - C), y)
+def apart(y, *channels):
+    """Return copies of the first so many channels of y, of the next so many, …: the way back of `side_by_side`."""
+    parts = [empty((*y.shape[:3], C), y) for C in channels]
+    edges = [0, *itertools.accumulate(channels)]
 
     def part(block):
-        a[block] = y[block][..., :C]
-        b[block] = y[block][..., C:]
+        for copy, start, stop in zip(parts, edges, edges[1:]):
+            copy[block] = y[block][..., start:stop]
 
     for_rows(y, part)
-    return a, b
+    return tuple(parts)
 
 
 def channel_sums(a, *others):

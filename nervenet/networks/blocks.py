@@ -7,6 +7,13 @@ from ..layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Layer, MaxPoo
 from .fusing import back_in_sequence, in_sequence
 
 
+def normalisation(norm, channels, dtype):
+    """Return the layer that `norm` stands for: 'batch', or None for no layer. Raises ValueError for anything else."""
+    if norm not in ('batch', None):
+        raise ValueError(f"norm is {norm!r}; expected 'batch' or None")
+    return BatchNorm2D(channels, dtype=dtype) if norm else None
+
+
 class DoubleConv(Layer):
     """Twice: 3×3 convolution, norm (if any), ReLU. (N, H, W, C_in) gives (N, H, W, C_out).
 
@@ -15,15 +22,13 @@ class DoubleConv(Layer):
 
     def __init__(self, in_channels, out_channels, norm='batch', *, rng=None, dtype=numpy.float32):
         super().__init__()
-        if norm not in ('batch', None):
-            raise ValueError(f"norm is {norm!r}; expected 'batch' or None")
         rng = numpy.random.default_rng(rng)
 
         def convolution(channels):
             return Conv2D(channels, out_channels, bias=norm is None, rng=rng, dtype=dtype)
 
         self.conv1, self.conv2 = convolution(in_channels), convolution(out_channels)
-        self.norm1, self.norm2 = (BatchNorm2D(out_channels, dtype=dtype) if norm else None for _ in range(2))
+        self.norm1, self.norm2 = (normalisation(norm, out_channels, dtype) for _ in range(2))
         self.relu1, self.relu2 = ReLU(), ReLU()
         self.add_children('conv1', 'norm1', 'relu1', 'conv2', 'norm2', 'relu2')
 
@@ -77,17 +82,16 @@ class Up(DoubleConv):
         return self.upconv.backward(dup), dskip
 
 
-def padded_size(size, multiple):
-    """Return `size` (H, W) rounded up to the next multiple."""
-    return tuple(-(-length // multiple) * multiple for length in size)
+def padded_size(size, multiple, least=1):
+    """Return `size` (H, W) rounded up to the next multiple, and to no less than `least`."""
+    return tuple(-(-max(length, least) // multiple) * multiple for length in size)
 
 
-def pad_to_multiple(x, multiple):
-    """Return x (N, H, W, C) with zeros at the bottom and right up to the next multiple; x itself if there is nothing to add."""
+def padded(x, size):
+    """Return x (N, H, W, C) with zeros at the bottom and right up to this size; x itself if there is nothing to add."""
     N, H, W, C = x.shape
-    H_padded, W_padded = padded_size((H, W), multiple)
-    if (H_padded, W_padded) == (H, W):
+    if (H, W) == size:
         return x
-    padded = get_array_module(x).zeros((N, H_padded, W_padded, C), x.dtype)
-    padded[:, :H, :W] = x
-    return padded
+    larger = get_array_module(x).zeros((N, *size, C), x.dtype)
+    larger[:, :H, :W] = x
+    return larger

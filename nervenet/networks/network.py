@@ -7,7 +7,7 @@ import numpy
 from ..checks import check_channels, positive
 from ..layers import Layer
 from . import summary
-from .blocks import pad_to_multiple
+from .blocks import padded, padded_size
 
 SLIGHTLY = 0.01                         # outside [0, 1] is rounding, or a gradient check; more is another scale
 
@@ -16,13 +16,13 @@ class Network(Layer):
     """Images (N, H, W, in_channels) of intensities in [0, 1] to logits (N, H, W, out_channels), for any H and W from 1 up.
 
     A subclass gives `config`, the arguments that build the same architecture again, to this constructor: among them in_channels,
-    out_channels, input_mean and input_std. `multiple` is what its steps down need height and width to be a multiple of. Its forward
-    begins with `prepare` and its backward ends with `input_gradient_of`.
+    out_channels, input_mean and input_std. `multiple` is what its steps down need height and width to be a multiple of, and `least` how
+    much of either they need. Its forward begins with `prepare`; its backward begins with `pad` and ends with `input_gradient_of`.
 
     Raises ValueError for numbers out of their range.
     """
 
-    def __init__(self, config, multiple, dtype):
+    def __init__(self, config, multiple, dtype, least=1):
         super().__init__()
         if not 0 < config['input_std'] < math.inf:
             raise ValueError(f'input_std is {config["input_std"]}; expected a positive number')
@@ -31,10 +31,10 @@ class Network(Layer):
         self.config = {**config, 'input_mean': float(config['input_mean']), 'input_std': float(config['input_std'])}
         for name in 'in_channels', 'out_channels':
             self.config[name] = positive(config[name], name)
-        self.multiple, self.in_channels, self.dtype = multiple, self.config['in_channels'], numpy.dtype(dtype)
+        self.multiple, self.least, self.in_channels, self.dtype = multiple, least, self.config['in_channels'], numpy.dtype(dtype)
 
     def prepare(self, x):
-        """Return the images x standardised, with zeros at the bottom and right up to the next multiple: (N, H', W', C).
+        """Return the images x standardised, with zeros at the bottom and right (`pad`): (N, H', W', C).
 
         0 is what standardising makes of the mean grey, so padding shows the network an even grey. Padded pixels do enter the
         statistics of batch norm. Raises ValueError for images of another dtype or number of channels, and, where the network
@@ -50,7 +50,15 @@ class Network(Layer):
             if low < -SLIGHTLY or high > 1 + SLIGHTLY:                          # NaN is for training to find and name
                 raise ValueError(f'images hold values from {low:g} to {high:g}; this model standardises intensities in [0, 1] itself, by '
                                  f'mean {mean:g} and deviation {std:g}: divide images of 0 to 255 by 255, and do not standardise them')
-        return pad_to_multiple((x - mean) / std, self.multiple)
+        return self.pad((x - mean) / std)
+
+    def padded_size(self, size):
+        """Return the (H', W') at which the network computes for images of `size` (H, W)."""
+        return padded_size(size, self.multiple, self.least)
+
+    def pad(self, x):
+        """Return x (N, H, W, C) with zeros at the bottom and right, as large as the network computes."""
+        return padded(x, self.padded_size(x.shape[1:3]))
 
     def input_gradient_of(self, dx, size):
         """Return ∂L/∂(the images) of this size (H, W) from that of what `prepare` made of them; None of None."""
@@ -70,10 +78,14 @@ class Network(Layer):
         made, _, _ = summary.trace(self, shape)
         return sum(y.layer.multiply_adds(y.inputs[0].shape) for y in made)
 
-    def receptive_field(self, stage, position, axis=0):
+    def receptive_field(self, stage, position, axis=0, size=(1, 1)):
         """Return (first, last) input row or column that a stage's output at `position` depends on: see `summary.receptive_field`."""
-        return summary.receptive_field(self, stage, position, axis)
+        return summary.receptive_field(self, stage, position, axis, size)
 
-    def widest_field(self, stage):
+    def widest_field(self, stage, size=(1, 1)):
         """Return the side, in pixels, of the largest receptive field among a stage's units: see `summary.widest_field`."""
-        return summary.widest_field(self, stage)
+        return summary.widest_field(self, stage, size)
+
+    def joins(self):
+        """Return {stage: the layer in which it joins a map of fine detail with one from below}: where *where* meets *what*."""
+        return {}

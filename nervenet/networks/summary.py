@@ -10,7 +10,6 @@ import math
 from ..engine.memory import SLACK
 from ..engine.parallel import number_of_threads
 from ..layers import Concat, Dropout, Layer, forwards_replaced
-from .blocks import padded_size
 
 SCRATCH_BYTES = 2**24             # about what the convolutions of one thread need to work in
 
@@ -28,10 +27,10 @@ class Traced:
     __sub__ = __truediv__ = standardised
 
     def __getitem__(self, index):
-        """Return what is left when rows and columns are cut off at the end. Raises NotImplementedError for anything else."""
+        """Return what is left when rows and columns are cut off at the end, or some images taken. Raises NotImplementedError for anything else."""
         index = index if isinstance(index, tuple) else (index,)
-        if not all(isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1) for part in index):
-            raise NotImplementedError(f'a trace follows x[:, :H, :W], which cuts off the end, and no other index, found {index}')
+        if not (all(isinstance(part, slice) and part.step in (None, 1) for part in index) and all(part.start in (None, 0) for part in index[1:])):
+            raise NotImplementedError(f'a trace follows x[some, :H, :W], which cuts off the end, and no other index, found {index}')
         shape = tuple(len(range(length)[part]) for length, part in zip(self.shape, index)) + self.shape[len(index):]
         return self if shape == self.shape else Traced(shape, self.dtype, self.name, Layer(), (self,))
 
@@ -58,43 +57,46 @@ def trace(model, shape):
     model = copy.deepcopy(model, shared | {id(layer.cache): None for _, layer in model.layers()})
 
     def traced(name, layer, forward):
-        def function(*inputs):
+        def function(*inputs, **options):
             if isinstance(layer, Dropout) and layer.p == 0:
                 return inputs[0]
-            y = Traced(layer.output_shape(*(x.shape for x in inputs)), model.dtype, name, layer, inputs)
+            shapes = [x.shape for x in inputs]
+            y = Traced(layer.output_shape(*shapes, **options), model.dtype, name, layer.fitted(*shapes, **options), inputs)
             layer.keep(*(inputs if 'input' in layer.keeps else ()), *([y] if 'output' in layer.keeps else []))
             made.append(y)
             return y
         return function
 
     with forwards_replaced(model.train(), traced):
-        model.forward(Traced((N, *padded_size((H, W), model.multiple), C), model.dtype), observe=stages.__setitem__)
+        model.forward(Traced((N, *model.padded_size((H, W)), C), model.dtype), observe=stages.__setitem__)
     kept = {value for _, layer in model.layers() for value in layer.cache or ()}
     # A convolution of a join keeps what is joined: see `fusing`.
     return made, stages, {part for value in kept for part in (value.inputs if isinstance(value.layer, Concat) else (value,))}
 
 
-def receptive_field(model, stage, position, axis=0):
+def receptive_field(model, stage, position, axis=0, size=(1, 1)):
     """Return (first, last): the input pixels, along an axis, that the unit at `position` of a stage's output depends on.
 
     `stage` is a name as given to `observe`; axis 0 are rows, 1 columns. Positions outside the image are included. The numbers are the
     ends of what each layer says of itself (`input_range`), one after the other; the field of a unit depends on where it lies in the
-    pooling grid. Raises ValueError for an unknown stage.
+    pooling grid, and in a network that draws maps as large as others also on the `size` (H, W) of the image. Raises ValueError for an
+    unknown stage.
     """
-    _, stages, _ = trace(model, (1, 1, 1, model.in_channels))
+    _, stages, _ = trace(model, (1, *size, model.in_channels))
     if stage not in stages:
         raise ValueError(f'there is no stage {stage!r}; expected one of {", ".join(stages)}')
     return stages[stage].input_range(position, position, axis)
 
 
-def widest_field(model, stage):
-    """Return the side, in pixels, of the largest receptive field among a stage's units."""
-    _, stages, _ = trace(model, (1, 1, 1, model.in_channels))
-    return _widest(stages[stage], model.multiple)
+def widest_field(model, stage, size=(1, 1)):
+    """Return the side, in pixels, of the largest receptive field among a stage's units, for images of `size`."""
+    _, stages, _ = trace(model, (1, *size, model.in_channels))
+    return _widest(stages[stage], model)
 
 
-def _widest(value, multiple):
-    fields = (value.input_range(position, position, axis) for axis in (0, 1) for position in range(multiple))
+def _widest(value, model):
+    period = model.padded_size((1, 1))[0]                   # the fields of neighbours differ, and repeat after so many
+    fields = (value.input_range(position, position, axis) for axis in (0, 1) for position in range(period))
     return max(last - first + 1 for first, last in fields)
 
 
@@ -124,7 +126,7 @@ def table(model, size, batch_size=8):
     for y in made:
         numbers = (sum(array.size for array in y.layer.params.values()), y.layer.multiply_adds(y.inputs[0].shape),
                    (y in kept) * y.size * model.dtype.itemsize / 2**20)
-        field = _widest(y, model.multiple) if y in stages.values() else ''
+        field = _widest(y, model) if y in stages.values() else ''
         rows.append((y.name, '×'.join(map(str, y.shape[1:])), f'{numbers[0]:,}', f'{numbers[1]:,}', f'{numbers[2]:.2f}', str(field)))
         totals = [total + number for total, number in zip(totals, numbers)]
     rows.append(('total', '', f'{totals[0]:,}', f'{totals[1]:,}', f'{totals[2]:.2f}', ''))

@@ -18,7 +18,7 @@ import numpy
 from ..checks import positive
 from ..engine.pixelwise import add
 from ..layers import Conv2D, Dropout
-from .blocks import DoubleConv, Down, Up, pad_to_multiple
+from .blocks import DoubleConv, Down, Up
 from .network import Network
 
 
@@ -44,17 +44,20 @@ class UNet(Network):
                       dropout=float(dropout), input_mean=input_mean, input_std=input_std)
         super().__init__(config, multiple=2**self.depth, dtype=dtype)
         rng = numpy.random.default_rng(rng)                 # one stream for all weights
-        options = dict(norm=norm, rng=rng, dtype=dtype)
-
         channels = [base_channels * 2**level for level in range(self.depth + 1)]
-        self.stem = DoubleConv(in_channels, channels[0], **options)
-        self.downs = [Down(channels[level], channels[level + 1], **options) for level in range(self.depth)]
+        self.stem, self.downs, self.ups = self.parts(in_channels, channels, norm=norm, rng=rng, dtype=dtype)
         self.dropout = Dropout(dropout, rng=rng)
-        self.ups = [Up(channels[level + 1], channels[level], **options) for level in reversed(range(self.depth))]
         self.head = Conv2D(channels[0], out_channels, kernel_size=1, rng=rng, dtype=dtype)
 
         self.children = {'stem': self.stem, **{f'downs.{i}': down for i, down in enumerate(self.downs)},
                          'dropout': self.dropout, **{f'ups.{i}': up for i, up in enumerate(self.ups)}, 'head': self.head}
+
+    def parts(self, in_channels, channels, **options):
+        """Return stem, downs and ups for so many channels of each level. A U-Net of other parts gives others."""
+        stem = DoubleConv(in_channels, channels[0], **options)
+        downs = [Down(few, many, **options) for few, many in zip(channels, channels[1:])]
+        ups = [Up(many, few, **options) for few, many in reversed([*zip(channels, channels[1:])])]
+        return stem, downs, ups
 
     def forward(self, x, observe=None):
         """Return the logits of the images x. `observe(name, y)`, if given, is called with each stage's name and output."""
@@ -84,7 +87,7 @@ class UNet(Network):
         """
         H, W = dlogits.shape[1:3]
         # The logits of the padding were cut off, so no loss depends on them: their gradient is 0.
-        dx = self.head.backward(pad_to_multiple(dlogits, self.multiple))
+        dx = self.head.backward(self.pad(dlogits))
         dskips = []
         for up in reversed(self.ups):
             dx, dskip = up.backward(dx)
@@ -94,3 +97,6 @@ class UNet(Network):
             dx = add(down.backward(dx), dskips.pop())
         dx = self.stem.backward(dx, input_gradient=input_gradient)
         return self.input_gradient_of(dx, (H, W))
+
+    def joins(self):
+        return {f'ups.{i}': up.concat for i, up in enumerate(self.ups)}

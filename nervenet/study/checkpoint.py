@@ -165,34 +165,33 @@ def _build(header, state):
     """Return the model that `header` describes, with the arrays of `state`."""
     if header['model'] not in MODELS:
         raise CheckpointError(f'holds a model of class {header["model"]!r}; known are {", ".join(MODELS)}')
-    _check_claims(header, state)
+    config, depth = header['config'], header['config']['depth']
+    if not 1 <= depth <= len(state):
+        raise CheckpointError(f'its header asks for depth {depth}, its {len(state)} arrays do not')
     try:
-        model = MODELS[header['model']](**header['config'], dtype=header['dtype'])
+        model = MODELS[header['model']](**config, dtype=header['dtype'], rng=_Bounded(sum(array.size for array in state.values())))
         model.load_state_dict(state)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'its {header["model"]} cannot be built: {_reason(error)}') from error
     return model.eval()
 
 
-def _check_claims(header, state):
-    """Raise CheckpointError unless the architecture that `header` asks for is the one whose arrays lie in `state`.
+class _Bounded(numpy.random.Generator):
+    """A generator that draws no more than so many weights: as many numbers as a file holds.
 
-    Building a model allocates it, and a header that asks for terabytes is quickly written: it must be found out before.
-    The arrays cannot lie about their sizes, since their bytes are here. In a U-Net no layer is larger than the deepest
-    convolution, so if the two ends and the deepest point of the network are here, in the sizes asked for, the rest is
-    of their order.
+    Building a model allocates it, and a header that asks for terabytes is quickly written. The arrays cannot lie about their sizes,
+    since their bytes are here. In every network the weights of convolutions are most of it, and they are drawn.
     """
-    config, depth = header['config'], header['config']['depth']
-    if not 1 <= depth <= len(state):
-        raise CheckpointError(f'its header asks for depth {depth}, its {len(state)} arrays do not')
-    channels, deepest = config['base_channels'], config['base_channels'] << depth
-    expected = {'stem.conv1.weight': (3, 3, config['in_channels'], channels),
-                f'downs.{depth - 1}.conv2.weight': (3, 3, deepest, deepest),
-                'head.weight': (1, 1, channels, config['out_channels'])}
-    for name, shape in expected.items():
-        found = f'shape {state[name].shape} of {state[name].dtype}' if name in state else 'no such array'
-        if found != f'shape {shape} of {header["dtype"]}':
-            raise CheckpointError(f'its header asks for {name} of shape {shape} of {header["dtype"]}, it holds {found}')
+
+    def __init__(self, left):
+        super().__init__(numpy.random.PCG64())
+        self.left = left
+
+    def standard_normal(self, size=None, *options, **more):
+        self.left -= math.prod(size)
+        if self.left < 0:
+            raise CheckpointError(f'its header asks for more weights than it holds; the next would have the shape {size}')
+        return super().standard_normal(size, *options, **more)
 
 
 def _reason(error):

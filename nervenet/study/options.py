@@ -7,14 +7,15 @@ Those that all scripts share that predict are in `add_prediction_options`.
 
 import argparse
 import contextlib
+import inspect
 import math
 from dataclasses import fields, replace
 from pathlib import Path
 
 from ..images.augment import FILL_MODES, ULTRASOUND, Augmentation
 from ..losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
+from ..networks import NETWORKS
 from ..networks.blocks import padded_size
-from ..networks.unet import UNet
 from ..optim import SGD, Adam, AdamW
 from .checkpoint import CheckpointError, load_checkpoint
 from .run_folder import WHERE, check_resumable, read_config, unfinished
@@ -25,6 +26,7 @@ LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 
           'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}
 OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
+ARCHITECTURE = 'base_channels', 'depth', 'norm', 'dac', 'rmp'       # options that say what network is built, where it has them
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
 
 
@@ -59,6 +61,10 @@ def parse(arguments):
     args.augment = args.augment or ('none' if args.data is None else 'default')
     if args.init and not args.resume:
         take_architecture(args, given, parser)
+    args.depth = args.depth or default_of(args.model, 'depth')
+    for name in 'dac', 'rmp':
+        if not getattr(args, name) and default_of(args.model, name) is None:
+            parser.error(f'--no-{name} has no meaning with --model {args.model}, which has no such part')
     if args.depth > 12:
         parser.error(f'--depth is {args.depth}; expected at most 12: each level halves the image')
     if args.fold and not args.fold <= (args.folds or 0):
@@ -116,18 +122,36 @@ def stored_options(folder):
     return {name: None if config[name] is None else read[name] for name in defaults}
 
 
+def default_of(model, name):
+    """Return the default of an argument of a network, which NETWORKS has under the name `model`; None if it has no such argument."""
+    for kind in NETWORKS[model].__mro__:
+        parameters = inspect.signature(kind).parameters
+        if name in parameters:
+            return parameters[name].default
+        if '**' not in str(inspect.signature(kind)):
+            return None
+
+
+def architecture(args):
+    """Return the arguments of the network that `args` ask for, but for what the images say: `NETWORKS[args.model](**architecture(args))`."""
+    names = [name for name in ARCHITECTURE if default_of(args.model, name) is not None]
+    return {name: getattr(args, name) for name in [*names, 'dropout']}
+
+
 def take_architecture(args, given, parser):
     """Set the options that say what network is built to what the network in the file --init is; refuse others that were given."""
     model, _ = load_checkpoint(args.init)
-    if not isinstance(model, UNet) or (model.in_channels, model.config['out_channels']) != (1, 1):
+    if (model.in_channels, model.config['out_channels']) != (1, 1):
         raise CheckpointError(f'{args.init}: holds a {type(model).__name__} of other channels; expected a network for grey images '
                               'and one kind of mask, as train_unet.py writes it')
-    for name in 'base_channels', 'depth', 'norm':
-        option, found = f'--{name.replace("_", "-")}', model.config[name]
-        if name in given and getattr(args, name) != found:
-            parser.error(f'{option} is {getattr(args, name) or "none"}, but the network in {args.init} has {found or "none"}; leave '
+    found = {name: model.config[name] for name in ARCHITECTURE if name in model.config}
+    found['model'] = next(name for name, network in NETWORKS.items() if type(model) is network)
+    for name, value in found.items():
+        option = f'--{name.replace("_", "-")}'
+        if name in given and getattr(args, name) != value:
+            parser.error(f'{option} is {getattr(args, name) or "none"}, but the network in {args.init} has {value or "none"}; leave '
                          f'out {option}, or train without --init')
-        setattr(args, name, found)
+        setattr(args, name, value)
 
 
 def check_memory(args):
@@ -142,10 +166,10 @@ def training_bytes(args):
     pixels = args.batch_size * math.prod(args.size)
     batches = 4 * 2 * 4 * pixels                            # images and masks, float32: one in use, two ready, one in the making
     deepest = args.base_channels << args.depth
-    parameters = 4 * 4 * (9 + 9 / 2) * deepest**2           # at least: the deepest level, its gradients, Adam's two averages
+    parameters = 4 * 4 * 9 * deepest**2                     # about: the deepest level, its gradients, Adam's two averages
     if args.device != 'cpu' or parameters > 2**36:          # no network of that size is built to ask it
         return batches + parameters * (args.device == 'cpu')
-    model = UNet(base_channels=args.base_channels, depth=args.depth, norm=args.norm, dropout=args.dropout)
+    model = NETWORKS[args.model](**architecture(args))
     return batches + model.training_memory((args.batch_size, *args.size, 1))
 
 
@@ -226,15 +250,20 @@ def build_parser():
     augmenting.add_argument('--preview-augmentation', type=Path, metavar='PICTURE.png',
                             help='draw a few augmented images with their masks, and stop')
     network = parser.add_argument_group('network')
+    network.add_argument('--model', choices=NETWORKS, default='unet', help='which network')
     network.add_argument('--base-channels', type=whole, default=16, metavar='N',
                          help='channels of the first level; they double at each')
-    network.add_argument('--depth', type=whole, default=4, metavar='N', help='how often the image is halved')
+    network.add_argument('--depth', type=whole, metavar='N',
+                         help='how often the image is halved; default: ' + ', '.join(f'{name} {default_of(name, "depth")}' for name in NETWORKS))
+    for name, what in ('dac', 'dense atrous convolution'), ('rmp', 'residual multi-kernel pooling'):
+        network.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=True,
+                             help=f'{what}, a part of optimised-resunet, which its authors train with a --median-filter')
     network.add_argument('--norm', choices=['batch', 'none'], default='batch', help='normalisation after each convolution')
     network.add_argument('--dropout', type=probability, default=0.0, metavar='P',
                          help='probability of dropping a value at the bottom')
     network.add_argument('--init', type=Path, metavar='MODEL',
                          help='start from the network in this file, such as best.npz of another run: fine-tuning. It decides '
-                         '--base-channels, --depth and --norm; intensities are standardised by the new training images')
+                         '--model, --base-channels, --depth and --norm; intensities are standardised by the new training images')
     training = parser.add_argument_group('training')
     training.add_argument('--loss', choices=LOSSES, default='dice+bce', help='what is minimised')
     training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
