@@ -33,11 +33,11 @@ class OptimisedResUNet(ResUNet):
         self.least = max(POOLS) * self.multiple if self.rmp else 1
 
     def parts(self, in_channels, channels, **options):
-        stem, downs, ups = super().parts(in_channels, channels, **options)
         *_, above, deepest = channels
-        downs[-1] = Bridge(above, deepest, self.dac, self.rmp, **options)
-        ups[0] = ResidualUp(deepest + len(POOLS) * self.rmp, above, above, **options)
-        return stem, downs, ups
+        stem, downs, ups = super().parts(in_channels, channels[:-1], **options)         # the bridge hangs below
+        bridge = Bridge(above, deepest, self.dac, self.rmp, **options)
+        up = ResidualUp(deepest + len(POOLS) * self.rmp, above, above, **options)
+        return stem, [*downs, bridge], [up, *ups]
 
 
 class Bridge(Layer):
