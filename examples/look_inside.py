@@ -1,9 +1,9 @@
-"""Look inside a trained U-Net: what every stage makes of one image, and what one output pixel depends on.
+"""Look inside a trained network: what every stage makes of one image, and what one output pixel depends on.
 
     python examples/look_inside.py --model RUN/best.npz --image FILE --output FOLDER
 
 Writes stages.png, what each stage sees on the way down, at the bottom and on the way up; joins.png, each skip (*where*) beside
-the upsampled map it joins (*what*); and depends.png, the receptive field of one output pixel and the gradient of its logit
+the map from below that it meets (*what*); and depends.png, the receptive field of one output pixel and the gradient of its logit
 with respect to every input pixel.
 """
 
@@ -17,7 +17,7 @@ from nervenet.study import figures
 from nervenet.files import make_folder, refuse_content
 from nervenet.images.data import read_image
 from nervenet.images.samples import DataError
-from nervenet.layers import sigmoid
+from nervenet.layers import forwards_replaced, sigmoid
 from nervenet.study.report import print_whatever_comes
 from nervenet.study.segment import Segmenter
 
@@ -31,8 +31,9 @@ def main(arguments=None):
 
     # Inference, but keeping what backward needs: which pixels does a trained network's answer depend on?
     model.eval(keep_cache=True)
-    stages = {}
-    logits = model.forward(x, observe=stages.__setitem__)
+    stages, joined = {}, {}
+    with forwards_replaced(model, lambda name, layer, forward: remembering(joined, layer, forward)):
+        logits = model.forward(x, observe=stages.__setitem__)
     probability = sigmoid(logits)[0, :, :, 0]
     row, column = args.pixel or numpy.unravel_index(probability.argmax(), size)
     if not (0 <= row < size[0] and 0 <= column < size[1]):
@@ -43,21 +44,15 @@ def main(arguments=None):
 
     refuse_content(args.output, '--output')
     make_folder(args.output, '--output')
-    down = ['stem', *(f'downs.{i}' for i in range(model.depth))]
-    up = [f'ups.{i}' for i in range(model.depth)]
-    title = {'stem': 'stem, level 0', f'downs.{model.depth - 1}': f'downs.{model.depth - 1}, the bottom'}
-    figures.save(figures.feature_maps([(title.get(name, name), stages[name][0]) for name in [*down, *up]],
-                         title='What every stage of the U-Net sees'), args.output / 'stages.png')
+    del stages['head']                                                       # the logits, which depends.png shows
+    bottom = min(stages, key=lambda name: stages[name].shape[1])             # of equals, the first
+    figures.save(figures.feature_maps([(f'{name}, the bottom' if name == bottom else name, y[0]) for name, y in stages.items()],
+                                      title=f'What every stage of the {type(model).__name__} sees'), args.output / 'stages.png')
+    joins = [[(f'{name}: the skip knows where', where[0]), (f'{name}: the map from below knows what', what[0])]
+             for name, layer in model.joins().items() for where, what in [joined[layer]]]
+    figures.save(figures.feature_maps(joins, title='Each skip beside the map from below that it meets'), args.output / 'joins.png')
 
-    # An Up joins the skip of its level with the map from below, upsampled.
-    model.eval()
-    joins = []
-    for name, stage, below, skip in zip(up, model.ups, [down[-1], *up], reversed(down[:-1])):
-        upsampled = stage.upconv.forward(stages[below])
-        joins.append([(f'{skip}: the skip knows where', stages[skip][0]), (f'{name}: the upsampled map knows what', upsampled[0])])
-    figures.save(figures.feature_maps(joins, title='Each skip beside the upsampled map it joins'), args.output / 'joins.png')
-
-    rows, columns = model.receptive_field('head', int(row)), model.receptive_field('head', int(column), axis=1)
+    rows, columns = (model.receptive_field('head', int(place), axis, size) for axis, place in enumerate((row, column)))
     field = rows[0], columns[0], rows[1] - rows[0] + 1, columns[1] - columns[0] + 1
     pixel = row - 1, column - 1, 3, 3
     shown = [figures.overlay(image, probability > 0.5), figures.heat(image, abs(dimage))]
@@ -66,6 +61,14 @@ def main(arguments=None):
                  title=f'What output pixel ({row}, {column}) depends on'), args.output / 'depends.png')
     print(f'pixel ({row}, {column}): probability {probability[row, column]:.3f}, receptive field {field[2]}x{field[3]} pixels')
     print(f'stages.png, joins.png and depends.png are in {args.output}')
+
+
+def remembering(joined, layer, forward):
+    """Return a forward that puts what it is given into `joined`, under the layer."""
+    def function(*inputs, **options):
+        joined[layer] = inputs
+        return forward(*inputs, **options)
+    return function
 
 
 def parse(arguments):

@@ -387,8 +387,7 @@ class MaxPool2D(Layer):
     (N, H // k, W // k, C). `padding` rows and columns around the image never are a maximum. Only the maximum moved the output, so only
     it receives gradient; of equal maxima, the first in reading order does. Where windows overlap, a pixel collects from all of them.
 
-    `largest` and `to_the_first` are the mathematics, `engine/pooling.py` is faster. Raises ValueError for what is no number of pixels
-    or pair of them, and for a padding that would leave windows empty.
+    Raises ValueError for what is no number of pixels or pair of them, and for a padding that would leave windows empty.
     """
 
     keeps = 'input', 'output'
@@ -407,9 +406,7 @@ class MaxPool2D(Layer):
 
     def backward(self, dy):
         x, y, places = self.take()                                             # x and y are kept by their neighbours anyway
-        if only_plain() and places is None:
-            return to_the_first(dy, x, y, self.geometry)
-        return pooling.to_the_first(dy, x, y, places, self.geometry)
+        return to_the_first(dy, x, y, self.geometry) if only_plain() else pooling.to_the_first(dy, x, y, places, self.geometry)
 
     def output_shape(self, x):
         return x[0], *self.geometry.output_size(x[1:3]), x[3]

@@ -13,9 +13,8 @@ import nervenet
 from nervenet import BatchNorm2D, Concat, Conv2D, DoubleConv, Down, Layer, LeakyReLU, ReLU, UNet, Up, predict
 from nervenet.engine import backend, parallel, paths
 from nervenet.networks import NETWORKS
-from nervenet.networks.blocks import pad_to_multiple, padded_size
 from nervenet.networks.fusing import back_in_sequence, in_sequence
-from nervenet.networks.network import Network
+from nervenet.networks.network import Network, padded, padded_size
 from nervenet.networks.summary import trace
 
 
@@ -148,7 +147,7 @@ class Strange(Network):
 
     def backward(self, dlogits, input_gradient=True):
         H, W = dlogits.shape[1:3]
-        dy = self.up.backward(pad_to_multiple(dlogits, self.multiple))
+        dy = self.up.backward(self.pad(dlogits))
         return self.input_gradient_of(self.wide.backward(self.unit.backward(self.down.backward(dy))), (H, W))
 
 
@@ -193,11 +192,11 @@ def test_looking_at_a_network_leaves_it_as_it_is(rng):
 
 
 def test_sizes_are_rounded_up_and_images_padded_at_the_bottom_and_right(rng):
-    assert padded_size((13, 16), 8) == (16, 16)
+    assert padded_size((13, 16), 8) == (16, 16) and padded_size((3, 50), 8, 48) == (48, 56)
     x = rng.random((1, 3, 4, 2))
-    padded = pad_to_multiple(x, 4)
-    assert padded.shape == (1, 4, 4, 2) and numpy.array_equal(padded[:, :3], x) and not padded[:, 3:].any()
-    assert pad_to_multiple(padded, 4) is padded
+    larger = padded(x, (4, 4))
+    assert larger.shape == (1, 4, 4, 2) and numpy.array_equal(larger[:, :3], x) and not larger[:, 3:].any()
+    assert padded(larger, (4, 4)) is larger
 
 
 def test_every_network_is_known_by_a_name_and_exported():

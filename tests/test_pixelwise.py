@@ -79,7 +79,7 @@ def test_arrays_are_joined_side_by_side_and_taken_apart(rng, xp):
     a, b, c = (xp.asarray(rng.standard_normal((2, 70, 90, C))) for C in (3, 16, 5))
     y = pixelwise.side_by_side(a, b, c)
     assert numpy.array_equal(backend.to_cpu(y), numpy.concatenate([backend.to_cpu(array) for array in (a, b, c)], axis=3))
-    first, rest = pixelwise.apart(y, 3)
+    first, rest = pixelwise.apart(y, 3, 21)
     assert numpy.array_equal(backend.to_cpu(first), backend.to_cpu(a)) and numpy.array_equal(backend.to_cpu(rest[..., :16]), backend.to_cpu(b))
     assert first.flags.c_contiguous and rest.flags.c_contiguous                  # no views of all of y
     assert pixelwise.side_by_side(a) is a

@@ -2,7 +2,6 @@
 
 import numpy
 
-from ..engine.backend import get_array_module
 from ..layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Layer, MaxPool2D, ReLU
 from .fusing import back_in_sequence, in_sequence
 
@@ -80,18 +79,3 @@ class Up(DoubleConv):
     def backward(self, dy):
         dskip, dup = back_in_sequence(dy, self.concat, *self.sequence)
         return self.upconv.backward(dup), dskip
-
-
-def padded_size(size, multiple, least=1):
-    """Return `size` (H, W) rounded up to the next multiple, and to no less than `least`."""
-    return tuple(-(-max(length, least) // multiple) * multiple for length in size)
-
-
-def padded(x, size):
-    """Return x (N, H, W, C) with zeros at the bottom and right up to this size; x itself if there is nothing to add."""
-    N, H, W, C = x.shape
-    if (H, W) == size:
-        return x
-    larger = get_array_module(x).zeros((N, *size, C), x.dtype)
-    larger[:, :H, :W] = x
-    return larger

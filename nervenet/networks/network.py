@@ -5,9 +5,9 @@ import math
 import numpy
 
 from ..checks import check_channels, positive
+from ..engine.backend import get_array_module
 from ..layers import Layer
 from . import summary
-from .blocks import padded, padded_size
 
 SLIGHTLY = 0.01                         # outside [0, 1] is rounding, or a gradient check; more is another scale
 
@@ -89,3 +89,18 @@ class Network(Layer):
     def joins(self):
         """Return {stage: the layer in which it joins a map of fine detail with one from below}: where *where* meets *what*."""
         return {}
+
+
+def padded_size(size, multiple, least=1):
+    """Return `size` (H, W) rounded up to the next multiple, and to no less than `least`."""
+    return tuple(-(-max(length, least) // multiple) * multiple for length in size)
+
+
+def padded(x, size):
+    """Return x (N, H, W, C) with zeros at the bottom and right up to this size; x itself if there is nothing to add."""
+    N, H, W, C = x.shape
+    if (H, W) == size:
+        return x
+    larger = get_array_module(x).zeros((N, *size, C), x.dtype)
+    larger[:, :H, :W] = x
+    return larger

@@ -32,6 +32,7 @@ from ..networks import NETWORKS
 
 FORMAT, VERSION = 'nervenet checkpoint', 1
 MODELS = {network.__name__: network for network in NETWORKS.values()}       # what a file may ask to be built
+SMALL_MODEL = 10**6                         # weights that a file may ask for whatever it holds: what does not fit is named then
 ARRAY = '__array__'                         # in the header, {ARRAY: 'extra/0'} stands for an array
 
 
@@ -168,8 +169,12 @@ def _build(header, state):
     config, depth = header['config'], header['config']['depth']
     if not 1 <= depth <= len(state):
         raise CheckpointError(f'its header asks for depth {depth}, its {len(state)} arrays do not')
+    for name, array in state.items():
+        if array.dtype.name != header['dtype']:
+            raise CheckpointError(f'its {name} is {array.dtype}, its header says {header["dtype"]}')
+    limit = SMALL_MODEL + 2 * sum(array.size for array in state.values())
     try:
-        model = MODELS[header['model']](**config, dtype=header['dtype'], rng=_Bounded(sum(array.size for array in state.values())))
+        model = MODELS[header['model']](**config, dtype=header['dtype'], rng=_Bounded(limit))
         model.load_state_dict(state)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'its {header["model"]} cannot be built: {_reason(error)}') from error
@@ -177,10 +182,10 @@ def _build(header, state):
 
 
 class _Bounded(numpy.random.Generator):
-    """A generator that draws no more than so many weights: as many numbers as a file holds.
+    """A generator that draws no more than so many weights.
 
-    Building a model allocates it, and a header that asks for terabytes is quickly written. The arrays cannot lie about their sizes,
-    since their bytes are here. In every network the weights of convolutions are most of it, and they are drawn.
+    Building a model allocates it, and a header that asks for terabytes is quickly written. The arrays of a file cannot lie about their sizes,
+    since their bytes are there. In every network the weights of convolutions are most of it, and they are drawn.
     """
 
     def __init__(self, left):
@@ -190,7 +195,7 @@ class _Bounded(numpy.random.Generator):
     def standard_normal(self, size=None, *options, **more):
         self.left -= math.prod(size)
         if self.left < 0:
-            raise CheckpointError(f'its header asks for more weights than it holds; the next would have the shape {size}')
+            raise CheckpointError(f'its header asks for far more weights than it holds; the next would have the shape {size}')
         return super().standard_normal(size, *options, **more)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..images.augment import FILL_MODES, ULTRASOUND, Augmentation
 from ..losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from ..networks import NETWORKS
-from ..networks.blocks import padded_size
+from ..networks.network import padded_size
 from ..optim import SGD, Adam, AdamW
 from .checkpoint import CheckpointError, load_checkpoint
 from .run_folder import WHERE, check_resumable, read_config, unfinished
