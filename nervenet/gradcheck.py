@@ -37,9 +37,11 @@ from typing import NamedTuple
 import numpy
 
 from .engine.paths import paths_taken, plain
-from .layers import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, LeakyReLU, MaxPool2D, ReLU, Sigmoid, inference
+from .layers import Add, BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, LeakyReLU, MaxPool2D, ReLU, Sigmoid, inference
 from .losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
-from .networks.unet import UNet
+from .networks import NETWORKS
+from .networks.optimised_resunet import DenseAtrousConvolution, ResidualMultiKernelPooling, Stack
+from .resampling import Upsample2D
 
 # The step h, and the largest relative error that passes. The inputs of a layer can be kept away from its kinks. In a
 # network, some ReLU may cross 0 within the step: a tiny step makes that rare, but costs digits.
@@ -259,7 +261,7 @@ def check_relu_at_zero(layer, rng):
 
 def check_pooling_of_equal_values(layer, rng):
     """Where maxima tie there is no derivative to measure, but a rule: the first gets it all. Return one `Result`."""
-    k, dy = layer.kernel_size, rng.standard_normal((2, 3, 4, 2))
+    (k, _), dy = layer.geometry.kernel_size, rng.standard_normal((2, 3, 4, 2))
     expected = numpy.zeros((2, 3 * k, 4 * k, 2))
     expected[:, ::k, ::k] = dy
     layer.forward(numpy.ones(expected.shape))
@@ -274,7 +276,7 @@ def check_inference(model, x):
         y = model.forward(x)
     with inference(), plain():
         expected = model.forward(x)
-    return check_rule('U-Net, inference', y, expected, 'y', 1e-10)._replace(paths=frozenset(paths))
+    return check_rule(f'{type(model).__name__}, inference', y, expected, 'y', 1e-10)._replace(paths=frozenset(paths))
 
 
 def check_rule(name, result, expected, quantity='dx', tolerance=0.0):
@@ -284,7 +286,7 @@ def check_rule(name, result, expected, quantity='dx', tolerance=0.0):
 
 
 def suite(rng):
-    """Yield the lists of results for every layer, every loss and the whole network."""
+    """Yield the lists of results for every layer, every loss and every network."""
     def normal(*shape):
         return rng.standard_normal(shape)
 
@@ -304,11 +306,18 @@ def suite(rng):
     yield [check_relu_at_zero(ReLU(), rng)]
     yield check_layer(LeakyReLU(0.2), off_zero(2, 5, 4, 3), rng=rng)
     yield check_layer(Sigmoid(), normal(2, 5, 4, 3), rng=rng)
+    yield check_layer(Add(), normal(2, 5, 4, 3), normal(2, 5, 4, 3), rng=rng)
     yield check_layer(Concat(), normal(2, 5, 4, 3), normal(2, 5, 4, 2), rng=rng)
+    yield check_layer(Concat(), *(normal(2, 5, 4, C) for C in (1, 3, 2, 4)), rng=rng, name='Concat of four')
+    yield check_layer(Stack(), normal(2, 5, 4, 3), normal(1, 5, 4, 3), normal(3, 5, 4, 3), rng=rng)
     yield check_layer(MaxPool2D(2), distinct(2, 4, 6, 3), rng=rng)
     yield check_layer(MaxPool2D(2), distinct(2, 5, 7, 3), rng=rng, name='MaxPool2D, odd size')
     yield check_layer(MaxPool2D(3), distinct(2, 7, 6, 2), rng=rng, name='MaxPool2D 3×3')
+    yield check_layer(MaxPool2D(5, 1, 2), distinct(2, 6, 7, 3), rng=rng, name='MaxPool2D 5×5, stride 1, padding 2')
+    yield check_layer(MaxPool2D((3, 2), (2, 1), (1, 0)), distinct(2, 8, 5, 3), rng=rng, name='MaxPool2D 3×2, stride 2×1, padding 1×0')
     yield [check_pooling_of_equal_values(MaxPool2D(2), rng)]
+    for mode in 'nearest', 'bilinear':
+        yield check_layer(Upsample2D((3, 2), mode), normal(2, 4, 5, 3), rng=rng, name=f'Upsample2D 3×2, {mode}')
     yield check_layer(Conv2D(2, 3, **options), normal(2, 5, 4, 2), rng=rng, name='Conv2D 3×3')
     yield check_layer(Conv2D(3, 2, 1, **options), normal(2, 5, 4, 3), rng=rng, name='Conv2D 1×1')
     yield check_layer(Conv2D(2, 3, (5, 3), **options), normal(2, 4, 5, 2), rng=rng, name='Conv2D 5×3')
@@ -349,11 +358,15 @@ def suite(rng):
     both = WeightedSum([(1.0, DiceLoss()), (0.5, BCEWithLogitsLoss())])
     yield check_loss(both, off_zero(*shape), mask(*shape), rng=rng)
 
-    yield check_network(UNet(1, 1, base_channels=2, depth=2, input_mean=0.4, input_std=0.2, **options),
-                        rng.random((2, 13, 19, 1)), rng=rng, name='U-Net, 13×19')
-    yield check_network(UNet(2, 3, base_channels=2, depth=3, norm=None, dropout=0.3, **options),
-                        rng.random((2, 8, 17, 2)), rng=rng, name='U-Net, no norm, dropout, 8×17')
-    yield [check_inference(UNet(1, 1, base_channels=3, depth=2, **options), rng.random((2, 12, 17, 1)))]
+    yield check_network(DenseAtrousConvolution(3, **options), normal(2, 9, 12, 3), rng=rng)
+    yield check_network(ResidualMultiKernelPooling(3, **options), distinct(2, 7, 11, 3), rng=rng)
+    for network in NETWORKS.values():
+        name = network.__name__
+        yield check_network(network(1, 1, base_channels=2, depth=2, input_mean=0.4, input_std=0.2, **options),
+                            rng.random((2, 13, 19, 1)), rng=rng, name=f'{name}, 13×19')
+        yield check_network(network(2, 3, base_channels=2, depth=3, norm=None, dropout=0.3, **options),
+                            rng.random((2, 8, 17, 2)), rng=rng, name=f'{name}, no norm, dropout, 8×17')
+        yield [check_inference(network(1, 1, base_channels=3, depth=2, **options), rng.random((2, 12, 17, 1)))]
 
 
 def table(results):
@@ -377,7 +390,7 @@ def main(arguments=None):
     """Check everything, print the table, and return the exit status: 0 if all gradients are right, else 1."""
     parser = argparse.ArgumentParser(
         prog='python -m nervenet.gradcheck', usage=argparse.SUPPRESS,
-        description='Check the gradient of every layer, every loss and the whole network against measurements of it.')
+        description='Check the gradient of every layer, every loss and every network against measurements of it.')
     parser.add_argument('--seed', type=int, default=0, help='of the random weights, inputs and directions (default: 0)')
     seed, start = parser.parse_args(arguments).seed, time.perf_counter()
     if seed < 0:

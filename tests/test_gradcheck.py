@@ -12,14 +12,20 @@ import pytest
 
 import nervenet
 from helpers import ROOT, planted
-from nervenet import SGD, gradcheck, predict, train_step
+from nervenet import SGD, gradcheck, predict, resampling, train_step
 from nervenet.convolution import im2col, patches, plain, strips, winograd_1d, winograd_2d
+from nervenet.engine import pooling
 from nervenet.engine.paths import paths_taken
 from nervenet.gradcheck import LAYER, NETWORK, check_layer, check_loss, check_network, suite, table
-from nervenet.layers import (BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, LeakyReLU, MaxPool2D, ReLU, Sigmoid,
+from nervenet.layers import (Add, BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, Layer, LeakyReLU, MaxPool2D, ReLU, Sigmoid,
                              sigmoid)
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
+from nervenet.networks import NETWORKS
+from nervenet.networks.optimised_resunet import DenseAtrousConvolution, ResidualMultiKernelPooling, Stack
+from nervenet.networks.refinenet import ChainedPooling, Refine
+from nervenet.networks.residual import Residual, Stage
 from nervenet.networks.unet import DoubleConv, Down, UNet, Up
+from nervenet.resampling import Upsample2D
 
 BUGS = {}                       # name → (class, arguments, shapes of the inputs, the gradients that are wrong)
 
@@ -292,6 +298,52 @@ class PoolingRewardsTheWholeWindow(MaxPool2D):
         return dx
 
 
+@bug((2, 6, 5, 3), wrong={'dx'}, kernel_size=3, stride=1, padding=1)
+class PoolingForgetsThatWindowsOverlap(MaxPool2D):
+    def backward(self, dy):
+        dx = super().backward(dy)
+        return numpy.where(dx != 0, dy, 0)                      # each maximum gets only the window it is the centre of
+
+
+@bug((2, 7, 8, 3), wrong={'dx'}, kernel_size=3, stride=2)
+class PoolingSwapsItsAxes(MaxPool2D):
+    def backward(self, dy):
+        return super().backward(dy)[:, ::-1]
+
+
+@bug((2, 5, 4, 3), (2, 5, 4, 3), wrong={'db'})
+class AddForgetsAnInput(Add):
+    def backward(self, dy):
+        dx = super().backward(dy)
+        return dx[0], 0 * dx[1]
+
+
+@bug((2, 5, 4, 3), (1, 5, 4, 3), wrong={'protocol'})
+class StackSwapsItsInputs(Stack):
+    def backward(self, dy):
+        return super().backward(dy)[::-1]
+
+
+@bug((2, 4, 5, 3), wrong={'dx'}, scale_factor=2, mode='bilinear')
+class BilinearReadsBack(Upsample2D):
+    """Not the adjoint: the gradient is read at the centres, not gathered from all that a pixel went into."""
+    def backward(self, dy):
+        super().backward(dy)
+        return dy[:, ::2, ::2]
+
+
+@bug((2, 4, 5, 3), wrong={'dx'}, scale_factor=(3, 2), mode='nearest')
+class NearestTakesTheMean(Upsample2D):
+    def backward(self, dy):
+        return super().backward(dy) / 6
+
+
+@bug((2, 4, 5, 3), wrong={'dx'}, scale_factor=2, mode='bilinear')
+class BilinearTransposesOneAxisOnly(Upsample2D):
+    def backward(self, dy):
+        return super().backward(dy[:, :, ::-1])
+
+
 @bug((2, 5, 4, 3), wrong=set(), channels=3, dtype=float)
 class BatchNormInOtherWords(RemembersItsInput, BatchNorm2D):
     """Not a bug: the right gradient, of which the next three forget a part."""
@@ -436,7 +488,7 @@ def test_rules_at_kinks_are_checked(rng):
     class AllMaxima(MaxPool2D):
         def backward(self, dy):
             super().backward(dy)
-            return dy.repeat(self.kernel_size, axis=1).repeat(self.kernel_size, axis=2)     # for equal values
+            return dy.repeat(k, axis=1).repeat(k, axis=2)                                   # for equal values
 
     class PassesAtZero(RemembersItsInput, ReLU):
         def backward(self, dy):
@@ -509,6 +561,51 @@ def test_bug_planted_in_a_network_is_caught(kind, broken, wrong, right, norm, me
     assert not right & wrong_quantities(results)
 
 
+def forget_the_way_round(layer, dy, backward):
+    add, layer.add.backward = layer.add.backward, lambda dy: tuple(0 * part if i == 0 else part for i, part in enumerate(add(dy)))
+    try:
+        return backward(layer, dy)
+    finally:
+        del layer.add.backward
+
+
+def forget_the_links(layer, dy, backward):
+    return forget_the_way_round(layer, dy, backward)
+
+
+def forget_what_is_below(layer, dy, backward):
+    dx = backward(layer, dy)
+    return (dx[0], 0 * dx[1]) if isinstance(dx, tuple) else dx
+
+
+def forget_the_last_block(layer, dy, backward):
+    layer.blocks, blocks = layer.blocks[:-1], layer.blocks
+    try:
+        return backward(layer, dy)
+    finally:
+        layer.blocks = blocks
+
+
+@pytest.mark.parametrize('name, kind, broken, wrong, right', [
+    ('resunet', Residual, forget_the_way_round, {'dx', 'stem.conv1.dweight'}, {'head.dweight', 'ups.1.block.conv2.dweight'}),
+    ('resnet', Residual, forget_the_way_round, {'dx', 'stem.conv.dweight', 'stem.blocks.0.conv2.dweight'}, {'head.dweight', 'ups.1.conv.dweight'}),
+    ('resnet', Stage, forget_the_last_block, {'protocol'}, {'head.dweight'}),
+    ('refinenet', Residual, forget_the_way_round, {'dx', 'refines.1.unit_in.conv2.dweight'}, {'head.dweight', 'refines.1.unit_out.conv2.dweight'}),
+    ('refinenet', ChainedPooling, forget_the_links, {'dx', 'refines.1.unit_in.conv2.dweight'}, {'head.dweight', 'refines.1.pooling.convs.1.dweight'}),
+    ('refinenet', Refine, forget_what_is_below, {'dx', 'refines.0.reduce.dweight'}, {'head.dweight', 'refines.1.reduce.dweight'}),
+    ('optimised-resunet', DenseAtrousConvolution, forget_the_way_round, {'dx', 'downs.1.block.conv2.dweight'}, {'head.dweight', 'downs.1.dac.conv_p.dweight'}),
+    ('optimised-resunet', ResidualMultiKernelPooling, lambda layer, dy, backward: 0 * backward(layer, dy),
+     {'dx', 'downs.1.dac.conv1.dweight'}, {'head.dweight', 'downs.1.rmp.conv.dweight'}),
+    ('optimised-resunet', Stack, lambda layer, dy, backward: tuple(0 * part if i else part for i, part in enumerate(backward(layer, dy))),
+     {'dx', 'downs.1.dac.conv5.dweight'}, {'head.dweight', 'downs.1.rmp.conv.dweight'})])
+def test_bug_planted_in_a_block_of_another_network_is_caught(name, kind, broken, wrong, right, rng, monkeypatch):
+    model, method = NETWORKS[name](1, 1, base_channels=2, depth=2, rng=rng, dtype=float), 'complex step'
+    backward = kind.backward
+    monkeypatch.setattr(kind, 'backward', lambda layer, dy, **options: broken(layer, dy, lambda *inputs: backward(*inputs, **options)))
+    results = check_network(model, rng.random((2, 10, 17, 1)), rng=rng, methods={method: NETWORK[method]})
+    assert wrong <= wrong_quantities(results) and not right & wrong_quantities(results)
+
+
 @pytest.mark.parametrize('norm', ['batch', None])
 @pytest.mark.parametrize('file, old, new, wrong', [
     ('networks/fusing.py', 'relu_gradient(dx, y[block], out=dx)', 'relu_gradient(dx, dx, out=dx)', {'dx', 'downs.0.conv1.dweight'}),
@@ -517,7 +614,7 @@ def test_bug_planted_in_a_network_is_caught(kind, broken, wrong, right, norm, me
     ('engine/pixelwise.py', 'out=flat[block]), x[block]]', 'out=flat[block]), 1.001 * x[block]]', {'batch': {'ups.0.norm1.dweight', 'dx'}}),
     ('convolution/winograd_1d.py', '[slice(0, split), slice(split, C_out)]', '[slice(split, C_out), slice(0, split)]',
      {'dx', 'stem.conv2.dweight'}),
-    ('engine/pixelwise.py', '    for_rows(y, part)\n    return a, b', '    for_rows(y, part)\n    return b, a',
+    ('engine/pixelwise.py', 'return tuple(parts)', 'return tuple(parts[::-1])',
      {'dx', 'stem.conv2.dweight'}),
     ('convolution/winograd_1d.py', ', product.reshape(6, -1)[:, :written], out', ', 1.001 * product.reshape(6, -1)[:, :written], out', {'ups.1.conv1.dweight'})], ids=str)
 def test_bug_planted_in_a_shortcut_is_caught(file, old, new, wrong, norm, rng):
@@ -546,6 +643,9 @@ IN_PATHS = [        # module, what is replaced in its text, by what, a layer tha
      (2, 7, 6, 2), {'dx', 'dweight'}),
     (winograd_1d, 'M[1].reshape(-1, width * C)[:, :W_out * C] +=', 'M[0].reshape(-1, width * C)[:, :W_out * C] +=',
      lambda **o: Conv2D(9, 12, **o), (2, 22, 21, 9), {'dbias'}),
+    (pooling, 'dx[inputs] += share', 'dx[inputs] = share', lambda **o: MaxPool2D(3, 1, 1), (2, 8, 7, 3), {'dx'}),
+    (pooling, 'dx[images] = _back(drows', 'dx[images] = 1.001 * _back(drows', lambda **o: MaxPool2D(3, 2, 1), (2, 8, 7, 3), {'dx'}),
+    (resampling, 'for i in range(SH) for j in range(SW)', 'for i in range(SH) for j in range(SH)', lambda **o: Upsample2D((2, 3)), (2, 4, 5, 3), {'dx'}),
     (patches, 'numpy.tile(bias, KH * KW * rows.shape[1])', 'numpy.repeat(bias, KH * KW * rows.shape[1])', lambda **o: ConvTranspose2D(3, 2, **o), (2, 3, 4, 3),
      {'dbias'})]
 
@@ -567,8 +667,9 @@ def test_everything_passes_and_every_path_that_a_network_of_the_examples_takes_i
     assert [result for result in results if not result.ok] == []
     assert {result.method for result in results} == {'finite differences', 'complex step', 'rule'}
     with paths_taken() as used:
-        for base_channels, size, batch, norm in ((16, (96, 128), 8, 'batch'), (32, (96, 128), 4, None), (64, (128, 128), 1, 'batch')):
-            model = UNet(base_channels=base_channels, norm=norm, rng=rng)
+        for kind, base_channels, size, batch, norm in ((UNet, 16, (96, 128), 8, 'batch'), (UNet, 32, (96, 128), 4, None), (UNet, 64, (128, 128), 1, 'batch'),
+                                                       *((kind, 16, (96, 128), 2, norm) for kind in NETWORKS.values() for norm in ('batch', None))):
+            model = kind(base_channels=base_channels, norm=norm, rng=rng)
             x = rng.random((batch, *size, 1), dtype='float32')
             train_step(model, DiceLoss(), SGD(model.parameters(), 0.1), x, (x > 0.5).astype('float32'))
             predict(model, x)
@@ -593,7 +694,7 @@ def test_command_prints_a_table_and_succeeds():
     assert lines[1].split() == ['layer', 'quantity', 'finite', 'differences', 'complex', 'step', 'rule', 'verdict', 'computed', 'by']
     assert all(line[lines[1].index('verdict'):].split()[0] == 'ok' for line in lines[2:-1])
     assert [line.split()[-1] for line in lines if line.startswith('Conv2D 1×1  ')] == 3 * ['patches']
-    assert {'ReLU', 'Concat', 'BatchNorm2D,', 'DiceLoss', 'U-Net,'} <= {line.split()[0] for line in lines[2:-1]}
+    assert {'ReLU', 'Concat', 'BatchNorm2D,', 'DiceLoss', 'UNet,', 'RefineNet,'} <= {line.split()[0] for line in lines[2:-1]}
     assert 'comparisons passed' in lines[-1]
 
 

@@ -6,16 +6,26 @@ import threading
 import numpy
 import pytest
 
-from nervenet import BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, LeakyReLU, MaxPool2D, ReLU, Sigmoid, convolution, plain
+from nervenet import (Add, BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, LeakyReLU, MaxPool2D, ReLU, Sigmoid, Upsample2D, convolution,
+                      plain)
 from nervenet.convolution import Geometry
 from nervenet.engine import backend, pixelwise
 from nervenet.layers import inference, sigmoid
+from nervenet.networks.optimised_resunet import Stack
 
 LAYERS = {
     'relu': (lambda rng: ReLU(), [(2, 5, 6, 3)]),
     'leaky relu': (lambda rng: LeakyReLU(0.2), [(2, 5, 6, 3)]),
     'sigmoid': (lambda rng: Sigmoid(), [(2, 5, 6, 3)]),
     'concat': (lambda rng: Concat(), [(2, 5, 6, 3), (2, 5, 6, 4)]),
+    'concat of four': (lambda rng: Concat(), [(2, 5, 6, C) for C in (3, 1, 4, 2)]),
+    'add': (lambda rng: Add(), [(2, 5, 6, 3)] * 2),
+    'add three': (lambda rng: Add(), [(2, 5, 6, 3)] * 3),
+    'stack': (lambda rng: Stack(), [(2, 5, 6, 3), (1, 5, 6, 3), (3, 5, 6, 3)]),
+    'maxpool, overlapping': (lambda rng: MaxPool2D(5, stride=1, padding=2), [(2, 5, 6, 3)]),
+    'maxpool 3×2, stride 2×1': (lambda rng: MaxPool2D((3, 2), (2, 1), (1, 0)), [(2, 5, 6, 3)]),
+    'nearest': (lambda rng: Upsample2D((2, 3)), [(2, 5, 6, 3)]),
+    'bilinear': (lambda rng: Upsample2D((3, 2), 'bilinear'), [(2, 5, 6, 3)]),
     'maxpool': (lambda rng: MaxPool2D(2), [(2, 5, 6, 3)]),
     'conv': (lambda rng: Conv2D(3, 4, rng=rng), [(2, 5, 6, 3)]),
     'conv, stride 2': (lambda rng: Conv2D(3, 4, (3, 5), stride=(2, 1), rng=rng), [(2, 5, 6, 3)]),

@@ -55,12 +55,12 @@ class PreActivationBlock(Residual):
 
     def __init__(self, in_channels, out_channels, stride=1, norm='batch', first=False, *, rng=None, dtype=numpy.float32):
         super().__init__()
-        options = dict(rng=numpy.random.default_rng(rng), dtype=dtype)
+        options = dict(bias=norm is None, rng=numpy.random.default_rng(rng), dtype=dtype)
         self.norm1, self.relu1 = (None, None) if first else (normalisation(norm, in_channels, dtype), ReLU())
-        self.conv1 = Conv2D(in_channels, out_channels, stride=stride, bias=norm is None, **options)
+        self.conv1 = Conv2D(in_channels, out_channels, stride=stride, **options)
         self.norm2, self.relu2 = normalisation(norm, out_channels, dtype), ReLU()
-        self.conv2 = Conv2D(out_channels, out_channels, **options)
-        self.conv_shortcut = Conv2D(in_channels, out_channels, 1, stride, bias=norm is None, **options)
+        self.conv2 = Conv2D(out_channels, out_channels, **options)              # all that reads the sum begins with a norm, or has a bias
+        self.conv_shortcut = Conv2D(in_channels, out_channels, 1, stride, **options)
         self.norm_shortcut = normalisation(norm, out_channels, dtype)
         self.register()
 
