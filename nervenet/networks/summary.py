@@ -5,6 +5,7 @@ says what shape comes out (`output_shape`), keeps what it would keep for backwar
 """
 
 import copy
+import itertools
 import math
 
 from ..engine.memory import SLACK
@@ -14,12 +15,15 @@ from ..layers import Concat, Dropout, Layer, forwards_replaced
 SCRATCH_BYTES = 2**24             # about what the convolutions of one thread need to work in
 
 
+_numbers = itertools.count()      # in the order in which arrays are made
+
+
 class Traced:
     """An array without values: its shape, and which layer made it of which others (none, if it came in from outside)."""
 
     def __init__(self, shape, dtype, name='', layer=None, inputs=()):
         self.shape, self.dtype, self.name, self.layer, self.inputs = tuple(shape), dtype, name, layer, inputs
-        self.size = math.prod(shape)
+        self.size, self.number = math.prod(shape), next(_numbers)
 
     def standardised(self, number):
         return self
@@ -35,12 +39,20 @@ class Traced:
         return self if shape == self.shape else Traced(shape, self.dtype, self.name, Layer(), (self,))
 
     def input_range(self, first, last, axis):
-        """Return the first and last position in what came in from outside that this array's from `first` to `last` depend on."""
-        if self.layer is None:
-            return first, last
-        there = self.layer.input_range(first, last, axis)
-        ranges = [value.input_range(*there, axis) for value in self.inputs]
-        return min(start for start, _ in ranges), max(end for _, end in ranges)
+        """Return the first and last position in what came in from outside that this array's from `first` to `last` depend on.
+
+        Arrays are visited from the youngest to the oldest, so each of them once, when all is known that depends on it.
+        """
+        needed = {self: (first, last)}
+        while True:
+            value = max(needed, key=lambda value: value.number)
+            first, last = needed.pop(value)
+            if value.layer is None:
+                return first, last
+            there = value.layer.input_range(first, last, axis)
+            for source in value.inputs:
+                before = needed.get(source, there)
+                needed[source] = min(before[0], there[0]), max(before[1], there[1])
 
 
 def trace(model, shape):
