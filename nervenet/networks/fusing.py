@@ -6,7 +6,7 @@ such shortcuts; the mathematics is that of the layers. It asks the layers what t
 or another norm, it leaves to the layers themselves.
 
     forward    convolution → ReLU              in the block that the convolution has just computed
-               norm → ReLU                     in one walk
+               norm → ReLU, sum → ReLU         in one walk
     backward   ReLU ← convolution              ReLU's mask is laid over each block of the input gradient
                norm ← ReLU                     the sums that the norm needs are taken in the walk of ReLU
     both       join → convolution              the convolution takes the two as they are: see `convolution.forward`
@@ -24,11 +24,11 @@ from ..convolution.kept import drop_kept, kept_for
 from ..engine import kernels
 from ..engine.paths import note, only_plain
 from ..engine.pixelwise import are_real_numpy, in_blocks, in_blocks_with_sums
-from ..layers import BatchNorm2D, Concat, Conv2D, ReLU, relu, relu_gradient, scaled_and_shifted, zeros
+from ..layers import Add, BatchNorm2D, Concat, Conv2D, ReLU, relu, relu_gradient, scaled_and_shifted, zeros
 
 
 def in_sequence(x, *layers):
-    """Return what the layers make of x one after the other; None stands for no layer. Before a Concat, x is a pair."""
+    """Return what the layers make of x one after the other; None stands for no layer. Before a Concat or an Add, x is a pair."""
     layers = [layer for layer in layers if layer is not None]
     while layers:
         kinds = [*map(type, layers)]
@@ -46,8 +46,11 @@ def in_sequence(x, *layers):
         elif kinds[:2] == [Conv2D, BatchNorm2D] and not only_plain() and not _learning(layers[:2]) and not _watched(layers[:2]):
             x = layers[0].apply(x, *folded(*layers[:2]))                        # there too
             del layers[:2]
-        elif kinds[:2] == [BatchNorm2D, ReLU] and not only_plain() and kernels.can_compute(x):
+        elif kinds[:2] == [BatchNorm2D, ReLU] and not only_plain() and (kernels.can_compute(x) or _may_be_fused(x, layers[:2])):
             x = norm_and_relu(x, *layers[:2])
+            del layers[:2]
+        elif kinds[:2] == [Add, ReLU] and _may_be_fused(x, layers[:2]):
+            x = sum_and_relu(x, *layers[:2])
             del layers[:2]
         else:
             layer = layers.pop(0)
@@ -56,7 +59,7 @@ def in_sequence(x, *layers):
 
 
 def back_in_sequence(dy, *layers, input_gradient=True):
-    """Return ∂L/∂(what `in_sequence` was given), a pair where the layers begin with a Concat.
+    """Return ∂L/∂(what `in_sequence` was given), a pair where the layers begin with a Concat or an Add.
 
     Without `input_gradient` return None: nothing beyond the parameters of the first convolution is asked for.
     """
@@ -149,8 +152,26 @@ def folded(conv, norm):
 
 
 def norm_and_relu(x, norm, activation):
-    """Return activation(norm(x)) by a kernel that walks over memory once."""
-    note('norm and ReLU in one kernel')
-    y = kernels.normalize_relu(x, *norm.slope_and_shift(x))
+    """Return activation(norm(x)), in one walk over memory."""
+    channels = norm.slope_and_shift(x)
+    if kernels.can_compute(x):
+        note('norm and ReLU in one kernel')
+        y = kernels.normalize_relu(x, *channels)
+    else:
+        note('norm and ReLU in one walk')
+        y = in_blocks(_scaled_shifted_relu, x, channels=(*channels, zeros(x)))
     activation.keep(y)
     return y
+
+
+def sum_and_relu(pair, add, activation):
+    """Return activation(a + b), in one walk over memory."""
+    note('sum and ReLU in one walk')
+    y = in_blocks(_sum_relu, *pair, channels=[zeros(pair[0])])
+    add.keep(len(pair))
+    activation.keep(y)
+    return y
+
+
+def _sum_relu(a, b, zero, out=None):
+    return relu(numpy.add(a, b, out=out), zero, out=out)
