@@ -6,7 +6,8 @@ import pytest
 from nervenet import CheckpointError, UNet, save
 from nervenet.images.augment import ULTRASOUND
 from nervenet.study import options
-from nervenet.study.options import augmentation, check_memory, options_to_store, parse
+from nervenet.networks import NETWORKS
+from nervenet.study.options import architecture, augmentation, check_memory, options_to_store, parse
 
 
 def test_scans_are_augmented_and_endless_synthetic_images_are_not(tmp_path):
@@ -95,3 +96,16 @@ def test_available_memory_is_free_memory_and_swap_within_the_limit_of_a_containe
     assert options.available_bytes() == 1000000
     del files['/proc/meminfo']
     assert options.available_bytes() is None
+
+
+def test_each_network_has_a_depth_of_its_own_and_parts_that_others_have_not(capsys):
+    assert [parse(['--model', name]).depth for name in NETWORKS] == [4, 4, 3, 4, 3]
+    assert parse(['--model', 'resnet', '--depth', '2']).depth == 2
+    for name, network in NETWORKS.items():
+        args = parse(['--model', name, '--base-channels', '2', '--depth', '2', '--norm', 'none', '--dropout', '0.1'])
+        model = network(**architecture(args))
+        assert all(model.config[key] == value for key, value in architecture(args).items()) and model.config['norm'] is None
+    assert architecture(parse(['--model', 'optimised-resunet', '--no-rmp']))['rmp'] is False
+    for name in 'unet', 'resunet', 'resnet', 'refinenet':
+        assert f'--no-dac has no meaning with --model {name}' in refused(capsys, '--model', name, '--no-dac')
+    assert "invalid choice: 'vnet'" in refused(capsys, '--model', 'vnet')

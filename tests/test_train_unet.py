@@ -16,6 +16,7 @@ from helpers import TINY, assert_same_run, example, run_example, start_example, 
 from nervenet import UNet
 from nervenet.images.data import Loader, Reader
 from nervenet.images.samples import find_samples
+from nervenet.networks import NETWORKS
 from nervenet.study.run_folder import claim, read_config
 from nervenet.study.segment import Segmenter, Settings, score
 
@@ -506,3 +507,28 @@ def test_names_that_are_no_unicode_and_terminals_that_know_ascii_alone_end_nothi
     assert '(subjects N' in ''.join(path.read_text(encoding='utf-8') for path in folder.glob('fold_*/summary.txt'))
     again = run_example('train_unet.py', '--resume', folder, PYTHONIOENCODING='ascii')
     assert again.returncode == 0 and 'Fold 3 of 3 is complete' in again.stdout
+
+
+@pytest.mark.parametrize('name', [name for name in NETWORKS if name != 'unet'])
+def test_every_network_trains_resumes_predicts_and_can_be_looked_into(name, tmp_path, rng, main, monkeypatch, capsys):
+    write_pairs(tmp_path / 'data', rng)
+    parts = ['--no-dac', '--median-filter', 3] if name == 'optimised-resunet' else []
+    options = ['--data', tmp_path / 'data', *TINY, '--model', name, *parts, '--epochs', 3, '--norm', 'batch', '--dropout', 0.2]
+    main(*options, '--out', tmp_path / 'whole')
+    assert f'network:     {NETWORKS[name].__name__} of ' in capsys.readouterr().out
+    with stopped_after(2, main, monkeypatch):
+        main(*options, '--out', tmp_path / 'run')
+    main('--resume', tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    last = tmp_path / 'run' / 'last.npz'
+    assert type(nervenet.load(last)) is NETWORKS[name] and nervenet.load(last).config.get('dac') == (False if parts else None)
+
+    main('--data', tmp_path / 'data', '--init', last, '--size', '16x24', '--epochs', 1, '--device', 'cpu', '--out', tmp_path / 'tuned')
+    assert type(nervenet.load(tmp_path / 'tuned' / 'last.npz')) is NETWORKS[name]
+    example('predict').main([*map(str, ['--model', last, '--input', tmp_path / 'data', '--output', tmp_path / 'masks'])])
+    assert len(list((tmp_path / 'masks').glob('*_mask.png'))) == 12
+    example('look_inside').main([*map(str, ['--model', last, '--image', tmp_path / 'data' / '1_1.tif', '--output', tmp_path / 'look'])])
+    assert {path.name for path in (tmp_path / 'look').iterdir()} == {'stages.png', 'joins.png', 'depends.png'}
+    with pytest.raises(SystemExit):
+        main('--data', tmp_path / 'data', '--init', last, '--model', 'unet', '--out', tmp_path / 'other')
+    assert f'--model is unet, but the network in {last} has {name}; leave out --model' in capsys.readouterr().err
