@@ -50,7 +50,8 @@ def main(arguments=None):
                                       title=f'What every stage of the {type(model).__name__} sees'), args.output / 'stages.png')
     joins = [[(f'{name}: the skip knows where', where[0]), (f'{name}: the map from below knows what', what[0])]
              for name, layer in model.joins().items() for where, what in [joined[layer]]]
-    figures.save(figures.feature_maps(joins, title='Each skip beside the map from below that it meets'), args.output / 'joins.png')
+    if joins:                                                                # one that is halved only once may have none
+        figures.save(figures.feature_maps(joins, title='Each skip beside the map from below that it meets'), args.output / 'joins.png')
 
     rows, columns = (model.receptive_field('head', int(place), axis, size) for axis, place in enumerate((row, column)))
     field = rows[0], columns[0], rows[1] - rows[0] + 1, columns[1] - columns[0] + 1
@@ -60,7 +61,7 @@ def main(arguments=None):
     figures.save(figures.grid([shown], column_titles=['prediction, and the receptive field of one pixel', 'gradient of its logit with respect to the image'],
                  title=f'What output pixel ({row}, {column}) depends on'), args.output / 'depends.png')
     print(f'pixel ({row}, {column}): probability {probability[row, column]:.3f}, receptive field {field[2]}x{field[3]} pixels')
-    print(f'stages.png, joins.png and depends.png are in {args.output}')
+    print(f'stages.png, {"joins.png " if joins else ""}and depends.png are in {args.output}')
 
 
 def remembering(joined, layer, forward):

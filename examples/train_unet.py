@@ -1,4 +1,4 @@
-"""Train a U-Net to find nerves in ultrasound images.
+"""Train a U-Net, or another network, to find nerves in ultrasound images.
 
     python examples/train_unet.py                           on synthetic ultrasound, made as it goes
     python examples/train_unet.py --data DIR                on scans of your own
@@ -6,6 +6,7 @@
     python examples/train_unet.py --resume RUN              goes on with what was stopped or killed, bit for bit
     python examples/train_unet.py --resume RUN --epochs N   trains on what has come to its end, up to epoch N
     python examples/train_unet.py --data DIR --init MODEL   starts from the network in a file
+    python examples/train_unet.py --model NAME              another network: resunet, resnet, refinenet, optimised-resunet
 
 DIR holds pairs {subject}_{image}.tif and {subject}_{image}_mask.tif, or a folder train/ that does, or folders images/ and masks/
 with equal file names. Whole subjects are set aside for validation, because neighbouring frames of one subject are near copies. All

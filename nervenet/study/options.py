@@ -207,7 +207,7 @@ def augmentation(args):
 
 def build_parser():
     """Return the parser of the command line. What an option means is told there once, in its help."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description='Train a U-Net to find nerves in ultrasound images.',
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description='Train a network to find nerves in ultrasound images.',
                                      formatter_class=HelpFormatter)
     data = parser.add_argument_group('data')
     data.add_argument('--data', type=Path, metavar='DIR', help='folder of the image and mask pairs; default: synthetic ultrasound')
