@@ -61,7 +61,7 @@ def main(arguments=None):
     figures.save(figures.grid([shown], column_titles=['prediction, and the receptive field of one pixel', 'gradient of its logit with respect to the image'],
                  title=f'What output pixel ({row}, {column}) depends on'), args.output / 'depends.png')
     print(f'pixel ({row}, {column}): probability {probability[row, column]:.3f}, receptive field {field[2]}x{field[3]} pixels')
-    print(f'stages.png, {"joins.png " if joins else ""}and depends.png are in {args.output}')
+    print(f'{"stages.png, joins.png" if joins else "stages.png"} and depends.png are in {args.output}')
 
 
 def remembering(joined, layer, forward):
