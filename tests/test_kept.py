@@ -10,8 +10,15 @@ import pytest
 import nervenet
 from nervenet.convolution import kept
 from nervenet.engine import paths
+from nervenet.networks import fusing
 from nervenet.networks.blocks import DoubleConv
 from nervenet.train import predict, train_step
+
+
+@pytest.fixture(autouse=True)
+def maps_are_few_pixels(monkeypatch):
+    """All weights of a network are prepared here, however large the map."""
+    monkeypatch.setattr(fusing, 'FEW_PIXELS', 10**9)
 
 
 @pytest.fixture
@@ -142,3 +149,12 @@ def test_what_was_made_of_a_weight_that_changed_meanwhile_is_not_kept():
     assert one('double', lambda: (weight.__imul__(3), 2 * weight)[1])[0] == 6
     weight /= 3
     assert one.holds([weight]) and one('double', lambda: 2 * weight)[0] == 2
+
+
+def test_for_maps_of_many_pixels_nothing_is_kept(rng, monkeypatch):
+    monkeypatch.setattr(kept, '_of', weakref.WeakKeyDictionary())
+    monkeypatch.setattr(fusing, 'FEW_PIXELS', 2 * 10 * 13)
+    model, x = network(rng)
+    y = predict(model, x)
+    assert {*kept._of} == {model.downs[1].conv1, model.downs[1].conv2}
+    numpy.testing.assert_allclose(y, expected(model, x), rtol=1e-4)

@@ -3,7 +3,7 @@
 In inference weights do not change, and what Winograd convolution makes of them is as large a work, for a single image, as the
 convolution itself. But a weight can change at any moment, by loading, by a step, by writing into the array or into a view of it, and
 nothing tells. So a copy is kept too, and compared before each use: that takes a tenth of what it saves, and what is out of date is never
-used. It costs memory: the copy, and of a wide 3×3 kernel four times its size.
+used. It costs memory: the copy, and of a wide 3×3 kernel four times its size. So it is done where it pays, for maps of few pixels.
 """
 
 import weakref

@@ -10,11 +10,12 @@ or another norm, it leaves to the layers themselves.
     backward   ReLU ← convolution              ReLU's mask is laid over each block of the input gradient
                norm ← ReLU                     the sums that the norm needs are taken in the walk of ReLU
     both       join → convolution              the convolution takes the two as they are: see `convolution.forward`
-    inference  convolution → norm              one convolution, prepared once: see `folded`
+    inference  convolution → norm              one convolution, for small maps prepared once: see `folded`
 
 All of them keep what the layers would keep, so that either way of backward can follow either way of forward.
 """
 
+import math
 from functools import partial
 
 import numpy
@@ -25,6 +26,8 @@ from ..engine import kernels
 from ..engine.paths import note, only_plain
 from ..engine.pixelwise import are_real_numpy, in_blocks, in_blocks_with_sums
 from ..layers import Add, BatchNorm2D, Concat, Conv2D, ReLU, relu, relu_gradient, scaled_and_shifted, zeros
+
+FEW_PIXELS = 512                # of all images together: for more, preparing a weight anew is a small part of the convolution, and takes no memory
 
 
 def in_sequence(x, *layers):
@@ -105,12 +108,14 @@ def convolution_norm_relu(x, conv, norm=None, activation=None):
     group = [layer for layer in (conv, norm, activation) if layer]
     activate = activation and _relu_in_place
     if not _learning(group):
-        note('prepared once')
-        weights = [*conv.params.values(), *([*norm.params.values(), *norm.buffers.values(), numpy.array(norm.eps)] if norm else [])]
         for layer in group:
             layer.forget()
-        kept = kept_for(conv, weights)
-        weight, bias = kept('folded', partial(folded, conv, norm)) if norm else (conv.params['weight'], conv.params.get('bias'))
+        prepare, kept = partial(folded, conv, norm) if norm else partial(_weight_and_bias, conv), None
+        if math.prod(parts_of(x)[0].shape[:3]) <= FEW_PIXELS:
+            note('prepared once')
+            weights = [*conv.params.values(), *([*norm.params.values(), *norm.buffers.values(), numpy.array(norm.eps)] if norm else [])]
+            kept = kept_for(conv, weights)
+        weight, bias = kept('folded', prepare) if kept else prepare()
         return conv.apply(x, weight, bias, then=activate, kept=kept)
     drop_kept(conv)
     if norm is None:
@@ -124,6 +129,10 @@ def convolution_norm_relu(x, conv, norm=None, activation=None):
         note('ReLU in the same walk')
         activation.keep(y)
     return y
+
+
+def _weight_and_bias(conv):
+    return conv.params['weight'], conv.params.get('bias')
 
 
 def _scaled_shifted_relu(x, slope, shift, zero, out=None):
