@@ -174,6 +174,11 @@ def test_residual_blocks_without_weights_let_their_input_pass(rng):
         assert numpy.array_equal(BasicBlock(3, 3, norm=norm, rng=rng, dtype=float).forward(x), numpy.maximum(x, 0)), 'how a basic block starts'
 
 
+def test_what_is_added_begins_small(rng):
+    for weight in ConvolutionUnit(64, rng=rng).conv2.params['weight'], *(conv.params['weight'] for conv in ChainedPooling(64, rng=rng).convs):
+        assert abs(weight.std() / numpy.sqrt(2 / (9 * 64)) - 0.1) < 0.005
+
+
 def test_a_residual_block_is_the_sum_of_its_ways(rng):
     for block in (PreActivationBlock(3, 5, 2, rng=rng, dtype=float), PreActivationBlock(3, 5, first=True, norm=None, rng=rng, dtype=float),
                   BasicBlock(3, 5, 2, rng=rng, dtype=float)):
