@@ -17,7 +17,7 @@ from .fusing import back_in_sequence, in_sequence
 
 
 class Residual(Layer):
-    """y = shortcut(x) + main(x), then `last`, if any. The three are lists of names of layers; an attribute that is None is no layer."""
+    """y = shortcut(x) + main(x), then `last`, if any. The three are the names of attributes, layers or None for no layer, in order."""
 
     main, shortcut, last = (), (), ()
 
@@ -47,7 +47,7 @@ class PreActivationBlock(Residual):
         y = norm(P x) + K₂ ρ(norm K₁ ρ(norm x))         K 3×3 convolutions, P 1×1, ρ = ReLU
 
     K₁ and P have the stride: (N, H, W, C_in) gives (N, H/stride, W/stride, C_out). As the `first` of a network it begins with K₁, because
-    an image needs no norm, and ReLU would cut it off. `shortcut_norm` and P are there always, whatever the channels (Zhang et al. 2018).
+    an image needs no norm, and ReLU would cut it off. The shortcut is there always, whatever the channels (Zhang et al. 2018).
     """
 
     main = 'norm1', 'relu1', 'conv1', 'norm2', 'relu2', 'conv2'
