@@ -81,7 +81,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 def run():
     """Use the library as training and prediction do, in one thread at a time, so that nothing hides behind another thread's setting."""
-    from nervenet import Adam, BCEWithLogitsLoss, Conv2D, DiceLoss, UNet, WeightedSum, optim, plain
+    from nervenet import Adam, BCEWithLogitsLoss, Conv2D, DiceLoss, RefineNet, UNet, WeightedSum, optim, plain
     from nervenet.engine import parallel
     from nervenet.images.augment import ULTRASOUND
     from nervenet.images.data import Loader
@@ -107,6 +107,8 @@ def run():
     for _, masks in validation.epoch(1):
         baselines.update(masks)
     baselines.mean_mask()
+    refined = RefineNet(base_channels=2, depth=2, rng=rng)
+    refined.backward(refined.forward(rng.random((2, 32, 48, 1), dtype='float32')))
     layer = Conv2D(4, 5, stride=2, rng=rng)                     # one of the ways to convolve that no U-Net takes
     layer.backward(layer.forward(rng.random((2, 33, 50, 4), dtype='float32')))
     with plain():
