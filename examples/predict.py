@@ -1,16 +1,23 @@
-"""Find nerves in images of any size with a trained network.
+"""Find nerves in images of any size with a trained network, or with several.
 
     python examples/predict.py --model RUN/best.npz --input FOLDER-or-FILES --output FOLDER
+    python examples/predict.py --model CROSS-VALIDATION --input FOLDER-or-FILES --output FOLDER       the mean of its networks
 
 Writes into the output folder, for each image, {name}_mask.png (0 and 255, at the image's own size) and, with --overlays,
 {name}_overlay.png (the prediction in orange; in blue the mask, where one is there to compare with), and for all of them
 results.csv: area, centroid, confidence, and Dice where there is a mask.
+
+With --uncertainty also {name}_uncertainty.png: where the prediction is not sure at all (entropy), and where the networks, and the image and
+its mirror image, disagree (mutual information); results.csv says how much their masks agree, and where masks are there to compare with,
+it is told whether that is worth anything: calibration, and Dice when the least sure go to a human.
 """
 
 import argparse
 import csv
 import io
+import re
 import sys
+from collections import defaultdict
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,17 +33,20 @@ from nervenet.images.data import in_background, mask_oddity, oddity_warning, rea
 from nervenet.images.samples import DataError, Sample, find_samples
 from nervenet.metrics import SegmentationScores
 from nervenet.study.segment import describe, intensity_warning, open_segmenter
+from nervenet.study.uncertainty import Calibration, band, decompose, risk_coverage, sureness
 from nervenet.study.submission import TEST_HEADER, encode, write_submission
 from nervenet.study.options import HelpFormatter, add_prediction_options, positive
 from nervenet.study.report import print_whatever_comes, progress
 
 CLEAR_LINE = '\r\x1b[K'               # a progress bar may stand there
 COLUMNS = 'image', 'area', 'share', 'row', 'column', 'confidence', 'dice'
+MARGIN = 10                           # pixels around mask and truth in which calibration is measured
+COVERAGES = 1, 0.9, 0.8, 0.5          # shares of the images that stay when the least sure go to a human
 
 
 def main(arguments=None):
     args = parse(arguments)
-    segmenter, extra = open_segmenter(args)
+    segmenter, extras = open_segmenter(args)
     samples = find_samples(args.input, masks='optional', tell=print)
     names = [sample.name for sample in samples]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
@@ -51,12 +61,13 @@ def main(arguments=None):
     if args.submission:
         make_folder(args.submission.absolute().parent, '--submission')
 
-    results, judged, failed, runs, odd_images, odd_masks = [], [], [], [], {}, []
+    members = {sample.name: unseen_by(sample, extras) for sample in samples}
+    results, judged, failed, runs, odd_images, odd_masks, calibration = [], [], [], [], {}, [], Calibration()
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
-    read, write = partial(read_frame, args, segmenter), partial(write_frame, args, segmenter.settings, mean_mask_at(extra))
+    read, write = partial(read_frame, args, segmenter, members), partial(write_frame, args, segmenter.settings, mean_mask_at(extras[0]))
     # Files are read and written on all cores while the network computes; of the images themselves few are held at a time.
     with (closing(in_background(read, samples, args.batch_size, number_of_threads())) as frames,
-          closing(in_background(write, predicted(segmenter, frames, args.batch_size), args.batch_size, number_of_threads())) as written):
+          closing(in_background(write, predicted(args, segmenter, frames), args.batch_size, number_of_threads())) as written):
         for frame in progress(written, len(samples), 'predicting', unit='images'):
             if frame.error:
                 failed.append(frame.sample.name)
@@ -72,12 +83,14 @@ def main(arguments=None):
                 odd_masks.append((frame.sample.mask_path.name, frame.odd_mask))
                 for name, counted in frame.scores.items():
                     scores[name].counts += counted.counts
+                if frame.near:
+                    calibration.update(*frame.near)
 
     if judged:
         for result, dice in zip(judged, scores['network'].dice_of_images()):
             result['dice'] = round(float(dice), 4)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    writer = csv.DictWriter(text, COLUMNS + ('sureness',) * args.uncertainty, lineterminator='\n')
     writer.writeheader()
     writer.writerows(results)
     with atomic_write(args.output / 'results.csv') as file:
@@ -87,7 +100,9 @@ def main(arguments=None):
 
     found = sum(result['area'] > 0 for result in results)
     print(f'{len(results)} images predicted, {found} with nerve; masks and results.csv are in {args.output}')
-    print_scores(scores)
+    print_scores(scores, known=tell_known([sample for sample in samples if sample.mask_path], members, len(extras)))
+    if args.uncertainty and judged:
+        print_uncertainty(calibration, judged)
     if 0 < len(judged) < len(results):
         print(f'They are those of the {len(judged)} images with a mask; {len(results) - len(judged)} have none.')
     for said in intensity_warning(odd_images, args.white), odd_masks and oddity_warning('masks', *zip(*odd_masks)):
@@ -109,6 +124,9 @@ class Frame:
     truth       (H, W) uint8 0/1, to compare with
     result      the row of results.csv
     scores      {name: SegmentationScores of this image}, where there is a truth
+    members     numbers of the networks that predict it
+    samples     (T, h, w): what each of them makes of it, and of its mirror image
+    near        probabilities and truth of the pixels where calibration is measured
     """
 
     sample: Sample
@@ -123,18 +141,39 @@ class Frame:
     result: dict | None = None
     run_lengths: str = ''
     scores: dict | None = None
+    members: tuple = ()
+    samples: numpy.ndarray | None = None
+    near: tuple | None = None
 
 
-def read_frame(args, segmenter, sample):
-    """Return the Frame of a sample, read and prepared: one bad file does not stop the others."""
-    frame = Frame(sample)
+def unseen_by(sample, extras):
+    """Return the numbers of the networks that were not trained on the subject of the sample, going by its name."""
+    unseen = []
+    for number, extra in enumerate(extras):
+        pattern = extra.get('subject_pattern')
+        match = re.search(pattern, sample.name) if pattern else None
+        subject = sample.subject if not match else match['subject' if 'subject' in match.groupdict() else 1]
+        if subject not in (extra.get('training_subjects') or ()):
+            unseen.append(number)
+    return tuple(unseen)
+
+
+def read_frame(args, segmenter, members, sample):
+    """Return the Frame of a sample, read and prepared: one bad file does not stop the others.
+
+    Where there is a mask to compare with, only networks that have not seen the subject predict. If there are none, all do; of several
+    the result is not scored then.
+    """
+    everybody = tuple(range(len(segmenter.models)))
+    frame = Frame(sample, members=sample.mask_path and members[sample.name] or everybody)
+    is_scored = sample.mask_path and (len(everybody) == 1 or members[sample.name])
     try:
         image = read_image(sample.image_path, args.white)
         frame.size, frame.prepared = image.shape, segmenter.prepare(image)
         frame.odd_image = segmenter.oddity(frame.prepared)
-        if args.overlays:
+        if args.overlays or args.uncertainty:
             frame.picture = numpy.round(image * 255).astype('uint8')
-        if sample.mask_path:
+        if is_scored:
             frame.truth = read_mask_of(sample, image, args.mask_threshold)
             frame.odd_mask = mask_oddity(sample, frame.truth)
     except DataError as problem:
@@ -142,12 +181,20 @@ def read_frame(args, segmenter, sample):
     return frame
 
 
-def predicted(segmenter, frames, batch_size):
-    """Yield `frames` with their probabilities at the network's size, predicted so many at once."""
-    while batch := list(islice(frames, batch_size)):
-        good = [frame for frame in batch if frame.prepared is not None]
-        for frame, probabilities in zip(good, segmenter.maps([frame.prepared for frame in good])):
-            frame.probabilities, frame.prepared = probabilities, None
+def predicted(args, segmenter, frames):
+    """Yield `frames` with their probabilities at the network's size, predicted so many at once as `args` say."""
+    while batch := list(islice(frames, args.batch_size)):
+        together = defaultdict(list)                            # those of the same networks
+        for frame in batch:
+            if frame.prepared is not None:
+                together[frame.members].append(frame)
+        for members, group in together.items():
+            prepared = [frame.prepared for frame in group]
+            for frame, probabilities in zip(group, segmenter.maps(prepared, members)):
+                frame.probabilities, frame.prepared = probabilities, None
+            if args.uncertainty:
+                for frame, samples in zip(group, segmenter.samples(prepared, members)):
+                    frame.samples = samples
         yield from batch
 
 
@@ -162,11 +209,21 @@ def write_frame(args, settings, mean_mask, frame):
         figures.save(figures.overlay(frame.picture, mask, frame.truth, size=frame.size), args.output / f'{frame.sample.name}_overlay.png',
                      durable=False, compress_level=1)
     frame.result = {'image': frame.sample.name, **describe(mask, probability), 'dice': ''}
+    if args.uncertainty:
+        frame.result['sureness'] = round(sureness(frame.samples, settings.mask), 4)
+        _, total, _, disagreement = (resize(values.astype('float32'), frame.size) for values in decompose(frame.samples))
+        pictures = [figures.overlay(frame.picture, mask, frame.truth), *(figures.heat(frame.picture, values.clip(0), largest=numpy.log(2))
+                                                                         for values in (total, disagreement))]
+        figures.save(figures.grid([pictures], column_titles=['prediction', 'not sure: entropy', 'disagreement: mutual information']),
+                     args.output / f'{frame.sample.name}_uncertainty.png', durable=False, compress_level=1)
+        if frame.truth is not None:
+            near = band(mask, frame.truth, MARGIN)
+            frame.near = probability[near], frame.truth[near]
     if args.submission:
         frame.run_lengths = encode(mask)
     if frame.truth is not None:
         frame.scores = counts(mask, frame.truth, mean_mask)
-    frame.probabilities = frame.picture = frame.truth = None
+    frame.probabilities = frame.picture = frame.truth = frame.samples = None
     return frame
 
 
@@ -187,16 +244,44 @@ def counts(mask, truth, mean_mask):
     return scores
 
 
-def print_scores(scores):
-    """Print the scores at the images' own sizes, the baselines beside the network."""
-    if not scores['network'].counts:
-        return
-    print(f'\n{"hard scores at original size":30} {"Dice pooled":>11} {"per image":>10} {"IoU pooled":>11} {"accuracy":>9}')
-    for name, counted in scores.items():
-        if counted.counts:
-            row = counted.compute()
-            print(f'{name:30} {row["dice_pooled"]:11.3f} {row["dice_per_image"]:10.3f} {row["iou_pooled"]:11.3f} {row["accuracy"]:9.4f}')
-    print('These scores are flattered where subjects are among them that the network was trained on, or its settings chosen on.')
+def tell_known(samples, members, networks):
+    """Return what is to be said of the subjects of samples with masks: who among the networks was trained on them. '' if nobody."""
+    known = [members[sample.name] for sample in samples if len(members[sample.name]) < networks]
+    lost = sum(not unseen for unseen in known)
+    if networks == 1:
+        return f'{lost} of {len(samples)} are of subjects, by their names, that the network was trained on: these scores are flattered.' if lost else ''
+    said = []
+    if len(known) > lost:
+        said.append(f'{len(known) - lost} of {len(samples)} images with a mask are of subjects, by their names, that some of the {networks} networks '
+                    'were trained on: each was predicted by the others.')
+    if lost:
+        said.append(f'{lost} are of subjects that all of them were trained on: predicted by all, and not scored.')
+    return ' '.join(said)
+
+
+def print_scores(scores, known):
+    """Print the scores at the images' own sizes, the baselines beside the network, and what is `known` of the subjects."""
+    if scores['network'].counts:
+        print(f'\n{"hard scores at original size":30} {"Dice pooled":>11} {"per image":>10} {"IoU pooled":>11} {"accuracy":>9}')
+        for name, counted in scores.items():
+            if counted.counts:
+                row = counted.compute()
+                print(f'{name:30} {row["dice_pooled"]:11.3f} {row["dice_per_image"]:10.3f} {row["iou_pooled"]:11.3f} {row["accuracy"]:9.4f}')
+        print('These scores are flattered where subjects are among them that the network was trained on, or its settings chosen on.')
+    if known:
+        print(known)
+
+
+def print_uncertainty(calibration, judged):
+    """Print how far probabilities are what they say, and what Dice the surer images have."""
+    sure, dice = ([result[name] for result in judged] for name in ('sureness', 'dice'))
+    curve = risk_coverage(sure, dice, COVERAGES)
+    print(f'\n{"Dice per image of the surest":30}' + ''.join(f'{coverage:>9.0%}' for coverage in COVERAGES))
+    for name, said in (('score', 'by agreement of masks'), ('oracle', 'if one knew'), ('random', 'by chance')):
+        print(f'{said:30}' + ''.join(f'{value:9.3f}' for value in curve[name]['dice']))
+    found = calibration.compute()
+    print(f'calibration within {MARGIN} pixels of mask or truth: expected calibration error {found["ece"]:.3f}, Brier score {found["brier"]:.3f}, '
+          f'negative log-likelihood {found["nll"]:.3f}')
 
 
 def parse(arguments):
@@ -208,6 +293,7 @@ def parse(arguments):
     parser.add_argument('--mask-threshold', type=positive, metavar='N',
                         help='where masks are there to compare with: count their values from N up as foreground')
     parser.add_argument('--overlays', action='store_true', help='also draw each mask on its image, which takes longer than all the rest')
+    parser.add_argument('--uncertainty', action='store_true', help='also draw where the prediction is not sure, and say how sure it is of each image')
     parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='images predicted at once')
     add_prediction_options(parser)
     args = parser.parse_args(arguments)

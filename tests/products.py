@@ -87,7 +87,7 @@ def run():
     from nervenet.images.data import Loader
     from nervenet.images.phantom import Phantom
     from nervenet.metrics import Baselines
-    from nervenet.study import segment
+    from nervenet.study import segment, uncertainty
     from nervenet.train import evaluate, predict, train_epoch
 
     parallel._blas.set(2)
@@ -103,6 +103,7 @@ def run():
     predict(model, next(iter(validation.epoch(1)))[0])
     settings, _ = segment.choose_settings(model, lambda: validation.epoch(1))
     segment.score(model, validation.epoch(1), settings)
+    uncertainty.sureness(rng.random((3, 20, 30)))
     baselines = Baselines()
     for _, masks in validation.epoch(1):
         baselines.update(masks)

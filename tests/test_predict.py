@@ -16,7 +16,8 @@ import nervenet
 from nervenet.images.data import read_image, read_mask
 from nervenet.images.samples import DataError
 from nervenet.study import figures
-from nervenet.study.segment import Segmenter, describe
+from nervenet.study.segment import Segmenter, count_masks, describe
+from nervenet.study.uncertainty import sureness
 
 ROOT = Path(__file__).parents[1]
 MEAN, STD = 0.4, 0.2
@@ -175,3 +176,59 @@ def test_an_image_beyond_the_limit_of_pixels_costs_one_line(data):
                           env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "examples"}'})
     line, last = done.stderr.strip().splitlines()
     assert line.startswith('skipped: ') and '1_1.png: has more than 500 pixels' in line and '1 of 1 images skipped' in last
+
+
+def ensemble(data, rng, *trained_on, pattern=None):
+    """Write a model file for each tuple of subjects that a network was trained on."""
+    images, masks = rng.random((2, 16, 24, 1), dtype='float32'), (rng.random((2, 16, 24, 1)) < 0.3).astype('float32')
+    for number, subjects in enumerate(trained_on, 1):
+        network = nervenet.UNet(base_channels=2, depth=1, input_mean=MEAN, input_std=STD, rng=number)
+        network.parameters()['head.weight'][:] *= 100
+        (data.parent / 'cv' / f'fold_{number}').mkdir(parents=True)
+        nervenet.save(data.parent / 'cv' / f'fold_{number}' / 'last.npz', network, size=[16, 24], settings={}, training_subjects=list(subjects),
+                      subject_pattern=pattern, held_out=count_masks(network.eval(), lambda: [(images, masks)]))
+    return data.parent / 'cv'
+
+
+@pytest.mark.parametrize('pattern', [None, '^(.)_', '(?P<subject>.)_(.)'])
+def test_a_subject_is_predicted_by_the_networks_that_have_not_seen_it(pattern, job, data, rng, capsys):
+    folder = ensemble(data, rng, ['1'], ['2'], ['1', '2'], pattern=pattern)
+    job.main([*map(str, ['--model', folder, '--input', data, '--output', data.parent / 'out', '--threshold', 0.5, '--no-flip-average',
+                         '--minimal-area', 0])])
+    said = capsys.readouterr().out
+    assert '3 of 3 images with a mask are of subjects, by their names, that some of the 3 networks were trained on' in said
+    for name, fold in ('1_1', 2), ('1_2', 2), ('2_1', 1):
+        segmenter, _ = Segmenter.from_file(folder / f'fold_{fold}' / 'last.npz', threshold=0.5, flip_average=False, minimal_area=0)
+        expected = segmenter.probabilities([read_image(data / f'{name}.png')])[0] > 0.5
+        mask = numpy.asarray(Image.open(data.parent / 'out' / f'{name}_mask.png')) > 0
+        assert numpy.array_equal(mask, expected)
+
+
+def test_what_all_networks_have_seen_is_predicted_and_not_scored(job, data, rng, capsys):
+    folder = ensemble(data, rng, ['1', '2'], ['1'])
+    rows = list(run_with(job, data, folder, 'out'))
+    assert [bool(row['dice']) for row in rows] == [False, False, True] and len(rows) == 3
+    assert '2 are of subjects that all of them were trained on: predicted by all, and not scored' in capsys.readouterr().out
+    rows = list(run_with(job, data, folder / 'fold_2' / 'last.npz', 'alone'))
+    assert all(row['dice'] for row in rows)
+    assert '2 of 3 are of subjects, by their names, that the network was trained on: these scores are flattered' in capsys.readouterr().out
+
+
+def run_with(job, data, model, out, *options):
+    job.main([*map(str, ['--model', model, '--input', data, '--output', data.parent / out, *options])])
+    return csv.DictReader((data.parent / out / 'results.csv').read_text(encoding='utf-8').splitlines())
+
+
+def test_uncertainty_is_drawn_told_and_judged(job, data, rng, capsys):
+    folder = ensemble(data, rng, ['3'], ['4'])
+    rows = list(run_with(job, data, folder, 'out', '--uncertainty'))
+    said = capsys.readouterr().out
+    assert 'Dice per image of the surest       100%' in said and 'by agreement of masks' in said and 'expected calibration error' in said
+    segmenter, _ = Segmenter.from_files(sorted(folder.glob('*/last.npz')))
+    for row in rows:
+        samples = segmenter.samples([segmenter.prepare(read_image(data / f'{row["image"]}.png'))])[0]
+        assert len(samples) == 4 and float(row['sureness']) == round(sureness(samples, segmenter.settings.mask), 4)
+        assert numpy.asarray(Image.open(data.parent / 'out' / f'{row["image"]}_uncertainty.png')).std() > 10
+    (data / '1_1_mask.png').unlink(), (data / '1_2_mask.png').unlink(), (data / '2_1_mask.png').unlink()
+    rows = list(run_with(job, data, folder / 'fold_1' / 'last.npz', 'one', '--uncertainty'))
+    assert all(0 <= float(row['sureness']) <= 1 and not row['dice'] for row in rows) and 'surest' not in capsys.readouterr().out

@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import numpy
 import pytest
 
 import nervenet
 from nervenet import CheckpointError, UNet
 from nervenet.images.augment import median_filter
-from nervenet.study.segment import Segmenter, Settings, choose_settings, describe, score
+from nervenet.study.checkpoint import load_checkpoint
+from nervenet.study.segment import Segmenter, Settings, choose_from, choose_settings, count_masks, describe, model_files, score
 from nervenet.train import predict
 
 
@@ -162,3 +165,69 @@ def test_stored_settings_are_used_and_can_be_replaced(model, tmp_path):
     nervenet.save(tmp_path / 'model.npz', model, size=(16, 24), settings={'threshold': 0.3, 'minimal_area': 0.01, 'flip_average': True})
     segmenter, _ = Segmenter.from_file(tmp_path / 'model.npz', threshold=0.4)
     assert segmenter.size == (16, 24) and segmenter.settings == Settings(0.4, 0.01, True)
+
+
+def counted(model, rng, **more):
+    images, masks = rng.random((4, 16, 24, 1), dtype='float32'), (rng.random((4, 16, 24, 1)) < 0.3).astype('float32')
+    return {'size': [16, 24], 'settings': {}, 'held_out': count_masks(model, lambda: [(images, masks)]), **more}
+
+
+@pytest.fixture
+def files(tmp_path, rng):
+    """Three model files that may predict together, and their models."""
+    models = [UNet(base_channels=2, depth=1, rng=seed) for seed in range(3)]
+    for number, model in enumerate(models):
+        model.parameters()['head.weight'][...] *= 5
+        nervenet.save(tmp_path / f'{number}.npz', model, **counted(model, rng))
+    return [tmp_path / f'{number}.npz' for number in range(3)], models
+
+
+def test_several_networks_predict_by_the_mean_of_their_probabilities(files, rng):
+    paths, models = files
+    segmenter, extras = Segmenter.from_files(paths, flip_average=False)
+    images = [rng.random((16, 24), dtype='float32') for _ in range(2)]
+    alone = [Segmenter(model, (16, 24)).maps(images) for model in models]
+    for number, p in enumerate(segmenter.maps(images)):
+        numpy.testing.assert_allclose(p, numpy.mean([maps[number] for maps in alone], axis=0), atol=1e-6)
+    numpy.testing.assert_allclose(segmenter.maps(images, (0, 2))[1], (alone[0][1] + alone[2][1]) / 2, atol=1e-6)
+    assert len(extras) == 3 and segmenter.model is segmenter.models[0] and segmenter.maps([]) == []
+
+    drawn = segmenter.samples(images, (1, 2))
+    mirrored = [Segmenter(model, (16, 24)).maps([image[:, ::-1] for image in images]) for model in models]
+    assert len(drawn) == 2 and drawn[0].shape == (4, 16, 24)
+    for number in range(2):
+        expected = [alone[1][number], mirrored[1][number][:, ::-1], alone[2][number], mirrored[2][number][:, ::-1]]
+        numpy.testing.assert_allclose(drawn[number], expected, atol=1e-6)
+
+
+def test_settings_of_several_are_chosen_from_what_each_made_of_its_own_part(files, rng):
+    paths, models = files
+    together = choose_from([load_checkpoint(path)[1]['held_out'] for path in paths])
+    assert Segmenter.from_files(paths)[0].settings == together[0]
+    assert Segmenter.from_files(paths, threshold=0.77)[0].settings.threshold == 0.77
+    images, masks = rng.random((6, 16, 24, 1), dtype='float32'), (rng.random((6, 16, 24, 1)) < 0.3).astype('float32')
+    whole = choose_settings(models[0], lambda: [(images, masks)])
+    parts = [count_masks(models[0], lambda part=part: [(images[part], masks[part])]) for part in (slice(0, 2), slice(2, 6))]
+    assert choose_from(parts) == whole, 'a part at a time, as if at once'
+    with pytest.raises(CheckpointError, match='at different thresholds or sizes'):
+        choose_from([parts[0], {**parts[1], 'pixels': 7}])
+
+
+@pytest.mark.parametrize('change, message', [(dict(size=[16, 32]), r'1.npz: its size is \[16, 32\], that of .*0.npz is \[16, 24\]'),
+                                             (dict(median_filter=3), '1.npz: its median_filter is 3, that of .* is None'),
+                                             (dict(held_out=None), '1.npz: does not say what its network made of subjects it had not seen')])
+def test_networks_that_do_not_go_together_are_refused(files, change, message, rng):
+    (first, second, _), models = files
+    extra = {name: value for name, value in counted(models[1], rng, **change).items() if value is not None}
+    nervenet.save(second, models[1], **extra)
+    with pytest.raises(CheckpointError, match=message):
+        Segmenter.from_files([first, second])
+
+
+def test_a_folder_stands_for_the_last_networks_of_its_folds(tmp_path):
+    for number in (1, 2, 10):
+        (tmp_path / 'cv' / f'fold_{number}').mkdir(parents=True)
+    assert model_files([tmp_path / 'cv', 'x.npz']) == [*(tmp_path / 'cv' / f'fold_{n}' / 'last.npz' for n in (1, 2, 10)), Path('x.npz')]
+    (tmp_path / 'run').mkdir()
+    with pytest.raises(CheckpointError, match='run: is no folder of a cross-validation; give a model file, such as .*run/best.npz'):
+        model_files([tmp_path / 'run'])

@@ -532,3 +532,20 @@ def test_every_network_trains_resumes_predicts_and_can_be_looked_into(name, tmp_
     with pytest.raises(SystemExit):
         main('--data', tmp_path / 'data', '--init', last, '--model', 'unet', '--out', tmp_path / 'other')
     assert f'--model is unet, but the network in {last} has {name}; leave out --model' in capsys.readouterr().err
+
+
+def test_the_networks_of_a_cross_validation_predict_together(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng)
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 2, '--folds', 3, '--out', tmp_path / 'run')
+    capsys.readouterr()
+    predict_job = example('predict')
+    predict_job.main([*map(str, ['--model', tmp_path / 'run', '--input', tmp_path / 'data', '--output', tmp_path / 'masks', '--uncertainty'])])
+    said = capsys.readouterr().out
+    assert said.count('last.npz, epoch 2, 16x24') == 3 and 'chosen from what each network made of the subjects that it had not seen' in said
+    assert '12 of 12 images with a mask are of subjects, by their names, that some of the 3 networks were trained on' in said
+    assert len(list((tmp_path / 'masks').glob('*_uncertainty.png'))) == 12
+    for fold in 1, 2, 3:
+        _, extra = nervenet.load_checkpoint(tmp_path / 'run' / f'fold_{fold}' / 'last.npz')
+        subjects = read_config(tmp_path / 'run' / f'fold_{fold}')
+        assert extra['training_subjects'] == subjects['training_subjects'] and extra['held_out']['counts'].shape[::3] == (2, 4)
+        assert 'held_out' not in nervenet.load_checkpoint(tmp_path / 'run' / f'fold_{fold}' / 'best.npz')[1]

@@ -395,10 +395,10 @@ def _coloured(values):
     return Image.fromarray(colours.round().astype('uint8'))
 
 
-def heat(image, magnitude, size=None):
+def heat(image, magnitude, size=None, largest=None):
     """Return `image` with `magnitude` (H, W), from 0 up, on it: the larger, the brighter and the less transparent.
 
-    Shown is the square root of magnitude / max, because a gradient's few large values would hide all others.
+    Shown is the square root of magnitude / `largest`, by default its maximum, because a gradient's few large values would hide all others.
     Raises ValueError if magnitude has another size, or is negative, NaN or infinite somewhere.
     """
     image, magnitude = _grey(image), numpy.asarray(magnitude, 'float64')
@@ -408,7 +408,7 @@ def heat(image, magnitude, size=None):
         raise ValueError(f'magnitude holds values from {magnitude.min()} to {magnitude.max()}; '
                          'expected finite ones from 0 up')
     size = size or _default_size(image.shape)
-    level = numpy.sqrt(magnitude / (magnitude.max() or 1))
+    level = numpy.sqrt((magnitude / (largest or magnitude.max() or 1)).clip(0, 1))
     opacity = Image.fromarray((level * 255).round().astype('uint8')).resize(size[::-1], Image.Resampling.BILINEAR)
     shown = picture(image, size)
     shown.paste(_coloured(numpy.asarray(opacity) / 255), None, opacity)

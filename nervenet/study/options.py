@@ -295,14 +295,15 @@ def build_parser():
 
 def add_prediction_options(parser):
     """Add the options that `segment.open_segmenter` reads, and --white: which network predicts, where, and how masks are made."""
-    parser.add_argument('--model', type=Path, required=True, metavar='FILE', default=argparse.SUPPRESS, help='model file, such as RUN/best.npz')
+    parser.add_argument('--model', type=Path, nargs='+', required=True, metavar='MODEL', default=argparse.SUPPRESS,
+                        help='model file, such as RUN/best.npz; or several, or the folder of a cross-validation: then the mean of all networks predicts')
     parser.add_argument('--white', type=positive, metavar='LEVEL',
                         help='level that is white in the images, such as 4095 for 12 bits in a 16-bit file; default: the highest of the file')
     parser.add_argument('--device', choices=['auto', 'gpu', 'cpu'], default='auto', help='where to compute')
     parser.add_argument('--precision', choices=['fp32', 'tf32'],
                         help='of matrix products on a GPU; default: tf32 where the GPU has it')
     stored = parser.add_argument_group('from probabilities to a mask', 'Each default was chosen on the validation or inner subjects of the '
-                                       'training run and is stored in the model file.')
+                                       'training run and is stored in the model file; for several networks from what each made of its validation subjects.')
     stored.add_argument('--threshold', type=float, metavar='P', default=argparse.SUPPRESS,
                         help='a pixel is nerve where its probability is above P')
     stored.add_argument('--minimal-area', type=float, metavar='SHARE', default=argparse.SUPPRESS,

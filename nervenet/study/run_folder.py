@@ -19,7 +19,7 @@ from ..files import atomic_write, make_folder, refuse_content
 from ..train import generator_states, set_generator_states
 from .checkpoint import load_checkpoint, save
 from .report import best_row, summaries
-from .segment import Settings, choose_settings, score
+from .segment import Settings, choose_from, count_masks, score
 
 try:
     import fcntl
@@ -188,7 +188,8 @@ class RunFolder:
         """Choose, for the last network and the best one, how probabilities become a mask; return it, a dict by the file's name.
 
         It is chosen on the Loader `inner`, or on `validation` if that is None, stored in both files with the mask (H, W) of the
-        baseline, and written to settings.json.
+        baseline and the training subjects, and written to settings.json. last.npz, which nobody chose on the validation part, also
+        gets what its network made of that part (`segment.count_masks`): an ensemble needs it.
         """
         part, where = (validation, 'validation') if inner is None else (inner, 'inner')
         there_is_foreground = any(masks.any() for _, masks in part.epoch(0))
@@ -198,12 +199,15 @@ class RunFolder:
             network, extra = load_checkpoint(path)
             epoch, network = extra['epoch'], network.to(device)
             if epoch not in found:                              # the last epoch may be the best
-                if there_is_foreground:
-                    found[epoch] = choose_settings(network, lambda: part.epoch(0))
-                else:
-                    found[epoch] = Settings(), score(network, part.epoch(0), Settings())['dice_per_image']
-            settings, there = found[epoch]
-            self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask)
+                counts = count_masks(network, lambda: part.epoch(0))
+                found[epoch] = (counts, *(choose_from([counts]) if there_is_foreground
+                                          else (Settings(), score(network, part.epoch(0), Settings())['dice_per_image'])))
+            counts, settings, there = found[epoch]
+            held_out = {}
+            if path == self.last:
+                held_out['held_out'] = counts if part is validation else count_masks(network, lambda: validation.epoch(0))
+            self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask, **held_out,
+                                   **{name: self.config.get(name) for name in ('training_subjects', 'subject_pattern')})
             chosen[path.name] = {'epoch': extra['epoch'], 'settings': asdict(settings),
                                  'chosen on': f'{where} subjects' if there_is_foreground else 'nothing',
                                  'dice per image there': there}

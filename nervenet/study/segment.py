@@ -3,9 +3,13 @@
 A network is trained at one size. `Segmenter` brings an image to that size and the probabilities back to the image's own. What
 it does beyond that is a choice, `Settings`, and a choice that looks at data flatters itself there: `choose_settings` belongs on
 data that nobody reports scores of, and the settings are saved with the model.
+
+Several networks predict together by the mean of their probabilities. The networks of a cross-validation are such an ensemble; how their
+probabilities become a mask is chosen from what each said of the subjects that it had not seen.
 """
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy
 
@@ -17,6 +21,7 @@ from ..train import predict
 from .checkpoint import CheckpointError, load_checkpoint
 
 LARGEST_FILTER = 99                     # window of a median filter, in pixels
+THRESHOLDS, AREAS = numpy.arange(0.1, 0.91, 0.05), (0, 0.0025, 0.005, 0.01, 0.015, 0.02)        # what settings are chosen among
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,19 @@ def predict_flips(model, x, flip_average):
 
 
 class Segmenter:
-    """A trained model, how images were prepared for its training, and the settings it is used with.
+    """A trained model, or several that predict together; how images were prepared for their training; and the settings they are used with.
 
     Images are brought to `size` (H, W) and, if `median_filter` is a number and not None, filtered with a window of that size.
     """
 
-    def __init__(self, model, size, settings=Settings(), median_filter=None):
-        self.model, self.size, self.settings, self.median_filter = model.eval(), tuple(size), settings, median_filter
+    def __init__(self, models, size, settings=Settings(), median_filter=None):
+        self.models = [model.eval() for model in (models if isinstance(models, list) else [models])]
+        self.size, self.settings, self.median_filter = tuple(size), settings, median_filter
+
+    @property
+    def model(self):
+        """The model, of several the first."""
+        return self.models[0]
 
     @classmethod
     def from_file(cls, path, **overrides):
@@ -66,25 +77,34 @@ class Segmenter:
 
         Raises CheckpointError if the file lacks what a segmenter needs, or holds it in another form.
         """
-        model, extra = load_checkpoint(path)
-        size, stored, median_size = extra.get('size'), extra.get('settings', {}), extra.get('median_filter')
-        if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
-            raise CheckpointError(f'{path}: gives {size!r} as the size of its images, expected [height, width]; '
-                                  'was it written by train_unet.py?')
-        if not (median_size is None or isinstance(median_size, int) and 3 <= median_size <= LARGEST_FILTER and median_size % 2):
-            raise CheckpointError(f'{path}: gives {median_size!r} as the size of its median filter, expected an odd number '
-                                  f'from 3 to {LARGEST_FILTER}')
-        if (model.config['in_channels'], model.config['out_channels']) != (1, 1):
-            raise CheckpointError(f'{path}: its network maps {model.config["in_channels"]} channels to '
-                                  f'{model.config["out_channels"]}, expected grey images and one kind of mask')
+        segmenter, (extra,) = cls.from_files([path], **overrides)
+        return segmenter, extra
+
+    @classmethod
+    def from_files(cls, paths, **overrides):
+        """Return (segmenter, extras) of model files that predict together; else as `from_file`.
+
+        The settings of several are chosen from what each said of its validation subjects. Raises CheckpointError also if the files
+        are for images of different sizes or filters, or if one does not hold what settings are chosen from.
+        """
+        models, extras = zip(*(read_network(path) for path in paths))
+        for path, extra in zip(paths, extras):
+            for name in 'size', 'median_filter':
+                if extra.get(name) != extras[0].get(name):
+                    raise CheckpointError(f'{path}: its {name} is {extra.get(name)}, that of {paths[0]} is {extras[0].get(name)}; networks '
+                                          'predict together if they see the same images')
+        settings = extras[0].get('settings', {})
+        if len(paths) > 1:
+            lacking = [path for path, extra in zip(paths, extras) if 'held_out' not in extra]
+            if lacking:
+                raise CheckpointError(f'{lacking[0]}: does not say what its network made of subjects it had not seen; several predict together '
+                                      'if each is the last.npz of a run that came to its end with this version')
+            settings = asdict(choose_from([extra['held_out'] for extra in extras])[0])
         try:
-            settings = Settings(**{**stored, **overrides})
+            settings = Settings(**{**settings, **overrides})
         except TypeError as error:
-            raise CheckpointError(f'{path}: its settings {stored!r} are not those of this version ({error})') from error
-        mean_mask = extra.get('mean_training_mask')
-        if mean_mask is not None and getattr(mean_mask, 'ndim', 0) != 2:
-            raise CheckpointError(f'{path}: its mean training mask is not an array (H, W)')
-        return cls(model, size, settings, median_size), extra
+            raise CheckpointError(f'{paths[0]}: its settings {settings!r} are not those of this version ({error})') from error
+        return cls([*models], extras[0]['size'], settings, extras[0].get('median_filter')), [*extras]
 
     def prepare(self, image):
         """Return image (H, W) as the network is to see it, (h, w) float32: in [0, 1], at its size, filtered if it was trained so.
@@ -100,16 +120,29 @@ class Segmenter:
         maps = self.maps([self.prepare(image) for image in images])
         return [resize(small, image.shape) for small, image in zip(maps, images)]
 
-    def maps(self, prepared):
+    def maps(self, prepared, members=None):
         """Return for each of the images that `prepare` returned its map of probabilities at the network's size, (h, w) float32.
 
-        That is the network's own part of `probabilities`; `resize` brings a map to the size of its image.
+        That is the networks' own part of `probabilities`; `resize` brings a map to the size of its image. `members` are the numbers of
+        those of the models that predict, all by default.
         """
         if not prepared:
             return []
-        x = move(numpy.stack(prepared)[..., None].astype(self.model.dtype), self.model.device)      # (N, h, w, 1)
-        p = to_cpu(predict_flips(self.model, x, self.settings.flip_average))[..., 0]                # (N, h, w)
-        return list(p.astype('float32', copy=False))
+        models = self.models if members is None else [self.models[number] for number in members]
+        p = sum(predict_flips(model, self._batch(prepared, model), self.settings.flip_average) for model in models) / len(models)
+        return list(to_cpu(p)[..., 0].astype('float32', copy=False))                                # (N, h, w)
+
+    def samples(self, prepared, members=None):
+        """Return what each of the models makes of each image, and of the mirrored image: a list of (T, h, w), T two for each model."""
+        models = self.models if members is None else [self.models[number] for number in members]
+        drawn = []
+        for model in models:
+            x = self._batch(prepared, model)
+            drawn += [to_cpu(predict(model, x)), to_cpu(predict(model, x[:, :, ::-1])[:, :, ::-1])]
+        return [*numpy.stack(drawn, axis=1)[..., 0].astype('float32', copy=False)]                  # N of (T, h, w)
+
+    def _batch(self, prepared, model):
+        return move(numpy.stack(prepared)[..., None].astype(model.dtype), model.device)             # (N, h, w, 1)
 
     def oddity(self, prepared):
         """Return in words how the intensities of an image that `prepare` returned lie far from training's; '' if near or unknown."""
@@ -117,18 +150,59 @@ class Segmenter:
         return '' if (mean, std) == (0, 1) else intensity_oddity(prepared, mean, std)
 
 
+def read_network(path):
+    """Return (model, extra) of a model file that `train_unet.py` wrote, checked for what a segmenter needs. Raises CheckpointError."""
+    model, extra = load_checkpoint(path)
+    size, median_size = extra.get('size'), extra.get('median_filter')
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
+        raise CheckpointError(f'{path}: gives {size!r} as the size of its images, expected [height, width]; '
+                              'was it written by train_unet.py?')
+    if not (median_size is None or isinstance(median_size, int) and 3 <= median_size <= LARGEST_FILTER and median_size % 2):
+        raise CheckpointError(f'{path}: gives {median_size!r} as the size of its median filter, expected an odd number '
+                              f'from 3 to {LARGEST_FILTER}')
+    if (model.config['in_channels'], model.config['out_channels']) != (1, 1):
+        raise CheckpointError(f'{path}: its network maps {model.config["in_channels"]} channels to '
+                              f'{model.config["out_channels"]}, expected grey images and one kind of mask')
+    mean_mask = extra.get('mean_training_mask')
+    if mean_mask is not None and getattr(mean_mask, 'ndim', 0) != 2:
+        raise CheckpointError(f'{path}: its mean training mask is not an array (H, W)')
+    return model, extra
+
+
+def model_files(paths):
+    """Return the model files that `paths` stand for: of a file itself, of the folder of a cross-validation the last.npz of each fold.
+
+    Raises CheckpointError for another folder, and for a cross-validation of which a fold is missing.
+    """
+    files = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        folds = sorted(path.glob('fold_*'), key=lambda fold: (len(fold.name), fold.name))
+        if not folds:
+            raise CheckpointError(f'{path}: is no folder of a cross-validation; give a model file, such as {path / "best.npz"}')
+        files += [fold / 'last.npz' for fold in folds]
+    return files
+
+
 def open_segmenter(args):
-    """Return (segmenter, extra) as the options of `options.add_prediction_options` say, on its device; print what will predict.
+    """Return (segmenter, extras) as the options of `options.add_prediction_options` say, on its device; print what will predict.
 
     Raises CheckpointError, or RuntimeError if the device does not work.
     """
     device, _, reason = select_device(args.device, args.precision)
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
-    segmenter, extra = Segmenter.from_file(args.model, **given)
-    segmenter.model.to(device)
-    print(f'{reason}\nmodel:    {args.model}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}\nsettings: '
-          + ', '.join(f'{name} {value}' for name, value in asdict(segmenter.settings).items()))
-    return segmenter, extra
+    files = model_files(args.model)
+    segmenter, extras = Segmenter.from_files(files, **given)
+    for model in segmenter.models:
+        model.to(device)
+    print(reason)
+    for path, extra in zip(files, extras):
+        print(f'model:    {path}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}')
+    print('settings: ' + ', '.join(f'{name} {value}' for name, value in asdict(segmenter.settings).items())
+          + (', chosen from what each network made of the subjects that it had not seen' if len(files) > 1 else ''))
+    return segmenter, extras
 
 
 def intensity_warning(oddities, white):
@@ -145,22 +219,44 @@ def intensity_warning(oddities, white):
     return said
 
 
-def choose_settings(model, batches, thresholds=numpy.arange(0.1, 0.91, 0.05), areas=(0, 0.0025, 0.005, 0.01, 0.015, 0.02)):
+def choose_settings(model, batches, thresholds=THRESHOLDS, areas=AREAS):
     """Return (Settings, score): settings with a high mean Dice per image on `batches` of (images, masks), (N, H, W, 1) each.
 
-    `batches` is called for an iterable, once for each kind of averaging. Candidates are tried from the simplest on, and one takes
-    over only if it is better by 0.002 than the one before, so that noise does not decide.
+    `batches` is called for an iterable, once for each kind of averaging.
     """
-    best, best_score = Settings(), None
-    device = model.device
+    return choose_from([count_masks(model, batches, thresholds)], areas)
+
+
+def count_masks(model, batches, thresholds=THRESHOLDS):
+    """Return what settings are chosen from: of each image, what its mask at each threshold has in common with the true one.
+
+    A dict of 'thresholds' (T,), 'pixels' of an image, and 'counts' (2, T, 3, N): without and with averaging over flips, at each threshold,
+    the pixels of overlap, of the mask and of the truth, of each image. For `batches` see `choose_settings`.
+    """
+    counts, device = [], model.device
     for flip_average in (False, True):
-        counts = []                                             # of each batch, (thresholds, 3, N)
+        of_batches = []                                         # of each batch, (thresholds, 3, N)
         for images, masks in batches():
             p, y = to_cpu(predict_flips(model, move(images, device), flip_average)), masks > 0
-            counts.append([[pixels.sum(axis=(1, 2, 3)) for pixels in (m & y, m, y)] for m in (p > level for level in thresholds)])
-        overlap, predicted, true = numpy.concatenate(counts, axis=2).swapaxes(0, 1)     # (thresholds, images) each
+            of_batches.append([[pixels.sum(axis=(1, 2, 3)) for pixels in (m & y, m, y)] for m in (p > level for level in thresholds)])
+        counts.append(numpy.concatenate(of_batches, axis=2))
+    return {'thresholds': numpy.array(thresholds), 'pixels': int(y[0].size), 'counts': numpy.array(counts, 'int32')}
+
+
+def choose_from(several, areas=AREAS):
+    """Return (Settings, score) as `choose_settings`, from what `count_masks` counted, of all images of all of `several` together.
+
+    Candidates are tried from the simplest on, and one takes over only if it is better by 0.002 than the one before, so that noise does
+    not decide. Raises CheckpointError unless all were counted at the same thresholds on images of one size.
+    """
+    first, best, best_score = several[0], Settings(), None
+    if not all(numpy.array_equal(one['thresholds'], first['thresholds']) and one['pixels'] == first['pixels'] for one in several):
+        raise CheckpointError('the networks were judged at different thresholds or sizes, so no settings can be chosen for them together')
+    thresholds, all_counts = first['thresholds'], numpy.concatenate([one['counts'] for one in several], axis=3)
+    for flip_average, counts in zip((False, True), all_counts):
+        overlap, predicted, true = counts.swapaxes(0, 1)        # (thresholds, images) each
         for area in areas:
-            kept = predicted >= area * y[0].size
+            kept = predicted >= area * first['pixels']
             scores = ratio(2 * overlap * kept, predicted * kept + true).mean(axis=1)
             if best_score is None:
                 best_score = scores[abs(thresholds - best.threshold).argmin()]

@@ -16,6 +16,7 @@ import math
 import numpy
 
 from ..checks import positive as whole
+from ..engine.parallel import one_thread_per_product
 from ..metrics import foreground, ratio
 
 
@@ -46,7 +47,8 @@ def sureness(samples, mask=lambda p: p > 0.5):
     """
     samples = _samples(samples, 2)
     masks = numpy.stack([mask(sample) for sample in samples]).reshape(len(samples), -1).astype('float64')       # (T, H·W)
-    overlap, area = masks @ masks.T, masks.sum(axis=1)                                          # (T, T), (T,)
+    with one_thread_per_product():
+        overlap, area = masks @ masks.T, masks.sum(axis=1)                                          # (T, T), (T,)
     return float(ratio(2 * overlap, area[:, None] + area)[numpy.triu_indices(len(masks), 1)].mean())
 
 
@@ -166,7 +168,7 @@ def spearman(a, b):
     a, b = (ranks - ranks.mean() for ranks in map(_ranks, _rows(a, b)))
     if not (a.any() and b.any()):
         raise ValueError(f'all {len(a)} numbers of one side are equal; expected different ones: a constant has no rank correlation')
-    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+    return float((a * b).sum() / math.sqrt(numpy.square(a).sum() * numpy.square(b).sum()))
 
 
 def risk_coverage(score, dice, coverages=(1, .9, .8, .7, .6, .5)):
