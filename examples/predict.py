@@ -100,7 +100,9 @@ def main(arguments=None):
 
     found = sum(result['area'] > 0 for result in results)
     print(f'{len(results)} images predicted, {found} with nerve; masks and results.csv are in {args.output}')
-    print_scores(scores, known=tell_known([sample for sample in samples if sample.mask_path], members, len(extras)))
+    with_mask = [sample for sample in samples if sample.mask_path]
+    if with_mask:
+        print_scores(scores, tell_known(with_mask, members, len(extras)))
     if args.uncertainty and judged:
         print_uncertainty(calibration, judged)
     if 0 < len(judged) < len(results):
@@ -245,12 +247,13 @@ def counts(mask, truth, mean_mask):
 
 
 def tell_known(samples, members, networks):
-    """Return what is to be said of the subjects of samples with masks: who among the networks was trained on them. '' if nobody."""
+    """Return what is to be said of the subjects of samples with masks: who among the networks was trained on them."""
     known = [members[sample.name] for sample in samples if len(members[sample.name]) < networks]
     lost = sum(not unseen for unseen in known)
-    if networks == 1:
-        return f'{lost} of {len(samples)} are of subjects, by their names, that the network was trained on: these scores are flattered.' if lost else ''
-    said = []
+    if networks == 1 and lost:
+        return f'{lost} of {len(samples)} are of subjects, by their names, that the network was trained on: these scores are flattered.'
+    said = ['These scores are flattered where subjects are among them that the settings were chosen on'
+            + (', or the network trained on, under other names.' if networks == 1 else '.')]
     if len(known) > lost:
         said.append(f'{len(known) - lost} of {len(samples)} images with a mask are of subjects, by their names, that some of the {networks} networks '
                     'were trained on: each was predicted by the others.')
@@ -267,9 +270,7 @@ def print_scores(scores, known):
             if counted.counts:
                 row = counted.compute()
                 print(f'{name:30} {row["dice_pooled"]:11.3f} {row["dice_per_image"]:10.3f} {row["iou_pooled"]:11.3f} {row["accuracy"]:9.4f}')
-        print('These scores are flattered where subjects are among them that the network was trained on, or its settings chosen on.')
-    if known:
-        print(known)
+    print(known)
 
 
 def print_uncertainty(calibration, judged):
