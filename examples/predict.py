@@ -207,6 +207,8 @@ def write_frame(args, settings, mean_mask, frame):
     probability = resize(frame.probabilities, frame.size)
     mask = settings.mask(probability)
     figures.save_mask(mask, args.output / f'{frame.sample.name}_mask.png')
+    if args.probabilities:
+        figures.save_probabilities(probability, args.output / f'{frame.sample.name}_probability.png')
     if args.overlays:
         figures.save(figures.overlay(frame.picture, mask, frame.truth, size=frame.size), args.output / f'{frame.sample.name}_overlay.png',
                      durable=False, compress_level=1)
@@ -294,6 +296,7 @@ def parse(arguments):
     parser.add_argument('--mask-threshold', type=positive, metavar='N',
                         help='where masks are there to compare with: count their values from N up as foreground')
     parser.add_argument('--overlays', action='store_true', help='also draw each mask on its image, which takes longer than all the rest')
+    parser.add_argument('--probabilities', action='store_true', help='also write {name}_probability.png, grey, 16 bits: 65535 is certain')
     parser.add_argument('--uncertainty', action='store_true', help='also draw where the prediction is not sure, and say how sure it is of each image')
     parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='images predicted at once')
     add_prediction_options(parser)

@@ -105,6 +105,15 @@ def test_overlays_are_drawn_where_they_are_asked_for(job, data):
                                      numpy.array(figures.overlay(image, mask, truth, size=image.shape)))
 
 
+def test_probabilities_are_written_with_16_bits(job, data):
+    run(job, data, probabilities=None)
+    segmenter, _ = Segmenter.from_file(data.parent / 'model.npz')
+    for name in '1_1', '2_1':
+        written = Image.open(data.parent / 'out' / f'{name}_probability.png')
+        expected, = segmenter.probabilities([read_image(data / f'{name}.png')])
+        assert written.mode == 'I;16' and abs(numpy.asarray(written) / 65535 - expected).max() < 1e-4 and expected.std() > 0.01
+
+
 def test_a_mask_that_cannot_be_written_ends_it_and_leaves_nothing_half_written(job, data, monkeypatch):
     def full(image, file, *rest, **options):
         file.write(b'half')

@@ -77,6 +77,11 @@ def save_mask(mask, path):
     save(Image.fromarray(mask.astype('uint8') * 255), path, durable=False, compress_type=zlib.Z_RLE)
 
 
+def save_probabilities(probabilities, path):
+    """Write a map of probabilities (H, W), in [0, 1], as a grey PNG of 16 bits: 0 to 65535."""
+    save(Image.fromarray(numpy.round(numpy.clip(probabilities, 0, 1) * 65535).astype('uint16')), path, durable=False, compress_level=1)
+
+
 # Curves
 
 def curves(history, panels=PANELS, baselines=None, title=''):
