@@ -1,13 +1,15 @@
-"""Measure how fast the U-Net trains and predicts on this machine.
+"""Measure how fast a network trains and predicts on this machine.
 
-    python examples/benchmark.py                                       seven networks, about three minutes
-    python examples/benchmark.py --case 32:96x128:16:batch --layers    one network, each layer by itself
+    python examples/benchmark.py                                       the U-Net in seven cases, about three minutes
+    python examples/benchmark.py --model resunet                       another network
+    python examples/benchmark.py --case 32:96x128:16:batch --layers    one case, each layer by itself
     python examples/benchmark.py --growth                              time against image size and batch
     python examples/benchmark.py --against torch compile onnx openvino     beside other engines, those that are installed
     python examples/benchmark.py --device gpu --against torch          on an NVIDIA GPU
 
-A case is base channels, height×width, batch and norm. Two kinds of work are timed, each in a plain loop as users have it: training
-(`train_step`: forward, Dice loss, backward, Adam) and inference (`predict`: the probabilities).
+A case is base channels, height×width, batch and norm; whatever else a network has keeps its default. Two kinds of work are timed, each
+in a plain loop as users have it: training (`train_step`: forward, Dice loss, backward, Adam) and inference (`predict`: the
+probabilities).
 
 **A benchmark that runs anything else beforehand measures something else.** A process remembers what it has done: memory that one
 kind of work left behind spares the next the system's fresh pages, and threads of one engine still spin while the next one computes.
@@ -60,6 +62,7 @@ from nervenet.engine import kernels
 from nervenet.engine.backend import free_memory, get_array_module, mark, move, peak_memory, seconds_between, select_device
 from nervenet.engine.parallel import describe_blas, number_of_threads, parallel_for, set_threads
 from nervenet.losses import DiceLoss
+from nervenet.networks import NETWORKS, fusing
 from nervenet.optim import Adam
 from nervenet.study.report import print_whatever_comes
 from nervenet.train import predict, train_step
@@ -81,13 +84,18 @@ class Case(typing.NamedTuple):
     size: tuple                     # (H, W)
     batch: int
     norm: str                       # 'none' or 'batch'
+    model: str = 'unet'             # one of NETWORKS
 
     def __str__(self):
         return f'{self.base}:{self.size[0]}x{self.size[1]}:{self.batch}:{self.norm}'
 
+    @property
+    def network(self):
+        return NETWORKS[self.model].__name__
+
     def describe(self, operations):
         """Return the title of this case, of which one forward of the batch takes so many operations."""
-        return (f'\nU-Net base {self.base}, {self.size[0]}×{self.size[1]}, batch {self.batch}, norm {self.norm}: '
+        return (f'\n{self.network} base {self.base}, {self.size[0]}×{self.size[1]}, batch {self.batch}, norm {self.norm}: '
                 f'{operations / self.batch / 1e9:.2f} GF per image and forward')
 
 
@@ -246,8 +254,9 @@ def written(value, decimals, unknown, width):
 
 def print_summary(results):
     """Print a line for each case: `results` is case → what `run_case` returns."""
-    width = 2 + max(len(str(case)) for case in results)
-    print('\n' + f'{"ms per image":{width}}' + ''.join(f'{kind:>10}{"ratio":>8}  {"to the best rival":21}' for kind in KINDS).rstrip())
+    title = f'{next(iter(results)).network}, ms per image'
+    width = 2 + max(len(title), *(len(str(case)) for case in results))
+    print('\n' + f'{title:{width}}' + ''.join(f'{kind:>10}{"ratio":>8}  {"to the best rival":21}' for kind in KINDS).rstrip())
     for case, best in results.items():
         print((f'{str(case):{width}}' + ''.join(
             f'{written(seconds, 2, "-", 10)}{written(ratio, 2, "-", 8)}  {rival or "":21}' for seconds, ratio, rival in
@@ -259,14 +268,14 @@ def print_growth(args):
     sides, batches, first = (32, 64, 128, 256, 512), (1, 4, 16, 64), args.case[0]
     model = make_model(first, args.dtype)
     for kind in KINDS:
-        print(f'\n  {kind}, base {first.base}, norm {first.norm}: ms per image (ns per pixel)\n  {"":9}'
+        print(f'\n  {kind}, {first.network} base {first.base}, norm {first.norm}: ms per image (ns per pixel)\n  {"":9}'
               + ''.join(f'{f"batch {N}":>18}' for N in batches))
         for side in sides:
             cells = []
             for N in batches:
                 seconds, cell = None, 'too large'
                 if model.training_memory((N, side, side, 1)) <= GROWTH_BYTES:
-                    seconds, cell = own_seconds(Case(first.base, (side, side), N, first.norm), kind, args), 'failed'
+                    seconds, cell = own_seconds(first._replace(size=(side, side), batch=N), kind, args), 'failed'
                 cells.append(f'{seconds / N * 1e3:.2f} ({seconds / N / side**2 * 1e9:.0f})' if seconds else cell)
             print(f'  {f"{side}×{side}":9}' + ''.join(f'{cell:>18}' for cell in cells))
 
@@ -286,8 +295,13 @@ def make_batch(case, dtype):
 
 
 def make_model(case, dtype, device='cpu'):
-    norm = None if case.norm == 'none' else case.norm
-    return nervenet.UNet(base_channels=case.base, norm=norm, rng=numpy.random.default_rng(1), dtype=dtype).to(device)
+    """Return the network of this case; where it begins with zeros, as blocks do that are to be nothing at first, with small numbers."""
+    rng, norm = numpy.random.default_rng(1), None if case.norm == 'none' else case.norm
+    model = NETWORKS[case.model](base_channels=case.base, norm=norm, rng=rng, dtype=dtype)
+    for array in model.parameters().values():
+        if not array.any():                             # else a rival could have anything there, and nobody would see it
+            array += 0.01 * rng.standard_normal(array.shape)
+    return model.to(device)
 
 
 def our_jobs(model, x, target):
@@ -331,7 +345,7 @@ class Worker:
 
     def __init__(self, args, **task):
         case = task.pop('case', args.case[0])
-        task = {'library': None, 'contender': None, 'folder': None, **task, 'case': str(case), 'dtype': args.dtype,
+        task = {'library': None, 'contender': None, 'folder': None, **task, 'case': str(case), 'model': case.model, 'dtype': args.dtype,
                 'threads': number_of_threads(), 'seconds': BURST_SECONDS}
         environment = dict(os.environ)
         if task['kind'] != 'layers' and task['contender'] != 'nervenet':
@@ -395,7 +409,7 @@ def work(task, orders):
     if kind == 'versions':
         yield {'versions': rivals.versions(task['library'])}
         return
-    case = parse_case(task['case'])
+    case = parse_case(task['case'])._replace(model=task['model'])
     if kind == 'check':
         dtype = 'float64' if task['library'] in rivals.TRAINABLE else dtype
         yield {'line': rivals.check(task['library'], make_model(case, dtype), *make_batch(case, dtype), task['folder'])}
@@ -608,16 +622,15 @@ def time_layers(model, job, clock):
     counts as the norm's forward; that ReLU then has none.
     """
     (now, between), calls, hidden = clock, [], []
-    counted, normalize_relu = {}, kernels.normalize_relu
+    counted, names, norm_and_relu = {}, {layer: name for name, layer in leaves(model)}, fusing.norm_and_relu
 
-    def marked_kernel(x, *channels):
+    def marked_kernel(x, norm, activation):
         start = now()
-        y = normalize_relu(x, *channels)
-        norm = calls[-1][0][0].replace('conv', 'norm')                          # it follows the convolution called last
-        calls.append(((norm, 'forward'), start, now(), 0, x.nbytes + y.nbytes))
+        y = norm_and_relu(x, norm, activation)
+        calls.append(((names[norm], 'forward'), start, now(), 0, x.nbytes + y.nbytes))
         return y
 
-    for name, layer in leaves(model):
+    for layer, name in names.items():
         for method in ('forward', 'backward'):
             def marked(*inputs, name=name, layer=layer, method=method, **options):
                 start = now()
@@ -632,14 +645,14 @@ def time_layers(model, job, clock):
                 return result
             setattr(layer, method, marked)          # an attribute of the object hides the method of its class
             hidden.append((layer, method))
-    kernels.normalize_relu = marked_kernel
+    fusing.norm_and_relu = marked_kernel
     try:
         job()
     finally:
-        kernels.normalize_relu = normalize_relu
+        fusing.norm_and_relu = norm_and_relu
         for layer, method in hidden:
             delattr(layer, method)
-    rows = {(name, method): numpy.zeros(3) for name, _ in leaves(model) for method in ('forward', 'backward')}
+    rows = {(name, method): numpy.zeros(3) for name in names.values() for method in ('forward', 'backward')}
     for key, start, end, operations, touched in calls:
         rows[key] += between(start, end), operations, touched
     return rows
@@ -652,13 +665,14 @@ def layer_lines(model, step, how, rounds, ceilings=(None, None)):
     runs = [time_layers(model, step, our_clock(model.device)) for _ in range(rounds)]
     rows = {key: (statistics.median(run[key][0] for run in runs), *runs[0][key][1:]) for key in runs[0]}
     total = {method: sum(row[0] for key, row in rows.items() if key[1] == method) for method in ('forward', 'backward')}
-    yield f'  {"layer":24}{"forward ms":>12}{"backward ms":>13}{"share":>8}{labels[0]:>{width + 4}}{labels[1]:>{width}}'
+    column = max(24, *(len(name) for name, _ in leaves(model)))
+    yield f'  {"layer":{column}}{"forward ms":>12}{"backward ms":>13}{"share":>8}{labels[0]:>{width + 4}}{labels[1]:>{width}}'
     for name, _ in leaves(model):
         forward, backward = rows[name, 'forward'], rows[name, 'backward']
         rates = f'{layer_rate(*forward, how, ceilings):>{width + 4}}{layer_rate(*backward, how, ceilings):>{width}}'.rstrip()
-        yield (f'  {name:24}{forward[0] * 1e3:12.{how.decimals}f}{backward[0] * 1e3:13.{how.decimals}f}'
+        yield (f'  {name:{column}}{forward[0] * 1e3:12.{how.decimals}f}{backward[0] * 1e3:13.{how.decimals}f}'
                f'{(forward[0] + backward[0]) / sum(total.values()):8.1%}{rates}')
-    yield f'  {"all layers":24}{total["forward"] * 1e3:12.{how.decimals}f}{total["backward"] * 1e3:13.{how.decimals}f}'
+    yield f'  {"all layers":{column}}{total["forward"] * 1e3:12.{how.decimals}f}{total["backward"] * 1e3:13.{how.decimals}f}'
 
 
 def layer_rate(seconds, operations, touched, how, ceilings):
@@ -696,6 +710,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--case', type=parse_case, nargs='+', help='base:HEIGHTxWIDTH:batch, and :norm if it shall differ, one or several')
+    parser.add_argument('--model', choices=NETWORKS, default='unet', help='the network of all cases; default: unet')
     parser.add_argument('--device', choices=['cpu', 'gpu'], default='cpu', help='default: cpu')
     parser.add_argument('--precision', choices=['fp32', 'tf32'], help='of our products of float32 matrices on a GPU; default: tf32 '
                         'where the GPU has it')
@@ -721,7 +736,7 @@ def parse(arguments):
     args.case = args.case or [parse_case(text) for text in args.convention.cases]
     if args.norm and all(case.norm for case in args.case):
         parser.error(f'--norm {args.norm}: every case names its own norm; give a --case without, as in 32:96x128:16')
-    args.case = [case._replace(norm=case.norm or args.norm or 'none') for case in args.case]
+    args.case = [case._replace(norm=case.norm or args.norm or 'none', model=args.model) for case in args.case]
     args.rounds = args.rounds or (3 if args.growth and args.device == 'cpu' else args.convention.rounds)
     return args
 

@@ -1,14 +1,21 @@
-"""The same U-Net in other engines, with the same weights, for `benchmark.py`: PyTorch, torch.compile, ONNX Runtime, OpenVINO.
+"""The same network in other engines, with the same weights, for `benchmark.py`: PyTorch, torch.compile, ONNX Runtime, OpenVINO.
 
 Each is set up the way that is fastest on a CPU as its own documentation has it, on as many threads as nervenet. The network is written
 once, in PyTorch; the last two read it from a file. None of them is needed to use nervenet, so each is imported only where it is used.
 """
 
+import collections
+import functools
 import importlib
+import operator
 
 import numpy
 
+from nervenet.layers import Add, BatchNorm2D, Concat, Conv2D, ConvTranspose2D, Dropout, MaxPool2D, ReLU
 from nervenet.losses import DiceLoss
+from nervenet.networks.optimised_resunet import Stack
+from nervenet.networks.summary import Part, trace
+from nervenet.resampling import Enlarging
 from nervenet.train import predict
 
 # What --against takes → what has to be importable for it, and its contenders.
@@ -41,7 +48,7 @@ def check(library, model, x, target, folder):
     if library in TRAINABLE:
         return agreement(torch, model, x, target)
     model.forward(x)                                # in training mode, so that the averages of batch norm are not all 0 and 1
-    other = torch_unet(torch, model)
+    other = torch_twin(torch, model, x.shape)
     write(torch, library, torch.nn.Sequential(other, torch.nn.Sigmoid()).eval(), torch_batch(torch, torch.contiguous_format, x)[0], folder)
     error = relative_error(predict(model, x), read(library, x, folder, threads=None)().reshape(x.shape))
     if not error < 1e-4:
@@ -58,7 +65,7 @@ def job(contender, kind, model, x, target, folder, threads):
     import torch
     torch.set_num_threads(threads)
     memory_format = torch.contiguous_format if contender == 'torch NCHW' else torch.channels_last
-    other = torch_unet(torch, model).to(memory_format=memory_format)
+    other = torch_twin(torch, model, x.shape).to(memory_format=memory_format)
     _, training, inference = torch_jobs(torch, other, memory_format, x, target, torch.compile if contender == 'torch.compile' else None)
     return training if kind == 'training' else inference
 
@@ -66,10 +73,10 @@ def job(contender, kind, model, x, target, folder, threads):
 def write(torch, library, network, x, folder):
     """Write the PyTorch `network`, for images of the shape of x, as a file that `library` reads."""
     if library == 'onnx':
-        torch.onnx.export(network, (x,), f'{folder}/unet.onnx', opset_version=18, input_names=['x'])
+        torch.onnx.export(network, (x,), f'{folder}/network.onnx', opset_version=18, input_names=['x'])
     else:
         import openvino
-        openvino.save_model(openvino.convert_model(torch.export.export(network, (x,))), f'{folder}/unet.xml', compress_to_fp16=False)
+        openvino.save_model(openvino.convert_model(torch.export.export(network, (x,))), f'{folder}/network.xml', compress_to_fp16=False)
 
 
 def read(library, x, folder, threads):
@@ -82,11 +89,11 @@ def read(library, x, folder, threads):
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        session = onnxruntime.InferenceSession(f'{folder}/unet.onnx', options, providers=['CPUExecutionProvider'])
+        session = onnxruntime.InferenceSession(f'{folder}/network.onnx', options, providers=['CPUExecutionProvider'])
         return lambda: session.run(None, {'x': x})[0]
     import openvino
     config = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads or 0}
-    request = openvino.Core().compile_model(f'{folder}/unet.xml', 'CPU', config).create_infer_request()
+    request = openvino.Core().compile_model(f'{folder}/network.xml', 'CPU', config).create_infer_request()
     return lambda: request.infer([x], share_inputs=True, share_outputs=True)[0]
 
 
@@ -113,7 +120,7 @@ def gpu_contenders(torch, model, x, target):
     def contender(memory_format, precision):
         def build():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == 'tf32'
-            other = torch_unet(torch, model).to(TORCH_DEVICE['gpu'], memory_format=memory_format)
+            other = torch_twin(torch, model, x.shape).to(TORCH_DEVICE['gpu'], memory_format=memory_format)
             return torch_jobs(torch, other, memory_format, x, target)
 
         def peak_memory(work):
@@ -143,50 +150,68 @@ def torch_clock(torch):
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 
-def torch_unet(torch, model):
-    """Return the same network in PyTorch, part for part under the same names, with the weights of `model`."""
-    nn, base, norm = torch.nn, model.config['base_channels'], model.config['norm']
+def torch_twin(torch, model, shape):
+    """Return `model`, for images of `shape` (N, H, W, C), in PyTorch: layer for layer, under the same names, with the same weights.
 
-    class DoubleConv(nn.Module):
-        def __init__(self, in_channels, out_channels):
-            super().__init__()
-            for number, channels in (('1', in_channels), ('2', out_channels)):
-                setattr(self, 'conv' + number, nn.Conv2d(channels, out_channels, 3, padding=1, bias=norm is None))
-                if norm:
-                    setattr(self, 'norm' + number, nn.BatchNorm2d(out_channels))
+    What `summary.trace` saw is written down as a graph, of which `torch.fx` makes straight code that lets go of each array after its last
+    use. As one would by hand, ReLU and sums write into what they are given, unless somebody else needs it. Raises
+    NotImplementedError for a kind of layer that has no counterpart here.
+    """
+    nn, functional = torch.nn, torch.nn.functional
+    made, stages, _ = trace(model, shape)
+    logits, modules, graph = stages['head'], {}, torch.fx.Graph()
+    order = dict.fromkeys(value for y in (*made, logits) for value in (*y.inputs, y))          # with the parts taken out of what was made
+    readers = collections.Counter(x for y in order for x in y.inputs)
 
-        def forward(self, x):
-            for number in '12':
-                x = getattr(self, 'conv' + number)(x)
-                if norm:
-                    x = getattr(self, 'norm' + number)(x)
-                x = nn.functional.relu(x, inplace=True)
-            return x
+    def is_free(x):                                         # backward of what made it does without, and nobody else reads it
+        return readers[x] == 1 and x.layer is not None and 'output' not in x.layer.keeps
 
-    class Up(DoubleConv):
-        def __init__(self, in_channels, out_channels):
-            super().__init__(2 * out_channels, out_channels)
-            self.upconv = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+    def call(function, *inputs, **options):
+        return graph.call_function(function, inputs, options)
 
-    class UNet(nn.Module):
-        def __init__(self, depth=4):
-            super().__init__()
-            channels = [base * 2**level for level in range(depth + 1)]
-            self.stem = DoubleConv(1, base)
-            self.downs = nn.ModuleList(DoubleConv(channels[i], channels[i + 1]) for i in range(depth))
-            self.ups = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in reversed(range(depth)))
-            self.head = nn.Conv2d(base, 1, 1)
+    def computed(y, *x):
+        match y.layer:
+            case Conv2D(params=params, geometry=geometry):
+                few, many = params['weight'].shape[2:]
+                modules[y.name] = nn.Conv2d(few, many, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation,
+                                            bias='bias' in params)
+            case ConvTranspose2D(params=params, geometry=geometry):
+                many, few = params['weight'].shape[2:]
+                modules[y.name] = nn.ConvTranspose2d(few, many, geometry.kernel_size, geometry.stride, bias='bias' in params)
+            case BatchNorm2D(params=params, eps=eps, momentum=momentum):
+                modules[y.name] = nn.BatchNorm2d(len(params['weight']), eps, momentum)
+            case Dropout(p=p):
+                modules[y.name] = nn.Dropout(p)
+            case ReLU():
+                return call(functional.relu, *x, inplace=is_free(y.inputs[0]))
+            case Add():
+                terms = sorted(zip(y.inputs, x), key=lambda term: not is_free(term[0]))
+                total = call(operator.iadd if is_free(terms[0][0]) else operator.add, terms[0][1], terms[1][1])
+                return functools.reduce(functools.partial(call, operator.iadd), (term for _, term in terms[2:]), total)
+            case Concat():
+                return call(torch.cat, x, 1)
+            case Stack():
+                return call(torch.cat, x, 0)
+            case MaxPool2D(geometry=geometry):
+                return call(functional.max_pool2d, *x, geometry.kernel_size, geometry.stride, geometry.padding)
+            case Enlarging(mode=mode):
+                return call(functional.interpolate, *x, y.shape[1:3], mode=mode)
+            case Part(index=index):
+                N, H, W, C = index + (slice(None),) * (4 - len(index))
+                return call(operator.getitem, *x, (N, C, H, W))
+            case layer:
+                raise NotImplementedError(f'{y.name} is a {type(layer).__name__}, which has no counterpart in PyTorch yet: add it to '
+                                          'rivals.torch_twin')
+        return graph.call_module(y.name, x)
 
-        def forward(self, x):
-            x, skips = self.stem(x), []
-            for down in self.downs:
-                skips.append(x)
-                x = down(nn.functional.max_pool2d(x, 2))
-            for up in self.ups:
-                x = up(torch.cat([skips.pop(), up.upconv(x)], dim=1))
-            return self.head(x)
-
-    other = UNet().to(getattr(torch, str(model.dtype)))
+    (H, W), (more_H, more_W) = shape[1:3], numpy.subtract(model.padded_size(shape[1:3]), shape[1:3]).tolist()
+    x = graph.placeholder('x')
+    if more_H or more_W:
+        x = call(functional.pad, x, (0, more_W, 0, more_H))
+    for y in order:
+        order[y] = x if y.layer is None else computed(y, *(order[value] for value in y.inputs))
+    graph.output(call(operator.getitem, order[logits], (..., slice(H), slice(W))) if more_H or more_W else order[logits])
+    other = torch.fx.GraphModule(modules, graph).to(getattr(torch, str(model.dtype)))
     state = {name: torch.from_numpy(to_torch_layout(array)) for name, array in model.state_dict().items()}
     other.load_state_dict(state, strict=False)      # PyTorch also counts batches, and would miss that number
     return other
@@ -247,13 +272,14 @@ def agreement(torch, model, x, target):
     logits = model.forward(x)
     loss.forward(logits, target)
     model.backward(loss.backward(), input_gradient=False)
-    other = torch_unet(torch, model)
+    other = torch_twin(torch, model, x.shape)
     x, target = torch_batch(torch, torch.contiguous_format, x, target)
     other_logits = other(x)
     torch_dice_loss(torch, other_logits, target).backward()
-    gradients = dict(other.named_parameters())
-    errors = {name: relative_error(to_torch_layout(gradient), gradients[name].grad.numpy())
-              for name, gradient in model.gradients().items()}
+    gradients = {name: parameter.grad.numpy() for name, parameter in other.named_parameters()}
+    # A bias that the next norm takes away again has gradient 0, of which both know no more than how far rounding lets it be from that.
+    least = 1e-6 * max(numpy.linalg.norm(gradient.ravel()) for gradient in gradients.values())
+    errors = {name: relative_error(to_torch_layout(gradient), gradients[name], least) for name, gradient in model.gradients().items()}
     errors['logits'] = relative_error(logits.transpose(0, 3, 1, 2), other_logits.detach().numpy())
     worst = max(errors, key=errors.get)
     if not errors[worst] < 1e-6:
@@ -261,5 +287,5 @@ def agreement(torch, model, x, target):
     return f'the two agree in float64: logits to {errors["logits"]:.0e}, all gradients to {errors[worst]:.0e}'
 
 
-def relative_error(ours, theirs):
-    return float(numpy.linalg.norm((ours - theirs).ravel()) / numpy.linalg.norm(theirs.ravel()))
+def relative_error(ours, theirs, least=0):
+    return float(numpy.linalg.norm((ours - theirs).ravel()) / max(numpy.linalg.norm(theirs.ravel()), least))

@@ -15,6 +15,9 @@ from test_kernels import library, xp_with_kernels        # fixtures
 
 from nervenet.engine import backend, kernels
 from nervenet.engine.parallel import set_threads
+from nervenet.layers import LeakyReLU
+from nervenet.networks import NETWORKS, fusing
+from nervenet.networks.summary import trace
 
 REPLACED = f"""
 import sys
@@ -77,7 +80,7 @@ def test_a_case_on_the_cpu_prints_its_table_every_layer_and_a_summary(main, monk
     printed = main('--case', '2:16x16:1', '--rounds', 1, '--layers', '--threads', 1)
     assert re.search(r'^OPENBLAS_CORETYPE is Haswell: .* can halve the speed', printed, re.M)
     assert re.search(r'^1 threads, float32; matrix products reach \d+ GF/s$', printed, re.M)
-    assert 'U-Net base 2, 16×16, batch 1, norm none: 0.00 GF per image and forward (ms per image are ms per call)' in printed
+    assert 'UNet base 2, 16×16, batch 1, norm none: 0.00 GF per image and forward (ms per image are ms per call)' in printed
     number = r' +(\d+|-)' if main.module.resident_memory('VmRSS') is None else r' +\d+'
     for kind in 'training', 'inference':
         assert re.fullmatch(rf'nervenet +{kind} +\d+\.\d\d +\d+ +\d+\.\d{number} +\d+ \(\d+%\)',
@@ -86,6 +89,38 @@ def test_a_case_on_the_cpu_prints_its_table_every_layer_and_a_summary(main, monk
     assert re.fullmatch(r'ups\.3\.concat +\d+\.\d\d +\d+\.\d\d +\d+\.\d%', line_of(printed, 'ups.3.concat'))
     assert re.fullmatch(r'2:16x16:1:none +\d+\.\d\d +- +\d+\.\d\d +-', line_of(printed, '2:16x16:1:none'))
     assert 'device: ' not in printed and 'host' not in printed and 'left out' not in printed
+
+
+@pytest.mark.parametrize('device', ['cpu', 'gpu'])
+@pytest.mark.parametrize('name, layers', [('unet', ['downs.0.pool', 'ups.3.concat']), ('resunet', ['downs.3.conv_shortcut', 'ups.3.upsample']),
+                                          ('resnet', ['stem.blocks.0.add', 'ups.2.upconv']), ('refinenet', ['refines.0.reduce', 'upsample']),
+                                          ('optimised-resunet', ['downs.2.dac.stack3', 'downs.2.block.conv_shortcut'])])
+def test_every_network_is_measured_with_its_layers(main, request, device, name, layers):
+    if device == 'gpu':
+        request.getfixturevalue('pool')
+    printed = main('--model', name, '--case', '2:16x16:1:batch', '--rounds', 1, '--layers', '--threads', 1, '--device', device)
+    network = NETWORKS[name].__name__
+    assert f'\n{network} base 2, 16×16, batch 1, norm batch: ' in printed
+    if device == 'cpu':
+        assert line_of(printed, f'{network}, ms per image') and line_of(printed, '2:16x16:1:batch') and 'left out' not in printed
+    table = printed.partition('  layer ')[2].partition('  all layers')[0].splitlines()[1:]
+    assert {*layers} <= {line.split()[0] for line in table}
+    assert len({line.index('%') for line in table}) == 1                       # the columns stand below each other
+
+
+def test_the_title_of_the_summary_fits_its_column(main, capsys):
+    case = main.module.Case(2, (16, 16), 1, 'none', 'optimised-resunet')
+    main.module.print_summary({case: {'training': (1.0, None, None), 'inference': (1.0, None, None)}})
+    title, line = capsys.readouterr().out.splitlines()[1:]
+    assert title.index('training') + len('training') == line.index('1.00') + len('1.00')
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('norm', ['none', 'batch'])
+def test_no_layer_of_a_model_is_hidden_by_zeros(main, name, norm):
+    model = main.module.make_model(main.module.Case(2, (16, 16), 1, norm, name), 'float32')
+    assert all(array.any() and array.dtype == 'float32' for array in model.parameters().values())
+    assert model.config['norm'] == (None if norm == 'none' else norm) and type(model) is NETWORKS[name]
 
 
 def test_each_kind_runs_in_a_process_of_its_own_that_does_nothing_else(main, workers, in_workers, tmp_path):
@@ -255,7 +290,7 @@ def test_growth_on_the_cpu_asks_a_worker_for_each_size(main, monkeypatch):
     monkeypatch.setattr(main.module, 'measure', measure)
     printed = main('--case', '1:16x16:1:batch', '--growth')
     assert asked == [(f'1:{size}:batch', kind) for kind in ('training', 'inference') for size in ('32x32:1', '32x32:4', '64x64:1')]
-    training, inference = printed.split('  training, base 1, norm batch: ms per image (ns per pixel)')[1].split('  inference, ')
+    training, inference = printed.split('  training, UNet base 1, norm batch: ms per image (ns per pixel)')[1].split('  inference, ')
     assert re.fullmatch(r'32×32 +\d+\.\d\d \(\d+\) +failed +too large +too large', line_of(training, '32×32'))
     assert line_of(inference, '128×128').split()[1:] == ['too', 'large'] * 4
 
@@ -264,7 +299,7 @@ def test_the_default_cases_of_the_cpu_name_their_norm(main):
     args = main.module.parse([])
     assert len(args.case) == 7 and args.rounds == 7 and [case.norm for case in args.case].count('batch') == 3
     args = main.module.parse(['--case', '2:16x32:3', '2:16x32:3:none', '--norm', 'batch'])
-    assert args.case == [(2, (16, 32), 3, 'batch'), (2, (16, 32), 3, 'none')]
+    assert args.case == [(2, (16, 32), 3, 'batch', 'unet'), (2, (16, 32), 3, 'none', 'unet')]
     assert [str(case) for case in args.case] == ['2:16x32:3:batch', '2:16x32:3:none']
 
 
@@ -310,7 +345,7 @@ def test_what_does_not_fit_is_skipped_in_a_line_and_the_next_case_goes_on(main, 
     arguments = '--device', 'gpu', '--rounds', 1, '--layers', '--case', '2:16x16:3', '2:16x16:1'
     for faults['now'] in MemoryError('CuPy'), type('OutOfMemoryError', (RuntimeError,), {})('PyTorch'):
         pool.frees = 0
-        large, small = main(*arguments).split('U-Net base ')[1:]
+        large, small = main(*arguments).split('UNet base ')[1:]
         assert large.strip().splitlines()[1:] == ['  nervenet: skipped, does not fit into memory']
         assert '1.5000' in small.split('layer')[0] and 'all layers' in small and pool.frees == 2
     faults['now'] = RuntimeError('an illegal address')
@@ -365,26 +400,28 @@ def test_layers_are_counted_by_the_operations_of_their_products_and_the_bytes_th
     assert not any('forward' in vars(layer) or 'backward' in vars(layer) for _, layer in model.layers())
 
 
-def test_the_kernel_of_norm_and_relu_counts_as_the_norm(main, xp_with_kernels):
-    case = main.module.Case(2, (16, 32), 3, 'batch')
+@pytest.mark.parametrize('network, before_relu', [('unet', ['stem.norm1', 'stem.norm2', 'ups.3.norm1', 'ups.3.norm2']),
+                                                  ('resunet', ['stem.norm2', 'downs.0.norm1', 'downs.0.norm2']),
+                                                  ('resnet', ['stem.norm', 'stem.blocks.0.norm1', 'ups.2.norm'])])
+def test_the_kernel_of_norm_and_relu_counts_as_the_norm(main, xp_with_kernels, network, before_relu):
+    case = main.module.Case(2, (16, 32), 3, 'batch', network)
     model = main.module.make_model(case, 'float32', 'gpu')
     step = main.module.our_jobs(model, *main.module.make_batch(case, 'float32'))[1]
-    launch = kernels.normalize_relu
+    replaced = fusing.norm_and_relu
     rows = main.module.time_layers(model, step, main.module.our_clock('gpu'))
-    values = 3 * 16 * 32 * 2
-    for part in 'stem', 'ups.3':
-        for number in '1', '2':
-            (seconds, operations, touched), relu = rows[f'{part}.norm{number}', 'forward'], rows[f'{part}.relu{number}', 'forward']
-            assert seconds > 0 and (operations, touched) == (0, 2 * 4 * values) and not relu.any()
-            assert rows[f'{part}.relu{number}', 'backward'][2] == 2 * 4 * values
-    assert kernels.normalize_relu is launch
+    shapes = {y.name: y.shape for y in trace(model, (3, 16, 32, 1))[0]}
+    for name in before_relu:
+        (seconds, operations, touched), relu = rows[name, 'forward'], rows[name.replace('norm', 'relu'), 'forward']
+        assert seconds > 0 and (operations, touched) == (0, 2 * 4 * math.prod(shapes[name])) and not relu.any()
+        assert rows[name.replace('norm', 'relu'), 'backward'][2] == 2 * 4 * math.prod(shapes[name])
+    assert fusing.norm_and_relu is replaced
 
 
 def test_growth_on_a_gpu(main, pool, monkeypatch):
     monkeypatch.setattr(main.module, 'GROWTH_BYTES', 2**24 + 2**19)
     printed = main('--device', 'gpu', '--case', '1:16x16:1', '--rounds', 1, '--growth', '--threads', 1)
-    assert 'training, base 1, norm none: ms per image (ns per pixel)' in printed
-    assert line_of(printed.partition('inference, base 1')[2], '32×32').split()[1:3] == ['1.50', '(1465)']
+    assert 'training, UNet base 1, norm none: ms per image (ns per pixel)' in printed
+    assert line_of(printed.partition('inference, UNet base 1')[2], '32×32').split()[1:3] == ['1.50', '(1465)']
 
 
 def test_kernels_are_used_where_asked_for(main, pool, monkeypatch):
@@ -399,13 +436,14 @@ def test_kernels_are_used_where_asked_for(main, pool, monkeypatch):
 
 def test_default_cases_of_a_gpu_are_small_and_large_images_in_small_and_large_batches(main):
     cases = main.module.parse(['--device', 'gpu']).case
-    assert len(cases) == 12 and (16, (96, 128), 16, 'none') in cases and (64, (416, 576), 64, 'none') in cases
+    assert len(cases) == 12 and (16, (96, 128), 16, 'none', 'unet') in cases and (64, (416, 576), 64, 'none', 'unet') in cases
     assert main.module.parse(['--device', 'gpu', '--norm', 'batch']).case[0].norm == 'batch'
-    assert main.module.parse(['--device', 'gpu', '--case', '8:32x48:4']).case == [(8, (32, 48), 4, 'none')]
+    assert main.module.parse(['--device', 'gpu', '--case', '8:32x48:4']).case == [(8, (32, 48), 4, 'none', 'unet')]
 
 
 @pytest.mark.parametrize('arguments, problem', [
     (['--device', 'gpu'], '--device gpu: no CuPy here'),
+    (['--model', 'vnet'], "argument --model: invalid choice: 'vnet'"),
     (['--kernels'], '--kernels needs --device gpu'),
     (['--precision', 'tf32'], '--precision tf32: the CPU has no tensor cores'),
     (['--device', 'tpu'], "argument --device: invalid choice: 'tpu'"),
@@ -440,7 +478,8 @@ def test_no_pytorch_or_one_without_a_gpu_is_refused_in_one_line_on_a_gpu(main, p
         main('--device', 'gpu', '--against', 'torch')
 
 
-def test_beside_pytorch_on_a_gpu(main, pool, monkeypatch, request):
+@pytest.mark.parametrize('name', ['unet', 'optimised-resunet'])
+def test_beside_pytorch_on_a_gpu(main, pool, monkeypatch, request, name):
     """PyTorch computes on the host here, with a GPU's events and memory feigned."""
     torch = pytest.importorskip('torch')
     precisions = []
@@ -458,17 +497,59 @@ def test_beside_pytorch_on_a_gpu(main, pool, monkeypatch, request):
         def elapsed_time(self, end):
             return 3.0
 
-    for name, fake in dict(is_available=lambda: True, Event=Event, reset_peak_memory_stats=lambda: None, empty_cache=lambda: None,
+    for function, fake in dict(is_available=lambda: True, Event=Event, reset_peak_memory_stats=lambda: None, empty_cache=lambda: None,
                            max_memory_allocated=lambda: 7 * 2**20).items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    for flags, name in ((torch.backends.cuda.matmul, 'allow_tf32'), (torch.backends.cudnn, 'allow_tf32'),
+        monkeypatch.setattr(torch.cuda, function, fake)
+    if hasattr(torch, 'accelerator'):                           # new in 2.6
+        monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda check_available=False: None)
+    for flags, flag in ((torch.backends.cuda.matmul, 'allow_tf32'), (torch.backends.cudnn, 'allow_tf32'),
                         (torch.backends.cudnn, 'benchmark')):           # not attributes that monkeypatch could put back
-        request.addfinalizer(functools.partial(setattr, flags, name, getattr(flags, name)))
+        request.addfinalizer(functools.partial(setattr, flags, flag, getattr(flags, flag)))
     monkeypatch.setitem(main.module.rivals.TORCH_DEVICE, 'gpu', 'cpu')
-    printed = main('--device', 'gpu', '--case', '2:16x16:2', '--rounds', 1, '--against', 'torch', '--norm', 'batch')
+    printed = main('--device', 'gpu', '--case', '2:16x16:2', '--rounds', 1, '--against', 'torch', '--norm', 'batch', '--model', name)
     assert 'the two agree in float64' in printed and torch.backends.cudnn.benchmark
     assert precisions[0] == (False, False) and precisions[-1] == (True, True)
-    for name in 'fp32 NCHW', 'fp32 channels_last', 'tf32 NCHW', 'tf32 channels_last':
-        assert re.fullmatch(rf'torch {name}( +1\.5000){{3}} +\d+\.\d\d \(\d+%\) +7   .*', line_of(printed, f'torch {name} '))
+    for way in 'fp32 NCHW', 'fp32 channels_last', 'tf32 NCHW', 'tf32 channels_last':
+        assert re.fullmatch(rf'torch {way}( +1\.5000){{3}} +\d+\.\d\d \(\d+%\) +7   .*', line_of(printed, f'torch {way} '))
     for label in 'ratio to tf32 channels_last', 'ratio to the best':
         assert line_of(printed, label).removeprefix(label).split() == ['2.00'] * 3
+
+
+# --- The twin in PyTorch
+
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('norm', ['none', 'batch'])
+def test_every_network_has_a_twin_in_pytorch(main, name, norm):
+    """The images are 20×28: all networks pad them, and cut the logits off."""
+    torch, case = pytest.importorskip('torch'), main.module.Case(2, (20, 28), 3, norm, name)
+    assert 'the two agree in float64' in main.module.rivals.agreement(torch, main.module.make_model(case, 'float64'),
+                                                                      *main.module.make_batch(case, 'float64'))
+
+
+def test_a_gradient_of_0_is_compared_and_a_wrong_one_is_named(main, monkeypatch):
+    """In a ResU-Net norms take away what the biases of shortcuts add, in all blocks but the last."""
+    torch, case = pytest.importorskip('torch'), main.module.Case(2, (16, 16), 3, 'batch', 'resunet')
+    model, batch = main.module.make_model(case, 'float64'), main.module.make_batch(case, 'float64')
+    for name, factor in ('stem.norm_shortcut.bias', 1e9), ('downs.1.conv1.weight', 1 + 1e-5):
+        def gradients(name=name, factor=factor):
+            return {key: array * (factor if key == name else 1) for key, array in type(model).gradients(model).items()}
+        monkeypatch.setattr(model, 'gradients', gradients)
+        with pytest.raises(SystemExit, match=f'the two networks disagree: {name} differs by '):
+            main.module.rivals.agreement(torch, model, *batch)
+
+
+def test_a_layer_without_a_counterpart_is_named(main):
+    torch, case = pytest.importorskip('torch'), main.module.Case(2, (16, 16), 1, 'none')
+    model = main.module.make_model(case, 'float32')
+    model.stem.relu2 = model.stem.children['relu2'] = LeakyReLU()
+    with pytest.raises(NotImplementedError, match=r'^stem\.relu2 is a LeakyReLU, which has no counterpart in PyTorch yet[^\n]*$'):
+        main.module.rivals.torch_twin(torch, model, (1, 16, 16, 1))
+
+
+def test_the_twin_is_straight_code_that_writes_over_what_nobody_else_reads(main):
+    """In a residual block of a RefineNet, x goes through ReLU and past it."""
+    torch, case = pytest.importorskip('torch'), main.module.Case(2, (32, 32), 1, 'batch', 'refinenet')
+    code = main.module.rivals.torch_twin(torch, main.module.make_model(case, 'float32'), (1, 32, 32, 1)).code
+    assert re.search(r'relu\(stages_0_norm, inplace = True\);  stages_0_norm = None', code)
+    assert re.search(r'relu\(refines_3_reduce, inplace = False\)$', code, re.M)
+    assert re.search(r'refines_3_unit_in_conv2 \+= refines_3_reduce;', code)

@@ -15,7 +15,7 @@ from nervenet.engine import backend, parallel, paths
 from nervenet.networks import NETWORKS
 from nervenet.networks.fusing import back_in_sequence, in_sequence
 from nervenet.networks.network import Network, padded, padded_size
-from nervenet.networks.summary import trace
+from nervenet.networks.summary import Part, trace
 
 
 def norm_with_statistics(channels, rng, dtype='float64'):
@@ -220,6 +220,14 @@ def test_a_trace_follows_what_is_cut_off_at_the_end_and_refuses_what_it_would_ge
     model.start = 1
     with pytest.raises(NotImplementedError, match='a trace follows'):
         model.summary((12, 15))
+
+
+def test_a_trace_tells_which_part_of_what_was_taken(rng):
+    made, _, _ = trace(NETWORKS['optimised-resunet'](base_channels=2, rng=rng), (2, 48, 64, 1))
+    by_name = {y.name: y for y in made}
+    part, = by_name['downs.2.dac.conv5'].inputs
+    assert (type(part.layer), part.layer.index, part.inputs) == (Part, (slice(2, None),), (by_name['downs.2.dac.conv3'],))
+    assert part.shape == (2, 6, 8, 16) and by_name['downs.2.dac.conv3'].shape == (4, 6, 8, 16)
 
 
 def test_a_norm_is_done_by_the_layer_s_own_convolution(rng, monkeypatch):

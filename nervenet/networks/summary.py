@@ -18,6 +18,14 @@ SCRATCH_BYTES = 2**24             # about what the convolutions of one thread ne
 _numbers = itertools.count()      # in the order in which arrays are made
 
 
+class Part(Layer):
+    """What takes x[index] out of x."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+
 class Traced:
     """An array without values: its shape, and which layer made it of which others (none, if it came in from outside)."""
 
@@ -36,7 +44,7 @@ class Traced:
         if not (all(isinstance(part, slice) and part.step in (None, 1) for part in index) and all(part.start in (None, 0) for part in index[1:])):
             raise NotImplementedError(f'a trace follows x[some, :H, :W], which cuts off the end, and no other index, found {index}')
         shape = tuple(len(range(length)[part]) for length, part in zip(self.shape, index)) + self.shape[len(index):]
-        return self if shape == self.shape else Traced(shape, self.dtype, self.name, Layer(), (self,))
+        return self if shape == self.shape else Traced(shape, self.dtype, self.name, Part(index), (self,))
 
     def input_range(self, first, last, axis):
         """Return the first and last position in what came in from outside that this array's from `first` to `last` depend on.
