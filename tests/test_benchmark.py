@@ -92,9 +92,12 @@ def test_a_case_on_the_cpu_prints_its_table_every_layer_and_a_summary(main, monk
 
 
 @pytest.mark.parametrize('device', ['cpu', 'gpu'])
-@pytest.mark.parametrize('name, layers', [('unet', ['downs.0.pool', 'ups.3.concat']), ('resunet', ['downs.3.conv_shortcut', 'ups.3.upsample']),
-                                          ('resnet', ['stem.blocks.0.add', 'ups.2.upconv']), ('refinenet', ['refines.0.reduce', 'upsample']),
-                                          ('optimised-resunet', ['downs.2.dac.stack3', 'downs.2.block.conv_shortcut'])])
+@pytest.mark.parametrize('name, layers', [
+    ('unet', ['downs.0.pool', 'ups.3.concat']),
+    ('resunet', ['downs.3.conv_shortcut', 'ups.3.upsample']),
+    ('resnet', ['stem.blocks.0.add', 'ups.2.upconv']),
+    ('refinenet', ['refines.0.reduce', 'upsample']),
+    ('optimised-resunet', ['downs.2.dac.stack3', 'downs.2.block.conv_shortcut'])])
 def test_every_network_is_measured_with_its_layers(main, request, device, name, layers):
     if device == 'gpu':
         request.getfixturevalue('pool')
