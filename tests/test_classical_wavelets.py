@@ -8,6 +8,7 @@ from nervenet.classical.wavelets import TRANSFORMS, Coefficients, box_features, 
 
 every_transform = pytest.mark.parametrize('name', TRANSFORMS)
 HAAR, MORPHOLOGICAL, MEDIAN = TRANSFORMS['haar'], TRANSFORMS['morphological-haar'], TRANSFORMS['median']
+SUBBANDS = ['horizontal', 'vertical', 'diagonal']
 SIZES = (1, 1), (1, 6), (2, 2), (5, 7), (16, 24), (33, 50)
 
 
@@ -153,11 +154,11 @@ def test_a_map_holds_for_each_pixel_the_coefficient_of_its_square(rng):
     for transform, side in (HAAR, 2), (MORPHOLOGICAL, 2), (MEDIAN, 1):
         coefficients = transform.decompose(image, 3)
         maps = dict(coefficients.maps())
-        assert list(maps) == [f'{subband} {level}' for level in (1, 2, 3) for subband in ('horizontal', 'vertical', 'diagonal')] + ['coarse']
+        assert list(maps) == [f'{subband} {level}' for level in (1, 2, 3) for subband in SUBBANDS] + ['coarse']
         for (name, map), (y, x) in zip(maps.items(), rng.integers(0, (11, 14), (10, 2)), strict=True):
             subband, _, level = name.partition(' ')
             place = y // side**int(level or 3), x // side**int(level or 3)
-            whole = coefficients.details[int(level) - 1][['horizontal', 'vertical', 'diagonal'].index(subband)] if level else coefficients.coarse
+            whole = coefficients.details[int(level) - 1][SUBBANDS.index(subband)] if level else coefficients.coarse
             assert map.shape == (11, 14) and map[y, x] == whole[place]
 
 
@@ -192,7 +193,7 @@ def test_features_of_boxes_are_those_of_loops(name, rng):
         for row, (y, x) in zip(found, points.tolist(), strict=True):
             near = [(i, j) for i in range(11) for j in range(14) if max(abs(i - y), abs(j - x)) <= side // 2]
             expected = by_loops(coefficients, image, near)
-            assert row[:-2] == pytest.approx(expected[:-2], rel=1e-8, abs=1e-5)        # a deviation of 0 is the root of what rounding leaves
+            assert row[:-2] == pytest.approx(expected[:-2], rel=1e-8, abs=1e-5)    # a deviation of 0 is the root of rounding
             assert row[-2:].tolist() == [y / 10, x / 13]
 
 

@@ -42,7 +42,7 @@ SUBBANDS = 'horizontal', 'vertical', 'diagonal'
 
 
 class Coefficients(NamedTuple):
-    """A decomposed image of `size` (H, W): `coarse`, the image of the last level, and `details`, (3, H_j, W_j) for each level, finest first.
+    """A decomposed image of `size` (H, W): the `coarse` image of the last level, and `details` (3, H_j, W_j) of all levels, finest first.
 
     H_j and W_j are H and W, halved j times and rounded up, or H and W themselves if the transform keeps the size.
     """
@@ -53,16 +53,12 @@ class Coefficients(NamedTuple):
 
     def maps(self):
         """Yield (name, map (H, W)) of all details and of the coarse image: for every pixel the coefficient of the square it lies in."""
-        for level, details in enumerate(self.details, 1):
-            for subband, map in zip(SUBBANDS, details):
-                yield f'{subband} {level}', self.spread(map, level)
-        yield 'coarse', self.spread(self.coarse, len(self.details))
-
-    def spread(self, map, level):
-        """Return a map of a level at the size of the image."""
-        side = 1 if map.shape == self.size else 2**level
-        rows, columns = (numpy.arange(length) // side for length in self.size)
-        return map[rows[:, None], columns]
+        maps = [(f'{subband} {level}', level, map) for level, details in enumerate(self.details, 1)
+                for subband, map in zip(SUBBANDS, details)]
+        for name, level, map in [*maps, ('coarse', len(self.details), self.coarse)]:
+            side = 1 if map.shape == self.size else 2**level
+            rows, columns = (numpy.arange(length) // side for length in self.size)
+            yield name, map[rows[:, None], columns]
 
 
 class Transform:
@@ -100,7 +96,7 @@ class Haar(Transform):
         return self.coarse(a, b, c, d), numpy.stack([a - b + c - d, a + b - c - d, a - b - c + d]) / 2
 
     def join(self, coarse, details):
-        h, v, g = details / 2                                                              # what is left when the square's mean is taken off
+        h, v, g = details / 2                                                              # parts: how far each pixel is from the mean
         parts = h + v + g, v - h - g, h - v - g, g - h - v
         mean = self.mean(coarse, *parts)
         image = numpy.empty((2 * coarse.shape[0], 2 * coarse.shape[1]), coarse.dtype)
@@ -112,7 +108,7 @@ class Haar(Transform):
         return (a + b + c + d) / 2
 
     def mean(self, coarse, *parts):
-        """Return the mean of each square, given the coarse image and how far a, b, c and d are from that mean."""
+        """Return the mean of each square, given the coarse image and how far a, b, c and d are from the mean."""
         return coarse / 2
 
 
@@ -188,15 +184,14 @@ def region_features(coefficients, image, labels):
     def mean(map):
         return numpy.bincount(labels.ravel(), map.ravel()) / number
 
-    place = [numpy.broadcast_to(along, labels.shape) for along in (numpy.arange(labels.shape[0])[:, None], numpy.arange(labels.shape[1]))]
-    return _features(coefficients, image, mean, [mean(along) for along in place])
+    return _features(coefficients, image, mean, [mean(along) for along in numpy.indices(labels.shape)])
 
 
 def box_features(coefficients, image, points, side=17):
-    """Return (points, 6·levels + 6): as `region_features`, for the square of `side` pixels around each of `points` (number, 2), row and column.
+    """Return (number, 6·levels + 6): as `region_features`, for the side×side box around each of `points` (number, 2), row and column.
 
-    A square that reaches beyond the image is the part of it that does not. Raises ValueError for an even side and for points that are no
-    pixels of the image.
+    Of a box that reaches beyond the image counts what is inside; the place is the point. Raises ValueError for an even side and for points
+    that are no pixels of the image.
 
     With S(y, x), the sum of all pixels above row y and left of column x, the sum over any box is S at its four corners,
     S(bottom, right) − S(top, right) − S(bottom, left) + S(top, left): what it costs does not depend on the side (Crow 1984).
