@@ -220,6 +220,19 @@ def test_fit_takes_the_best_of_all_steps_and_starts(rng):
     assert best[0] == pytest.approx(objective(one)) and best[1][0] == pytest.approx(one.variance)
 
 
+def test_a_start_gives_the_best_of_its_steps_though_it_overshoots(rng, monkeypatch):
+    seen = []
+
+    def watched(x, target, log_variance, log_length_scales, start):
+        gradient, posterior = evidence(x, target, log_variance, log_length_scales, start)
+        seen.append((posterior.log_evidence - 0.5 * ((log_length_scales - 0.5 * math.log(3))**2).sum(), math.exp(log_variance[0])))
+        return gradient, posterior
+    monkeypatch.setattr(gaussian_process, 'evidence', watched)
+    monkeypatch.setattr(gaussian_process, 'CosineSchedule', lambda base, steps: lambda step: 2.0)
+    value, variance, _ = climb(*examples(rng), 8, numpy.zeros(4))
+    assert (value, variance[0]) == max(seen) and seen.index(max(seen)) < 7
+
+
 def test_at_its_end_fit_is_where_the_gradient_vanishes(rng):
     x, target = examples(rng, 60)
     gp = GaussianProcess().fit(x, target, 150, 1)
@@ -261,7 +274,7 @@ def test_fit_gives_the_same_bits_on_one_thread_and_two(rng):
 @pytest.mark.parametrize('classifier', (GaussianProcess, LogisticRegression))
 def test_units_of_the_features_do_not_matter_to_fit(rng, classifier):
     x, target = examples(rng)
-    new, scale, offset = rng.standard_normal((9, 3)), numpy.array([1e-3, 10, 1e4]), numpy.array([5.0, -200, 1e5])
+    new, scale, offset = rng.standard_normal((9, 3)), numpy.array([1e-3, 10, 1e4]), numpy.array([1e4, -200, 1e5])
     options = dict(steps=10) if classifier is GaussianProcess else {}
     expected = classifier().fit(x, target, **options).predict(new).probability
     found = classifier().fit(x * scale + offset, target, **options).predict(new * scale + offset).probability

@@ -59,6 +59,11 @@ def test_one_square_by_hand():
         assert found.coarse.tolist() == [[coarse]] and found.details[0].ravel().tolist() == [-3, -5, 2]
 
 
+def test_the_morphological_coarse_image_is_the_darkest_pixel_of_each_square(rng):
+    image = rng.permutation(6 * 8).reshape(6, 8) - 20
+    assert numpy.array_equal(MORPHOLOGICAL.decompose(image, 1).coarse, image.reshape(3, 2, 4, 2).min(axis=(1, 3)))
+
+
 def test_medians_by_hand():
     found = MEDIAN.decompose(numpy.array([[1, 5, 2], [7, 3, 3], [0, 4, 9]]), 1)
     # medians of 3 along rows: 1 2 2 | 7 3 3 | 0 4 9; of these along columns: 1 2 2 | 1 3 3 | 0 4 9
@@ -176,7 +181,7 @@ def by_loops(coefficients, image, pixels):
 
 @every_transform
 def test_features_of_regions_are_those_of_loops(name, rng):
-    image, labels = rng.integers(0, 256, (11, 14)), rng.integers(0, 5, (11, 14))
+    image, labels = rng.integers(-128, 128, (11, 14)), rng.integers(0, 5, (11, 14))
     coefficients = TRANSFORMS[name].decompose(image, 2)
     expected = [by_loops(coefficients, image, list(zip(*numpy.nonzero(labels == label)))) for label in range(5)]
     found = region_features(coefficients, image, labels)
@@ -185,7 +190,7 @@ def test_features_of_regions_are_those_of_loops(name, rng):
 
 @every_transform
 def test_features_of_boxes_are_those_of_loops(name, rng):
-    image, points = rng.integers(0, 256, (11, 14)), rng.integers(0, (11, 14), (20, 2))
+    image, points = rng.integers(-128, 128, (11, 14)), rng.integers(0, (11, 14), (20, 2))
     points[:2] = (0, 0), (10, 13)
     coefficients = TRANSFORMS[name].decompose(image, 2)
     for side in 1, 5, 17:

@@ -5,15 +5,15 @@ Take the image in squares of 2×2 pixels,  a b / c d.  Four numbers say the same
     horizontal  h = (a − b + c − d) / 2            what changes from left to right
     vertical    v = (a + b − c − d) / 2            what changes from top to bottom
     diagonal    g = (a − b − c + d) / 2            what changes like a chessboard
-    coarse      s = (a + b + c + d) / 2            Haar:                linear; (h, v, g, s) is (a, b, c, d), rotated
+    coarse      s = (a + b + c + d) / 2            Haar:                linear and orthonormal
                 s = min(a, b, c, d)                morphological Haar:  the darkest pixel is kept, and kept sharp
 
 The coarse image, half as high and wide, is decomposed in its turn, and so on: a level for each scale. Picture a pyramid of ever smaller
 images: on top one thumbnail, and below it, on each storey, three maps of edges.
 
     ┌─────┬─────┬───────────┐
-    │ s₂  │ h₂  │           │        Speckle is in the maps of the first storeys, fascicles in the middle ones, the shade of the
-    ├─────┼─────┤    h₁     │        tissue in the thumbnail. So the strength of the maps around a place is a description of its
+    │ s₂  │ h₂  │           │        Fine grain is in the maps of the first storeys, what is larger in the next ones, shade in the
+    ├─────┼─────┤    h₁     │        thumbnail. So the strength of the maps around a place is a description of its
     │ v₂  │ g₂  │           │        texture: `region_features`, `box_features`.
     ├─────┴─────┼───────────┤
     │    v₁     │    g₁     │
@@ -23,12 +23,11 @@ The median decomposition keeps the size: with the median M_r along rows and M_c 
 
     s = M_c M_r x,    v = M_r x − M_c M_r x,    h = M_c(x − M_r x),    g = (x − M_r x) − M_c(x − M_r x),       x = s + v + h + g
 
-A median passes edges as they are and no lone bright grain, where a mean smears both; so speckle falls wholly into the details.
+A median passes straight edges as they are and no lone bright grain, where a mean smears both: the grain falls wholly into the details.
 
 Sources: Haar 1910; Heijmans & Goutsias 2000, "Nonlinear multiresolution signal decomposition schemes, part II: morphological wavelets"
-(IEEE TIP); Asghar & Barner 2001, "Nonlinear multiresolution techniques with applications to scientific visualization in a haptic
-environment" (IEEE TVCG 7:76–93), of which the form that halves nothing, since only that can be undone. Our choice, where the papers say
-nothing: the windows 2ʲ + 1, and what is beyond the edge: the edge pixels again.
+(IEEE TIP); Asghar & Barner 2001 (IEEE TVCG 7:76–93) as a handbook describes it, in the form that halves nothing, the only one that can be
+undone. Our choice: the windows of 2ʲ + 1 pixels, and that beyond the edge its pixels are repeated.
 """
 
 from typing import NamedTuple
