@@ -82,6 +82,7 @@ class Finder(importlib.abc.MetaPathFinder):
 def run():
     """Use the library as training and prediction do, in one thread at a time, so that nothing hides behind another thread's setting."""
     from nervenet import Adam, BCEWithLogitsLoss, Conv2D, DiceLoss, RefineNet, UNet, WeightedSum, optim, plain
+    from nervenet.classical.gaussian_process import GaussianProcess, LogisticRegression
     from nervenet.engine import parallel
     from nervenet.images.augment import ULTRASOUND
     from nervenet.images.data import Loader
@@ -112,6 +113,9 @@ def run():
     refined.backward(refined.forward(rng.random((2, 32, 48, 1), dtype='float32')))
     layer = Conv2D(4, 5, stride=2, rng=rng)                     # one of the ways to convolve that no U-Net takes
     layer.backward(layer.forward(rng.random((2, 33, 50, 4), dtype='float32')))
+    x = rng.standard_normal((70, 3))
+    for classifier in GaussianProcess().fit(x, x[:, 0] > 0, steps=1), LogisticRegression().fit(x, x[:, 0] > 0):
+        classifier.predict(x)
     with plain():
         layer.backward(layer.forward(rng.random((2, 33, 50, 4), dtype='float32')))
 

@@ -363,14 +363,14 @@ def median_filter(images, size=3, fill_mode='nearest'):
         around = xp.arange(-reach, length + reach).astype(xp.float64)
         x = x.take(brought_inside(around, length, fill_mode).astype(xp.int64), axis=axis)     # (N, H + 2·reach, W + 2·reach, C)
     if size <= 11:
-        return _median_by_forgetting([x[:, i:i + H, j:j + W] for i in range(size) for j in range(size)]).reshape(images.shape)
+        return median_by_forgetting([x[:, i:i + H, j:j + W] for i in range(size) for j in range(size)]).reshape(images.shape)
     host, filtered = to_cpu(x), numpy.empty((len(x), H, W, x.shape[3]), x.dtype)      # counting is work for the host
     for n, c in numpy.ndindex(len(x), x.shape[3]):
         filtered[n, :, :, c] = _median_by_counting(host[n, :, :, c], size)
     return move(filtered, device_of(images)).reshape(images.shape)
 
 
-def _median_by_forgetting(windows):
+def median_by_forgetting(windows):
     """Return the median of an odd number of equally large arrays, element by element.
 
     Source: Paeth 1990, "Median finding on a 3×3 grid".

@@ -1,0 +1,1 @@
+"""What came before deep networks: graph cuts, superpixels, wavelets and Gaussian processes."""
