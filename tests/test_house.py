@@ -20,6 +20,7 @@ BELOW = {
     'networks': {'checks', 'convolution', 'layers', 'resampling', 'engine'},
     'gradcheck': {'checks', 'layers', 'losses', 'networks', 'resampling', 'engine'},
     'images': {'checks', 'engine', 'files'},
+    'classical': {'checks', 'engine', 'files', 'images'},
     'study': {'checks', 'engine', 'files', 'images', 'layers', 'losses', 'metrics', 'networks', 'optim', 'train'},
     'phantom': {'files', 'images', 'study'},
 }
