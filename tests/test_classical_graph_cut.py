@@ -142,6 +142,20 @@ def test_no_labels_of_six_nodes_have_less_energy(rng):
         assert type(flow) is int and flow == least and labels.dtype == bool and (labels == union).all()
 
 
+def test_what_was_sent_the_wrong_way_can_be_sent_back():
+    """A chain c, b, a, d, e of pipes 10 wide, but 5 from b to a. The sink takes 5 from b and 10 from e; 10 come into c and 5 into a.
+
+    The shortest way for the 5 of a ends in b. Then the 10 of c must flow to e, against those 5. The order of the nodes decides which way is
+    found first, so all orders are tried.
+    """
+    for order in itertools.permutations(range(5)):
+        c, b, a, d, e = order
+        unary0, unary1 = numpy.zeros((2, 5), int)
+        unary0[[c, a]], unary1[[b, e]] = (10, 5), (5, 10)
+        _, flow = minimise_on_graph(unary0, unary1, [(c, b), (b, a), (a, d), (d, e)], [10, 5, 10, 10])
+        assert flow == 15
+
+
 def test_grid_and_graph_agree(rng):
     """Two algorithms that share nothing, on an image too large to try all masks."""
     H, W = 14, 17
@@ -209,7 +223,7 @@ def test_components_are_numbered_in_reading_order_and_the_background_is_0(rng):
     assert components(numpy.eye(3, dtype=bool)).max() == 3               # a diagonal joins nothing
 
 
-def test_fill_holes_fills_what_the_edge_cannot_reach():
+def test_fill_holes_fills_what_the_edge_cannot_reach(rng):
     mask = numpy.array([[0, 1, 1, 1, 0, 0],
                         [1, 0, 0, 1, 1, 1],
                         [1, 1, 0, 1, 0, 1],
@@ -218,6 +232,10 @@ def test_fill_holes_fills_what_the_edge_cannot_reach():
     filled = mask.copy()
     filled[1, 1:3] = filled[2, 2] = filled[2, 4] = True
     assert (fill_holes(mask) == filled).all()
+    for trial in range(20):
+        mask = rng.random((7, 8)) < 0.6
+        flooded = flood(numpy.pad(mask, 1))                              # a frame of background joins all that the edge can reach
+        assert (fill_holes(mask) == (flooded != flooded[0, 0])[1:-1, 1:-1]).all()
 
 
 def test_dilate_grows_by_a_disc(rng):
@@ -244,6 +262,7 @@ ONES = numpy.ones((3, 4), int)
     (lambda: minimise_on_grid(ONES, ONES, numpy.ones((4, 3, 4), int)), r'weights \(4, 3, 4\) do not fit 4 neighbours'),
     (lambda: minimise_on_grid(ONES, ONES, 1, 6), 'neighbours is 6; expected 4 or 8'),
     (lambda: minimise_on_grid(ONES * 2**61, ONES, 1), 'the energies add up to'),
+    (lambda: minimise_on_grid(ONES, ONES, 2**60), 'the energies add up to'),
     (lambda: minimise_on_graph([1, 2], [1, 2], [(0, 2)], [1]), 'one pair of nodes from 0 to 1'),
     (lambda: minimise_on_graph([1, 2], [1, 2], [(0, -1)], [1]), 'one pair of nodes from 0 to 1'),
     (lambda: minimise_on_graph([1, 2], [1, 2], [(0, 1)], [1, 2]), r'edges \(1, 2\)'),

@@ -13,8 +13,10 @@ def image(rng):
 
 
 def test_an_even_image_falls_into_its_grid():
-    labels = slic(numpy.full((48, 72), 0.7), step=12)
-    assert (labels == 6 * (numpy.arange(48)[:, None] // 12) + numpy.arange(72) // 12).all()
+    image = numpy.full((48, 72), 0.7)
+    assert (slic(image, step=12) == 6 * (numpy.arange(48)[:, None] // 12) + numpy.arange(72) // 12).all()
+    squares = 12 * 2 * ((numpy.arange(12) - 5.5)**2).sum()               # of distances from the middle of a cell, 4 × 6 cells
+    assert clusters(image, 12, 6.0, 1)[1] == pytest.approx([24 * squares * (6 / 12)**2])
 
 
 @pytest.mark.parametrize('column', range(22, 31))
@@ -44,9 +46,10 @@ def test_the_objective_never_rises(image):
         assert 0 <= labels.min() and labels.max() < 8 * 10
 
 
-def test_the_objective_is_the_sum_of_distances_to_the_best_of_the_centres_nearby(image):
+@pytest.mark.parametrize('m', [0.5, 10.0])
+def test_the_objective_is_the_sum_of_distances_to_the_best_of_the_centres_nearby(image, m):
     """One more iteration by hand, in loops: the paper's D², over the nine centres around a pixel's cell."""
-    m, rows, columns = 10.0, 8, 10
+    rows, columns = 8, 10
     before, _ = clusters(image, 8, m, 3)
     labels, objectives = clusters(image, 8, m, 4)
     (H, W), grey = image.shape, 100 * image
@@ -92,7 +95,9 @@ def test_stray_pieces_go_to_the_neighbour_with_the_longest_border():
                           [0, 0, 2, 1, 1, 1],
                           [0, 0, 2, 1, 1, 0],
                           [0, 0, 0, 1, 1, 1]])
-    assert (joined(labels, 4) == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]]).all()
+    halves = numpy.broadcast_to([0, 0, 0, 1, 1, 1], (4, 6))
+    assert (joined(labels, 4) == halves).all()
+    assert (joined(labels[:, ::-1], 4) == halves).all()                  # whatever the neighbours' numbers are
     assert joined(labels, 2).max() == 2                                  # the piece of two pixels is large enough now
     assert joined(labels, 1).max() == 3                                  # and all four are
     assert (joined(labels, 1000) == 0).all()                             # nobody is left to go to
@@ -103,6 +108,12 @@ def test_the_smallest_goes_first_and_what_has_grown_enough_stays():
     # 0 joins 1, which is then as large as 2; 1 and 2 are three and four pixels with each other, and 4 is enough.
     assert joined(labels, 4).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
     assert joined(labels, 2).tolist() == [[0, 0, 1, 1, 2, 2, 2, 2]]
+
+
+def test_what_has_joined_brings_its_borders_along():
+    labels = numpy.array(4 * [[0, 0, 1, 1]] + [[2, 2, 1, 1]] + 2 * [[2, 3, 1, 1]])
+    # 2 has two sides in common with 0 and one with 1; but 3 joins it, and has two with 1.
+    assert (joined(labels, 8) == 4 * [[0, 0, 1, 1]] + 3 * [[1, 1, 1, 1]]).all()
 
 
 def test_adjacency_counts_sides():

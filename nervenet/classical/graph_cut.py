@@ -168,7 +168,7 @@ def minimise_on_grid(unary0, unary1, weights, neighbours=4):
         drain[last] -= pushed
         flow += int(pushed.sum())
         for k, (step, space) in enumerate(zip(steps, room)):
-            p = active[(space[active] > 0) & (excess[active] > 0) & (height[active] == height[active + step] + 1)]
+            p = active[(space[active] > 0) & (excess[active] > 0) & (height[active] > height[active + step])]
             pushed = numpy.minimum(excess[p], space[p])
             excess[p] -= pushed
             space[p] -= pushed
@@ -270,8 +270,7 @@ def regions(labels):
         smaller = numpy.minimum(number[upper], number[lower])
         for ends in upper, lower:
             numpy.minimum.at(number, number[ends], smaller)              # told to the run whose number it has, for all that have it
-        while (number != number[number]).any():
-            number = number[number]
+        number = number[number]
     return numpy.unique(number, return_inverse=True)[1][run]
 
 
@@ -286,9 +285,9 @@ def components(mask):
 def fill_holes(mask):
     """Return `mask` (H, W) and all background that no 4-connected way joins to the image's edge."""
     mask = _mask(mask)
-    background = components(~mask)
-    outside = numpy.concatenate([background[[0, -1]].ravel(), background[:, [0, -1]].ravel()])
-    return mask | ~numpy.isin(background, outside)
+    region = regions(mask)
+    outside = numpy.concatenate([region[[0, -1]].ravel(), region[:, [0, -1]].ravel()])
+    return mask | ~numpy.isin(region, outside)
 
 
 def dilate(mask, radius):
