@@ -229,5 +229,5 @@ def test_a_folder_stands_for_the_last_networks_of_its_folds(tmp_path):
         (tmp_path / 'cv' / f'fold_{number}').mkdir(parents=True)
     assert model_files([tmp_path / 'cv', 'x.npz']) == [*(tmp_path / 'cv' / f'fold_{n}' / 'last.npz' for n in (1, 2, 10)), Path('x.npz')]
     (tmp_path / 'run').mkdir()
-    with pytest.raises(CheckpointError, match='run: is no folder of a cross-validation; give a model file, such as .*run/best.npz'):
+    with pytest.raises(CheckpointError, match='run: is a folder, and not that of a cross-validation; give a model file, such as .*run/best.npz'):
         model_files([tmp_path / 'run'])

@@ -181,7 +181,7 @@ def model_files(paths):
             continue
         folds = sorted(path.glob('fold_*'), key=lambda fold: (len(fold.name), fold.name))
         if not folds:
-            raise CheckpointError(f'{path}: is no folder of a cross-validation; give a model file, such as {path / "best.npz"}')
+            raise CheckpointError(f'{path}: is a folder, and not that of a cross-validation; give a model file, such as {path / "best.npz"}')
         files += [fold / 'last.npz' for fold in folds]
     return files
 
