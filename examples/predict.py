@@ -105,8 +105,8 @@ def main(arguments=None):
         print_scores(scores, tell_known(with_mask, members, len(extras)))
     if args.uncertainty and judged:
         print_uncertainty(calibration, judged)
-    if 0 < len(judged) < len(results):
-        print(f'They are those of the {len(judged)} images with a mask; {len(results) - len(judged)} have none.')
+    if judged and len(with_mask) < len(samples):
+        print(f'They are those of the {len(judged)} images with a mask; {len(samples) - len(with_mask)} have none.')
     for said in intensity_warning(odd_images, args.white), odd_masks and oddity_warning('masks', *zip(*odd_masks)):
         if said:
             print(said)
@@ -255,7 +255,7 @@ def tell_known(samples, members, networks):
     if networks == 1 and lost:
         return f'{lost} of {len(samples)} are of subjects, by their names, that the network was trained on: these scores are flattered.'
     said = ['These scores are flattered where subjects are among them that the settings were chosen on'
-            + (', or the network trained on, under other names.' if networks == 1 else '.')]
+            + (', or the network trained on, under other names.' if networks == 1 else '.')] if lost < len(samples) else []
     if len(known) > lost:
         said.append(f'{len(known) - lost} of {len(samples)} images with a mask are of subjects, by their names, that some of the {networks} networks '
                     'were trained on: each was predicted by the others.')

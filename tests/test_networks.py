@@ -294,3 +294,12 @@ def test_what_was_not_written_does_not_enter_a_result(rng):
                 with numpy.errstate(all='raise', under='ignore'):
                     y = in_sequence(pair, *layers)
                     back_in_sequence(y, *layers)
+
+
+def test_fields_of_maps_enlarged_to_the_size_of_others_are_looked_for_everywhere(rng):
+    """By hand: the widest field of all units, at a size at which the windows of multi-kernel pooling do not repeat."""
+    model = nervenet.OptimisedResUNet(base_channels=1, depth=2, rng=rng)
+    _, stages, _ = trace(model, (1, 96, 128, 1))
+    widths = [last - first + 1 for axis, length in enumerate((96, 128)) for first, last in
+              (stages['head'].input_range(place, place, axis) for place in range(length))]
+    assert model.widest_field('head', (96, 128)) == max(widths) == 171

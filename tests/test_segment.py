@@ -225,9 +225,24 @@ def test_networks_that_do_not_go_together_are_refused(files, change, message, rn
 
 
 def test_a_folder_stands_for_the_last_networks_of_its_folds(tmp_path):
-    for number in (1, 2, 10):
+    for number in range(1, 12):
         (tmp_path / 'cv' / f'fold_{number}').mkdir(parents=True)
-    assert model_files([tmp_path / 'cv', 'x.npz']) == [*(tmp_path / 'cv' / f'fold_{n}' / 'last.npz' for n in (1, 2, 10)), Path('x.npz')]
+        (tmp_path / 'cv' / f'fold_{number}' / 'last.npz').touch()
+    (tmp_path / 'cv' / 'fold_backup').mkdir()
+    files = [tmp_path / 'cv' / f'fold_{n}' / 'last.npz' for n in range(1, 12)]
+    assert model_files([tmp_path / 'cv', 'x.npz', files[0]]) == [*files, Path('x.npz')], 'each once'
+    (tmp_path / 'cv' / 'config.json').write_text('{"folds": 12}')
+    with pytest.raises(CheckpointError, match='cv: fold 12 of 12 has no network yet; train it, or give the files'):
+        model_files([tmp_path / 'cv'])
     (tmp_path / 'run').mkdir()
     with pytest.raises(CheckpointError, match='run: is a folder, and not that of a cross-validation; give a model file, such as .*run/best.npz'):
         model_files([tmp_path / 'run'])
+
+
+@pytest.mark.parametrize('extra, message', [(dict(subject_pattern='('), 'no regular expression with a group'), (dict(subject_pattern='1'), 'with a group'),
+                                            (dict(subject_pattern=5), 'with a group'), (dict(training_subjects=5), 'no list of names'),
+                                            (dict(held_out=3), 'not of the form'), (dict(held_out={'thresholds': [1]}), 'not of the form')])
+def test_what_a_file_says_of_its_training_is_checked_before_it_is_believed(model, tmp_path, extra, message):
+    nervenet.save(tmp_path / 'm.npz', model, size=[16, 24], settings={}, **extra)
+    with pytest.raises(CheckpointError, match=message):
+        Segmenter.from_file(tmp_path / 'm.npz')

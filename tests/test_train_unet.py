@@ -549,3 +549,16 @@ def test_the_networks_of_a_cross_validation_predict_together(tmp_path, rng, main
         subjects = read_config(tmp_path / 'run' / f'fold_{fold}')
         assert extra['training_subjects'] == subjects['training_subjects'] and extra['held_out']['counts'].shape[::3] == (2, 4)
         assert 'held_out' not in nervenet.load_checkpoint(tmp_path / 'run' / f'fold_{fold}' / 'best.npz')[1]
+
+
+def test_networks_that_may_have_seen_anybody_do_not_claim_to_know_strangers(tmp_path, rng, main):
+    write_pairs(tmp_path / 'data', rng)
+    options = [*TINY, '--epochs', 1]
+    main('--data', tmp_path / 'data', *options, '--folds', 2, '--leaky-split-by-image', '--out', tmp_path / 'leaky')
+    main('--data', tmp_path / 'data', *options, '--out', tmp_path / 'run')
+    main('--data', tmp_path / 'data', *options, '--init', tmp_path / 'run' / 'best.npz', '--out', tmp_path / 'tuned')
+    for path, knows in ('leaky/fold_1', False), ('run', True), ('tuned', False):
+        extra = nervenet.load_checkpoint(tmp_path / path / 'last.npz')[1]
+        assert ('held_out' in extra) == ('training_subjects' in extra) == knows
+    with pytest.raises(nervenet.CheckpointError, match='does not say what its network made of subjects it had not seen'):
+        example('predict').main([*map(str, ['--model', tmp_path / 'leaky', '--input', tmp_path / 'data', '--output', tmp_path / 'masks'])])

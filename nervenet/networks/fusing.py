@@ -52,7 +52,7 @@ def in_sequence(x, *layers):
         elif kinds[:2] == [BatchNorm2D, ReLU] and not only_plain() and (kernels.can_compute(x) or _may_be_fused(x, layers[:2])):
             x = norm_and_relu(x, *layers[:2])
             del layers[:2]
-        elif kinds[:2] == [Add, ReLU] and _may_be_fused(x, layers[:2]):
+        elif kinds[:2] == [Add, ReLU] and x[0].shape == x[1].shape and _may_be_fused(x, layers[:2]):
             x = sum_and_relu(x, *layers[:2])
             del layers[:2]
         else:

@@ -115,8 +115,9 @@ def widest_field(model, stage, size=(1, 1)):
 
 
 def _widest(value, model):
-    period = model.padded_size((1, 1))[0]                   # the fields of neighbours differ, and repeat after so many
-    fields = (value.input_range(position, position, axis) for axis in (0, 1) for position in range(period))
+    # The fields of neighbours differ, and repeat after a multiple, unless something is enlarged to the size of the map.
+    positions = [range(model.multiple if model.least == 1 else value.shape[1 + axis]) for axis in (0, 1)]
+    fields = (value.input_range(position, position, axis) for axis in (0, 1) for position in positions[axis])
     return max(last - first + 1 for first, last in fields)
 
 

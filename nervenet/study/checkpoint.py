@@ -167,7 +167,7 @@ def _build(header, state):
     if header['model'] not in MODELS:
         raise CheckpointError(f'holds a model of class {header["model"]!r}; known are {", ".join(MODELS)}')
     config, depth = header['config'], header['config']['depth']
-    if not 1 <= depth <= len(state):
+    if not 1 <= depth <= min(len(state), 64):
         raise CheckpointError(f'its header asks for depth {depth}, its {len(state)} arrays do not')
     for name, array in state.items():
         if array.dtype.name != header['dtype']:

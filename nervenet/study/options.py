@@ -166,8 +166,8 @@ def training_bytes(args):
     pixels = args.batch_size * math.prod(args.size)
     batches = 4 * 2 * 4 * pixels                            # images and masks, float32: one in use, two ready, one in the making
     deepest = args.base_channels << args.depth
-    parameters = 4 * 4 * 9 * deepest**2                     # about: the deepest level, its gradients, Adam's two averages
-    if args.device != 'cpu' or parameters > 2**36:          # no network of that size is built to ask it
+    parameters = 4 * 4 * 30 * deepest**2                    # about, of a U-Net: weights, gradients, Adam's two averages
+    if args.device != 'cpu' or parameters > (available_bytes() or 2**36):       # no network of that size is built to ask it
         return batches + parameters * (args.device == 'cpu')
     model = NETWORKS[args.model](**architecture(args))
     return batches + model.training_memory((args.batch_size, *args.size, 1))

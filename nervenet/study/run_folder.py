@@ -203,11 +203,13 @@ class RunFolder:
                 found[epoch] = (counts, *(choose_from([counts]) if there_is_foreground
                                           else (Settings(), score(network, part.epoch(0), Settings())['dice_per_image'])))
             counts, settings, there = found[epoch]
-            held_out = {}
-            if path == self.last:
-                held_out['held_out'] = counts if part is validation else count_masks(network, lambda: validation.epoch(0))
-            self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask, **held_out,
-                                   **{name: self.config.get(name) for name in ('training_subjects', 'subject_pattern')})
+            # What a network said of strangers is known only where subjects are, and where it did not start from one that may have seen them.
+            seen, strangers = {}, not (self.config.get('leaky_split_by_image') or self.config.get('init'))
+            if path == self.last and strangers:
+                seen['held_out'] = counts if part is validation else count_masks(network, lambda: validation.epoch(0))
+            if self.config.get('data') and strangers:           # subjects of synthetic images have names that others have too
+                seen |= {name: self.config.get(name) for name in ('training_subjects', 'subject_pattern')}
+            self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask, **seen)
             chosen[path.name] = {'epoch': extra['epoch'], 'settings': asdict(settings),
                                  'chosen on': f'{where} subjects' if there_is_foreground else 'nothing',
                                  'dice per image there': there}

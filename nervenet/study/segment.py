@@ -8,6 +8,8 @@ Several networks predict together by the mean of their probabilities. The networ
 probabilities become a mask is chosen from what each said of the subjects that it had not seen.
 """
 
+import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -166,7 +168,29 @@ def read_network(path):
     mean_mask = extra.get('mean_training_mask')
     if mean_mask is not None and getattr(mean_mask, 'ndim', 0) != 2:
         raise CheckpointError(f'{path}: its mean training mask is not an array (H, W)')
+    check_what_was_seen(path, extra)
     return model, extra
+
+
+def check_what_was_seen(path, extra):
+    """Raise CheckpointError unless what the file says of the subjects of its training has the form that `RunFolder` writes."""
+    subjects, pattern, held_out = (extra.get(name) for name in ('training_subjects', 'subject_pattern', 'held_out'))
+    if not (subjects is None or isinstance(subjects, list) and all(isinstance(subject, str) for subject in subjects)):
+        raise CheckpointError(f'{path}: its training subjects are no list of names')
+    try:
+        has_group = pattern is None or isinstance(pattern, str) and re.compile(pattern).groups > 0
+    except re.error:
+        has_group = False
+    if not has_group:
+        raise CheckpointError(f'{path}: its subject pattern {pattern!r} is no regular expression with a group')
+    if held_out is not None:
+        try:
+            thresholds, pixels, counts = (held_out[name] for name in ('thresholds', 'pixels', 'counts'))
+            fits = isinstance(pixels, int) and counts.dtype.kind == 'i' and counts.shape[:3] == (2, *thresholds.shape, 3) and counts.ndim == 4
+        except (TypeError, KeyError, AttributeError):
+            fits = False
+        if not fits:
+            raise CheckpointError(f'{path}: what it says of subjects that its network had not seen is not of the form of this version')
 
 
 def model_files(paths):
@@ -179,11 +203,23 @@ def model_files(paths):
         if not path.is_dir():
             files.append(path)
             continue
-        folds = sorted(path.glob('fold_*'), key=lambda fold: (len(fold.name), fold.name))
+        folds = sorted((fold for fold in path.glob('fold_*') if fold.name[5:].isdigit()), key=lambda fold: int(fold.name[5:]))
         if not folds:
             raise CheckpointError(f'{path}: is a folder, and not that of a cross-validation; give a model file, such as {path / "best.npz"}')
-        files += [fold / 'last.npz' for fold in folds]
-    return files
+        number = read_folds(path) or len(folds)
+        missing = [n for n in range(1, number + 1) if not (path / f'fold_{n}' / 'last.npz').exists()]
+        if missing:
+            raise CheckpointError(f'{path}: fold {missing[0]} of {number} has no network yet; train it, or give the files of those that are there')
+        files += [path / f'fold_{n}' / 'last.npz' for n in range(1, number + 1)]
+    return [*{file.resolve(): file for file in files}.values()]                 # each once
+
+
+def read_folds(path):
+    """Return how many folds the cross-validation in the folder `path` has by its config.json; None if that does not say."""
+    try:
+        return int(json.loads((path / 'config.json').read_text())['folds'])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def open_segmenter(args):
