@@ -65,6 +65,12 @@ def test_the_objective_is_the_sum_of_distances_to_the_best_of_the_centres_nearby
     assert objectives[-1] == pytest.approx(total)
 
 
+def test_clusters_may_be_tiny_and_even_empty(rng):
+    labels, objectives = clusters((rng.random((12, 12)) < 0.15).astype(float), 2, 5.0, 6)
+    pixels = numpy.bincount(labels.ravel(), minlength=36)
+    assert pixels.min() == 0 and numpy.median(pixels) < 6 and objectives[-1] < 0.8 * objectives[0]
+
+
 def test_first_centres_move_off_edges():
     """A bright line through the middles of the cells: each centre begins beside it, where grey is even."""
     image = numpy.zeros((30, 30))
