@@ -41,11 +41,10 @@ MODES = 'nearest', 'bilinear'
 def shares(length, enlarged, mode):
     """Return R (enlarged, length), float64: which values, in what shares, each of the enlarged row is made of."""
     R, place = numpy.zeros((enlarged, length)), numpy.arange(enlarged)
-    t = (place + 0.5) * length / enlarged - 0.5                                # where the centres lie
     if mode == 'nearest':
         R[place, ((2 * place + 1) * length) // (2 * enlarged)] = 1              # ⌊t + ½⌋, in whole numbers
         return R
-    t = t.clip(0, length - 1)
+    t = ((place + 0.5) * length / enlarged - 0.5).clip(0, length - 1)          # where the centres lie
     upper = numpy.floor(t).astype(int)
     R[place, upper] += 1 - (t - upper)
     R[place, numpy.minimum(upper + 1, length - 1)] += t - upper

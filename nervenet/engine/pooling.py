@@ -24,7 +24,7 @@ def largest(x, geometry):
     xp, (KH, KW), (H_out, W_out) = get_array_module(x), geometry.kernel_size, geometry.output_size(x.shape[1:3])
     if not _are_side_by_side(geometry):
         y = empty((len(x), H_out, W_out, x.shape[3]), x)
-        _for_images(x, lambda images: _along_rows(_along_columns(x[images], geometry), geometry, out=y[images]))
+        _for_images(x, lambda images: _largest_along(_along_columns(x[images], geometry), 1, geometry, out=y[images]))
         return y, None
     if KH == KW and KH * KW <= 256 and kernels.can_compute(x):                  # the place of a maximum has 8 bits there
         return kernels.max_pool(x, KH)
@@ -110,6 +110,7 @@ def _taps(axis, geometry, length, length_out):
 
 
 def _largest_along(x, axis, geometry, out):
+    """Write the maximum along one axis of each window into `out`, and return it."""
     xp = get_array_module(x)
     out[...] = -math.inf
     for outputs, inputs in _taps(axis, geometry, x.shape[axis], out.shape[axis]):
@@ -122,11 +123,6 @@ def _along_columns(x, geometry):
     n, H, _, C = x.shape
     W_out = geometry.output_size(x.shape[1:3])[1]
     return _largest_along(x, 2, geometry, get_array_module(x).empty((n, H, W_out, C), x.dtype))
-
-
-def _along_rows(of_rows, geometry, out):
-    """Write the maximum of the rows of each window into `out` (n, H_out, W_out, C)."""
-    return _largest_along(of_rows, 1, geometry, out)
 
 
 def _back(dy, x, y, axis, geometry):

@@ -130,18 +130,20 @@ class Segmenter:
         """
         if not prepared:
             return []
-        models = self.models if members is None else [self.models[number] for number in members]
+        models = self._members(members)
         p = sum(predict_flips(model, self._batch(prepared, model), self.settings.flip_average) for model in models) / len(models)
         return list(to_cpu(p)[..., 0].astype('float32', copy=False))                                # (N, h, w)
 
     def samples(self, prepared, members=None):
         """Return what each of the models makes of each image, and of the mirrored image: a list of (T, h, w), T two for each model."""
-        models = self.models if members is None else [self.models[number] for number in members]
         drawn = []
-        for model in models:
+        for model in self._members(members):
             x = self._batch(prepared, model)
             drawn += [to_cpu(predict(model, x)), to_cpu(predict(model, x[:, :, ::-1])[:, :, ::-1])]
         return [*numpy.stack(drawn, axis=1)[..., 0].astype('float32', copy=False)]                  # N of (T, h, w)
+
+    def _members(self, members):
+        return self.models if members is None else [self.models[number] for number in members]
 
     def _batch(self, prepared, model):
         return move(numpy.stack(prepared)[..., None].astype(model.dtype), model.device)             # (N, h, w, 1)
@@ -203,7 +205,7 @@ def model_files(paths):
         if not path.is_dir():
             files.append(path)
             continue
-        folds = sorted((fold for fold in path.glob('fold_*') if fold.name[5:].isdigit()), key=lambda fold: int(fold.name[5:]))
+        folds = [fold for fold in path.glob('fold_*') if fold.name[5:].isdigit()]
         if not folds:
             raise CheckpointError(f'{path}: is a folder, and not that of a cross-validation; give a model file, such as {path / "best.npz"}')
         number = read_folds(path) or len(folds)
