@@ -13,10 +13,10 @@ from PIL import Image
 
 from nervenet.images import data
 from nervenet.images.augment import median_filter
-from nervenet.images.data import (Filtered, Loader, Reader, as_intensities, data_warning, holds_foreground,
+from nervenet.images.data import (Filtered, Loader, MaskRule, Reader, as_intensities, data_warning, holds_foreground,
                                   in_background, intensity_oddity, intensity_statistics, mask_oddity, oddity_warning,
                                   read_image, read_mask, read_pair, resize, resize_mask, white_of)
-from nervenet.images.samples import DataError, Sample, find_samples, split_by_subject, subject_warning
+from nervenet.images.samples import DataError, Sample, describe, find_samples, split_by_subject, subject_warning
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data'
 GREY = numpy.arange(6 * 5, dtype=numpy.uint8).reshape(6, 5) * 8            # 0 to 232, no two equal
@@ -69,7 +69,7 @@ def test_kaggle_layout_is_found_in_train_or_in_the_folder_itself(tmp_path, rng):
     samples = find_samples(tmp_path)
     assert samples == find_samples(tmp_path / 'train')
     assert [sample.name for sample in samples[:5]] == ['1_1', '1_2', '2_1', '2_2', '3_1'] and samples[-1].name == '11_2'
-    assert samples[4] == Sample('3_1', '3', tmp_path / 'train' / '3_1.tif', tmp_path / 'train' / '3_1_mask.tif')
+    assert samples[4] == Sample('3_1', '3', tmp_path / 'train' / '3_1.tif', (tmp_path / 'train' / '3_1_mask.tif',))
     assert not subject_warning(samples)
 
 
@@ -80,7 +80,7 @@ def test_plain_layout_pairs_by_name_across_formats(tmp_path):
     write(tmp_path / 'images' / 'scan 12.png', GREY)
     samples = find_samples(tmp_path)
     assert [sample.name for sample in samples] == ['scan 9', 'scan 10', 'scan 11', 'scan 12']
-    masks = [sample.mask_path.name for sample in samples]
+    masks = [sample.mask_paths[0].name for sample in samples]
     assert masks == ['scan 9.bmp', 'scan 10.bmp', 'scan 11.png', 'scan 12_mask.png']
 
 
@@ -117,9 +117,9 @@ def test_folders_and_files_without_masks(tmp_path, rng):
     kaggle(tmp_path, rng, subjects=1, frames=2)
     write(tmp_path / '7.tif', GREY)
     optional, none = (find_samples(tmp_path, masks=masks) for masks in ('optional', 'none'))
-    assert [(sample.name, sample.subject, sample.mask_path and sample.mask_path.name) for sample in optional] == [
+    assert [(sample.name, sample.subject, sample.mask_paths and sample.mask_paths[0].name) for sample in optional] == [
         ('1_1', '1', '1_1_mask.tif'), ('1_2', '1', '1_2_mask.tif'), ('7', '7', None)]
-    assert [(sample.name, sample.mask_path) for sample in none] == [('1_1', None), ('1_2', None), ('7', None)]
+    assert [(sample.name, sample.mask_paths) for sample in none] == [('1_1', None), ('1_2', None), ('7', None)]
     assert find_samples(tmp_path / '1_2.tif', masks='optional') == optional[1:2]
     assert find_samples(tmp_path / '1_2.tif', masks='none') == none[1:2]
     with pytest.raises(DataError) as error:
@@ -181,23 +181,28 @@ def test_two_images_of_one_name_are_refused(tmp_path):
     message(error, 'x.png', 'x.bmp', 'same name')
 
 
-def test_an_image_with_several_masks_is_refused_or_told_and_not_taken_for_two_images(tmp_path):
-    for name in ('benign (1)', 'benign (2)', 'benign (2)_mask_3'):            # the last is an image: it has a mask of its own
+def paired(samples):
+    """Return {name: names of the mask files} of samples."""
+    return {sample.name: sample.mask_paths and [path.name for path in sample.mask_paths] for sample in samples}
+
+
+def test_several_masks_of_an_image_are_joined_and_not_taken_for_images(tmp_path):
+    union = numpy.zeros_like(GREY)
+    for name, rows in (('a (1)_mask', slice(0, 2)), ('a (1)_mask_1', slice(1, 3)), ('a (1)_MASK (2)', slice(5, 6)), ('a (10)_mask', slice(4, 5))):
+        drawn = numpy.zeros_like(GREY)
+        drawn[rows, 1:3] = 255
+        union |= drawn * (name[:5] == 'a (1)')
+        write(tmp_path / f'{name}.png', drawn)
+    for name in ('a (1)', 'a (10)'):
         write(tmp_path / f'{name}.png', GREY)
-        write(tmp_path / f'{name}_mask.png', GREY // 128)
-    assert [sample.name for sample in find_samples(tmp_path / 'benign (1).png', masks='optional')] == ['benign (1)']
-    (tmp_path / 'benign (2)_mask_3_mask.png').unlink()
-    with pytest.raises(DataError) as error:
+    samples = find_samples(tmp_path)
+    assert paired(samples) == {'a (1)': ['a (1)_MASK (2).png', 'a (1)_mask.png', 'a (1)_mask_1.png'], 'a (10)': ['a (10)_mask.png']}
+    numpy.testing.assert_array_equal(read_pair(samples[0])[1], union // 255)
+    assert describe(samples)[1] == '1 images have several masks, which are joined: a (1)'
+    assert [sample.name for sample in find_samples(tmp_path / 'a (1).png', masks='optional')] == ['a (1)']
+    write(tmp_path / 'a (1)_mask.bmp', GREY)
+    with pytest.raises(DataError, match='a .1._mask.png: a .1._mask.bmp has the same name; keep one'):
         find_samples(tmp_path)
-    message(error, tmp_path / 'benign (2)_mask.png', '2 masks', 'benign (2)_mask_3.png', 'merge them', '1 of 2 images')
-    told = []
-    samples = find_samples(tmp_path, masks='optional', tell=told.append)
-    assert [(sample.name, sample.mask_path) for sample in samples] == [
-        ('benign (1)', tmp_path / 'benign (1)_mask.png'), ('benign (2)', None)]
-    assert told == ['1 of the files have several masks, so none is used: benign (2).png']
-    (tmp_path / 'benign (2)_mask.png').rename(tmp_path / 'benign (2)_MASK.png')        # in any case
-    (tmp_path / 'benign (2)_mask_3.png').unlink()
-    assert len(find_samples(tmp_path)) == 2
 
 
 def test_a_pattern_of_the_shell_names_masks_too_and_they_are_left_out(tmp_path):
@@ -207,7 +212,7 @@ def test_a_pattern_of_the_shell_names_masks_too_and_they_are_left_out(tmp_path):
     write(tmp_path / '1_1_mask_2.png', GREY)
     told = []
     samples = find_samples(sorted(tmp_path.iterdir()), masks='optional', tell=told.append)
-    assert [(sample.name, sample.mask_path) for sample in samples] == [('1_1', None), ('1_2', tmp_path / '1_2_mask.PNG')]
+    assert paired(samples) == {'1_1': ['1_1_mask.PNG', '1_1_mask_2.png'], '1_2': ['1_2_mask.PNG']}
     assert '3 of the files left out, being masks, going by name and place: 1_1_mask.PNG, 1_1_mask_2.png, 1_2_mask.PNG' in told
     with pytest.raises(DataError) as error:
         find_samples(sorted(tmp_path.glob('*_mask*')), masks='optional')
@@ -217,16 +222,16 @@ def test_a_pattern_of_the_shell_names_masks_too_and_they_are_left_out(tmp_path):
 
 
 def test_a_file_is_paired_as_its_folder_is(tmp_path, monkeypatch):
-    plain(tmp_path, ['x', 'y', 'z_mask'], '.png', '.TIF')                       # z_mask is an image that is called so
+    plain(tmp_path, ['x', 'y', 'z_mask', 'P1/x', 'P1/w'], '.png', '.TIF')       # z_mask is an image that is called so
     write(tmp_path / 'images' / 'x_mask.png', GREY)                             # a mask in the wrong folder, beside another one
-    expected = [('x', None), ('y', 'y.TIF'), ('z_mask', 'z_mask.TIF')]
+    expected = {'P1/w': ['w.TIF'], 'P1/x': ['x.TIF'], 'x': ['x_mask.png', 'x.TIF'], 'y': ['y.TIF'], 'z_mask': ['z_mask.TIF']}
 
     def found(paths):
-        return [(sample.name, sample.mask_path and sample.mask_path.name) for sample in find_samples(paths, masks='optional')]
+        return paired(find_samples(paths, masks='optional'))
 
-    assert found(tmp_path) == found(sorted(tmp_path.glob('*/*'))) == found(tmp_path / 'images') == expected
+    assert found(tmp_path) == found(sorted(tmp_path.rglob('*.*'))) == found(tmp_path / 'images') == expected
     monkeypatch.chdir(tmp_path / 'images')
-    assert found([Path('x.png'), Path('y.png'), Path('z_mask.png')]) == found('.') == expected
+    assert found([Path('x.png'), Path('y.png'), Path('z_mask.png'), Path('P1/x.png'), Path('P1/w.png')]) == found('.') == expected
     with pytest.raises(DataError, match='masks: holds the masks of .*images; give the images'):
         find_samples(tmp_path / 'masks', masks='optional')
     (tmp_path / 'images' / 'x_mask.png').unlink()
@@ -245,14 +250,15 @@ def test_whatever_is_left_out_or_taken_from_elsewhere_is_told(tmp_path, rng):
     assert told(tmp_path / 'clean') == []
 
     kaggle(tmp_path / 'a' / 'train', rng)
-    for name in ('beside.tif', 'test/5_1.tif', 'train/more/5_2.tif'):
+    for name in ('beside.tif', 'test/5_1.tif', 'more/5_2.tif'):
         write(tmp_path / 'a' / name, GREY)
     (tmp_path / 'a' / 'train' / '9_1.gif').write_bytes(b'')
     (tmp_path / 'a' / 'train' / '9_2.dcm').write_bytes(b'')
     (tmp_path / 'a' / 'train' / '9_3.tif').symlink_to(tmp_path / 'gone.tif')
     line, = told(tmp_path / 'a')
     for part in (f'{tmp_path / "a"}: images are taken from {tmp_path / "a" / "train"};', 'links that lead nowhere (9_3.tif)',
-                 'folders inside (more, test)', 'files of other formats (9_1.gif, 9_2.dcm)', 'images beside that (beside.tif)'):
+                 'folders inside (more, test)', 'files of other formats (9_1.gif, 9_2.dcm)', 'images beside that (beside.tif)',
+                 f'to score on {tmp_path / "a" / "test"} give it as --test'):
         assert part in line
     with pytest.raises(DataError, match='9_3.tif: is a link that leads nowhere'):
         find_samples(tmp_path / 'a' / 'train' / '9_3.tif', masks='optional')
@@ -260,8 +266,8 @@ def test_whatever_is_left_out_or_taken_from_elsewhere_is_told(tmp_path, rng):
     images, masks = tmp_path / 'tidy' / 'images', tmp_path / 'tidy' / 'masks'
     assert told(images) == [f'{images}: images are taken from {images}, masks from {masks}']
     write(tmp_path / 'tidy' / 'x.png', GREY)
-    write(tmp_path / 'tidy' / 'masks' / 'P1' / 'z.png', GREY)
-    assert told(tmp_path / 'tidy') == [f'{tmp_path / "tidy"}: left out are folders inside (P1), images beside that (x.png)']
+    write(tmp_path / 'tidy' / 'P1' / 'deep' / 'z.png', GREY)
+    assert told(tmp_path / 'tidy') == [f'{tmp_path / "tidy"}: left out are images beside that (x.png), folders inside (P1)']
     write(tmp_path / 'tidy' / 'masks' / 'w.png', GREY)
     assert f'{tmp_path / "tidy"}: left out are masks without image, w.png' in told(tmp_path / 'tidy', masks='optional')
 
@@ -273,11 +279,6 @@ def test_wrong_content_of_images_and_masks_is_listed_with_the_way_out(tmp_path):
     with pytest.raises(DataError) as error:
         find_samples(tmp_path / 'gif')
     message(error, 'Found images/ with 0.png, 1.png, masks/ with 0.gif, 1.gif', 'convert them to PNG')
-    for name in ('images/P0/0.png', 'masks/P0/0.png'):
-        write(tmp_path / 'patients' / name, GREY)
-    with pytest.raises(DataError) as error:
-        find_samples(tmp_path / 'patients')
-    message(error, 'Found images/ with P0/ (folders inside are not searched, so put all images into one', 'masks/ with P0/')
     (tmp_path / 'links').mkdir()
     (tmp_path / 'links' / '1_1.tif').symlink_to(tmp_path / 'gone')
     with pytest.raises(DataError) as error:
@@ -311,13 +312,13 @@ def test_names_that_are_not_utf8_are_spelled_out(tmp_path):
     sample, = find_samples(tmp_path, '(M.+)_')
     assert sample.name == 'M\\xfcller_1' and sample.subject == 'M\\xfcller' and sample.name.encode()
     read_pair(sample)
-    assert find_samples(sample.image_path, masks='optional')[0].mask_path == sample.mask_path
+    assert find_samples(sample.image_path, masks='optional')[0].mask_paths == sample.mask_paths
 
 
 # --- Splitting --------------------------------------------------------------------------------------------------------
 
 def samples_of(images_per_subject):
-    return [Sample(f'{subject}_{image}', str(subject), Path(f'{subject}_{image}.tif'), Path('mask'))
+    return [Sample(f'{subject}_{image}', str(subject), Path(f'{subject}_{image}.tif'), (Path('mask'),))
             for subject, count in enumerate(images_per_subject) for image in range(count)]
 
 
@@ -659,7 +660,7 @@ def test_labels_that_only_a_dark_colour_or_transparency_tells_apart_are_read(tmp
 def test_sizes_that_differ_within_a_pair_are_named(tmp_path):
     image, mask = write(tmp_path / 'x.png', GREY), write(tmp_path / 'x_mask.png', GREY.T // 128)
     with pytest.raises(DataError) as error:
-        read_pair(Sample('x', 'x', image, mask))
+        read_pair(Sample('x', 'x', image, (mask,)))
     message(error, mask, '5×6', 'x.png is 6×5')
     with pytest.raises(DataError) as error:
         read_pair(Sample('x', 'x', image, None))
@@ -676,7 +677,7 @@ def test_orientation_marks_that_differ_within_a_pair_are_named(tmp_path):
     square = numpy.eye(6, dtype=numpy.uint8)
 
     def pair(pixels, image_mark, mask_mark):
-        return Sample('x', 'x', marked(tmp_path / 'x.png', pixels, image_mark), marked(tmp_path / 'x_mask.png', pixels, mask_mark))
+        return Sample('x', 'x', marked(tmp_path / 'x.png', pixels, image_mark), (marked(tmp_path / 'x_mask.png', pixels, mask_mark),))
 
     with pytest.raises(DataError) as error:
         read_pair(pair(GREY // 232, 6, 1))
@@ -687,7 +688,7 @@ def test_orientation_marks_that_differ_within_a_pair_are_named(tmp_path):
                                                   (oblong, 6, 8, True)):
         sample = pair(pixels, image_mark, mask_mark)
         assert ('turned' in mask_oddity(sample, read_pair(sample)[1])) == is_odd
-    sample = Sample('x', 'x', marked(tmp_path / 'x.png', GREY, 6), write(tmp_path / 'x_mask.png', numpy.rot90(GREY // 232, -1)))
+    sample = Sample('x', 'x', marked(tmp_path / 'x.png', GREY, 6), (write(tmp_path / 'x_mask.png', numpy.rot90(GREY // 232, -1)),))
     assert mask_oddity(sample, read_pair(sample)[1]) == '', 'a mask drawn on the upright image'
 
 
@@ -695,7 +696,7 @@ def test_odd_masks_and_intensities_are_found_and_named(tmp_path, rng):
     samples, reader = find_samples(kaggle(tmp_path, rng, subjects=6)), Reader(SIZE)
     assert data_warning(samples, reader, *intensity_statistics(samples, reader)) == ''
     for sample in samples[:2]:
-        write(sample.mask_path, 255 - 255 * read_mask(sample.mask_path))
+        write(sample.mask_paths[0], 255 - 255 * read_mask(sample.mask_paths[0]))
     write(samples[5].image_path, rng.integers(0, 4096, (10, 14), dtype=numpy.uint16))
     reader = Reader(SIZE)
     masks, images = data_warning(samples, reader, *intensity_statistics(samples, reader)).splitlines()
@@ -852,14 +853,14 @@ def test_batches_have_the_promised_shapes_values_and_order(samples):
     for sample, image, mask in zip(samples, images, masks):
         expected = resize(read_image(sample.image_path), SIZE)
         numpy.testing.assert_allclose(image[..., 0], expected, rtol=0, atol=0.51 / 65535)
-        numpy.testing.assert_array_equal(mask[..., 0], resize_mask(read_mask(sample.mask_path), SIZE))
+        numpy.testing.assert_array_equal(mask[..., 0], resize_mask(read_mask(sample.mask_paths[0]), SIZE))
 
 
 def test_8_and_16_bit_grey_pass_through_the_reader_unchanged(tmp_path):
     for name, levels, dtype in (('8.png', 256, 'uint8'), ('16.png', 65536, 'uint16')):
         pixels = numpy.arange(levels).astype(dtype).reshape(-1, 64)
         image = write(tmp_path / name, pixels)
-        sample = Sample(name, name, image, write(tmp_path / f'{name}_mask.png', numpy.zeros(pixels.shape, numpy.uint8)))
+        sample = Sample(name, name, image, (write(tmp_path / f'{name}_mask.png', numpy.zeros(pixels.shape, numpy.uint8)),))
         (images, _), = Loader([sample], Reader(pixels.shape), 1).epoch(0)
         numpy.testing.assert_array_equal(images[0, ..., 0], read_image(image))
 
@@ -907,9 +908,9 @@ def mark(images, masks, rngs):
 def with_foreground(samples, indices):
     """Return samples of which only those at `indices` have a mask that holds foreground."""
     for index, sample in enumerate(samples):
-        mask = numpy.zeros_like(read_mask(sample.mask_path))
+        mask = numpy.zeros_like(read_mask(sample.mask_paths[0]))
         mask[2:20, 2:20] = index in indices
-        write(sample.mask_path, 255 * mask)
+        write(sample.mask_paths[0], 255 * mask)
     return samples
 
 
@@ -1003,17 +1004,17 @@ def test_intensity_statistics_are_those_of_all_pixels(samples):
 def test_intensity_statistics_refuse_what_has_none(tmp_path):
     black = write(tmp_path / 'x.png', 0 * GREY)
     with pytest.raises(DataError, match='1 images of one and the same grey'):
-        intensity_statistics([Sample('x', 'x', black, black)], Reader((6, 5)))
+        intensity_statistics([Sample('x', 'x', black, (black,))], Reader((6, 5)))
     with pytest.raises(DataError, match='0 images'):
         intensity_statistics([], Reader((6, 5)))
 
 
 def test_the_mask_threshold_reaches_the_files(tmp_path):
     image = write(tmp_path / 'x.png', GREY)
-    sample = Sample('x', 'x', image, image)
+    sample = Sample('x', 'x', image, (image,))
     with pytest.raises(DataError, match='--mask-threshold'):
         list(Loader([sample], Reader((6, 5)), 1).epoch(0))
-    (_, masks), = Loader([sample], Reader((6, 5), mask_threshold=100), 1).epoch(0)
+    (_, masks), = Loader([sample], Reader((6, 5), MaskRule(threshold=100)), 1).epoch(0)
     numpy.testing.assert_array_equal(masks[0, ..., 0], GREY >= 100)
 
 

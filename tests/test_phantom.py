@@ -244,10 +244,10 @@ def test_command_writes_a_set_that_can_be_read(tmp_path, capsys):
         image, mask = read_pair(sample)
         expected_image, expected_mask = make_frame(int(sample.subject), int(sample.name[2:]), seed=5, size=(42, 58))
         assert (numpy.rint(image * 255) == expected_image).all() and (mask == expected_mask).all()
-        for path in sample.image_path, sample.mask_path:
+        for path in sample.image_path, *sample.mask_paths:
             with Image.open(path) as file:
                 assert file.mode == 'L' and file.info['compression'] == 'tiff_lzw' and file.size == (58, 42)
-        assert set(numpy.unique(numpy.array(Image.open(sample.mask_path)))) <= {0, 255}
+        assert set(numpy.unique(numpy.array(Image.open(sample.mask_paths[0])))) <= {0, 255}
 
 
 def test_command_runs_as_a_module(tmp_path):

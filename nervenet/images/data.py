@@ -17,6 +17,7 @@ import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 
 import numpy
 from PIL import Image, ImageOps
@@ -88,53 +89,152 @@ def white_of(path):
     return next(2**bits - 1 for bits in (8, 10, 12, 14) if pixels.max() < 2**bits)
 
 
-def read_mask(path, threshold=None):
+@dataclass(frozen=True)
+class MaskRule:
+    """What in the file of a mask is foreground. Without any of these 0 is background, and one other value, any, is foreground.
+
+    threshold      values from this one up are foreground, in the file's own units
+    label          the values are classes, and this one is foreground; 'all': all but 0 are. The value is what the file stores, of a palette
+                   its number: what the description of a data set speaks of
+    fill_outlines  whether to fill closed lines; else a mask that is one is refused
+    """
+
+    threshold: float | None = None
+    label: int | str | None = None
+    fill_outlines: bool = False
+
+
+def read_mask(path, threshold=None, label=None, fill_outlines=False):
     """Return the mask at `path` as (H, W) uint8: 0 is background, 1 is foreground.
 
     In the file, 0 is background and one other value, any, is foreground: 0/255, 0/1 and black/white are all the same. A
     file of the one value 0 is an empty mask, of one other value a full one. Where all colours of a palette look alike,
-    its numbers are the values; where only transparency tells pixels apart, what is opaque is foreground. Raises
-    DataError for more values, as lossy formats make them, unless `threshold` says that values ≥ threshold, in the
-    file's own units, are foreground.
+    its numbers are the values; where only transparency tells pixels apart, what is opaque is foreground.
+
+    Raises DataError for more values, as classes have them and lossy formats make them, unless `label` or `threshold` says which
+    are foreground; and for closed thin lines, unless `fill_outlines`: see MaskRule.
     """
-    values, _ = _read_grey(path, _labels)
-    if threshold is not None:
-        return (values >= threshold).astype(numpy.uint8)
-    if not ((values == 0) | (values == values.max())).all():
-        found = numpy.unique(values)
+    return _read_mask(path, MaskRule(threshold, label, fill_outlines))[0]
+
+
+def _read_mask(path, rule):
+    """Return (mask (H, W) uint8 0/1, value): the value in the file that is foreground, if nothing says it, and there is any; else None."""
+    value = None
+    (values, _), classes = _read_grey(path, lambda image, kind: (_labels(image, kind), _classes(image, kind)))
+    if rule.label is not None:
+        if classes is None:
+            raise DataError(f'{path}: is drawn in colours, and --label {rule.label} asks for numbers; save it as grey or with a palette')
+        mask = classes != 0 if rule.label == 'all' else classes == rule.label
+    elif rule.threshold is not None:
+        mask = values >= rule.threshold
+    else:
+        _check_two_values(path, values, classes)
+        mask = values != 0
+        if mask.any():
+            value = (values if classes is None else classes)[mask].max().item()
+    mask = mask.astype(numpy.uint8)
+    filled = fill_outlines(mask)
+    if not rule.fill_outlines and is_outline(mask, filled):
+        raise DataError(f'{path}: is a line around a region, not the region: it encloses {filled.sum() / mask.sum() - 1:.1f} times its own area; give '
+                        '--fill-outlines')
+    return filled if rule.fill_outlines else mask, value
+
+
+def _check_two_values(path, values, classes):
+    """Raise DataError if a mask holds other values than 0 and one more; say which options say what is foreground."""
+    if ((values == 0) | (values == values.max())).all():
+        return
+    found = numpy.unique(values)
+
+    def listed(found):
         shown = [f'{value:g}' for value in found]
-        shown = ', '.join(shown if len(shown) <= 6 else [*shown[:3], '…', *shown[-2:]])
-        # Half-way between the extremes neither side is empty. Whole numbers from 0 up, and few, are labels: 0 is background.
-        middle = found[1] if found[0] == 0 and found[-1] == len(found) - 1 <= 10 else (found[0] / 2 + found[-1] / 2)
-        middle = numpy.ceil(middle).item() if values.dtype.kind in 'iu' else float(f'{middle:.2g}')
-        if not max(found[0], 0) < middle <= found[-1]:
-            middle = None
-        raise DataError(f'{path}: a mask holds 0 and one other value, this file holds {len(found)} values, {shown}; to '
-                        'count all values from N up as foreground give --mask-threshold N'
-                        + (f', for example {middle:g}' if middle else ', or save it with 0 as background'))
-    return (values != 0).astype(numpy.uint8)
+        return ', '.join(shown if len(shown) <= 6 else [*shown[:3], '…', *shown[-2:]])
+
+    # Half-way between the extremes neither side is empty. Whole numbers from 0 up, and few, are classes: 0 is background.
+    middle = found[1] if found[0] == 0 and found[-1] == len(found) - 1 <= 10 else (found[0] / 2 + found[-1] / 2)
+    middle = numpy.ceil(middle).item() if values.dtype.kind in 'iu' else float(f'{middle:.2g}')
+    if not max(found[0], 0) < middle <= found[-1]:
+        middle = None
+    classes = numpy.unique(classes) if classes is not None and classes.dtype.kind in 'iu' else ()
+    said = ''
+    if 1 < len(classes) <= 20 and classes[0] >= 0:
+        said = (f'if they are classes (numbers {listed(classes)} in the file), give --label {classes[classes > 0][0]}, or another, to train on that '
+                'one, or --label all; else, ')
+    raise DataError(f'{path}: a mask holds 0 and one other value, this file holds {len(found)} values, {listed(found)}; {said}to '
+                    'count all values from N up as foreground give --mask-threshold N'
+                    + (f', for example {middle:g}' if middle else ', or save it with 0 as background'))
 
 
-def read_pair(sample, mask_threshold=None, white=None):
-    """Return (image (H, W) float32, mask (H, W) uint8) of a sample. Raises DataError, also if their sizes differ."""
-    if sample.mask_path is None:
+def fill_outlines(mask):
+    """Return mask (H, W) uint8 0/1 with its holes filled: all background that no way over edges of pixels leads to from outside.
+
+    The outside is what can be reached. Each sweep carries it along all rows and columns as far as no foreground is in the way, and sweeps
+    go on until one changes nothing: for outlines of few bends that is soon.
+    """
+    rows, columns = (numpy.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return mask
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    free = numpy.pad(mask[box] == 0, 1, constant_values=True)
+    outside = numpy.zeros_like(free)
+    outside[0] = True
+    before = 0
+    while (reached := numpy.count_nonzero(outside)) != before:
+        before = reached
+        for axis in (0, 1):
+            # Along an axis, runs of free pixels have numbers; a run is outside if any pixel of it is.
+            runs = numpy.cumsum(numpy.diff(free, axis=axis, prepend=~free.take([0], axis)), axis=axis)
+            lines = numpy.arange(free.shape[1 - axis]) * (free.shape[axis] + 1)
+            runs = runs + (lines[:, None] if axis == 1 else lines[None])
+            is_outside = numpy.zeros(runs.max() + 1, bool)
+            is_outside[runs[outside]] = True
+            outside = is_outside[runs] & free
+    filled = mask.copy()
+    filled[box] = ~outside[1:-1, 1:-1]
+    return filled
+
+
+def is_outline(mask, filled):
+    """Return whether a mask (H, W) uint8 0/1 is a thin closed line: what it encloses is more than twice its own area.
+
+    A ring of radius r and width w encloses r / 2w times its own area: here w is below a quarter of r. `filled` is what `fill_outlines` returns.
+    """
+    return bool(numpy.count_nonzero(filled) > 3 * numpy.count_nonzero(mask))
+
+
+def read_pair(sample, rule=MaskRule(), white=None, seen=None):
+    """Return (image (H, W) float32, mask (H, W) uint8) of a sample; see `read_mask_of`. Raises DataError, also if their sizes differ."""
+    if sample.mask_paths is None:
         raise DataError(f'{sample.image_path}: has no mask')
     image = read_image(sample.image_path, white)
-    return image, read_mask_of(sample, image, mask_threshold)
+    return image, read_mask_of(sample, image, rule, seen)
 
 
-def read_mask_of(sample, image, mask_threshold=None):
-    """Return the mask (H, W) uint8 of a sample whose image (H, W) is read already. Raises DataError, also if their sizes differ."""
-    mask = read_mask(sample.mask_path, mask_threshold)
-    if image.shape != mask.shape:
-        turned = ''
-        if mask.shape == image.shape[::-1]:
-            marks = ' and '.join(str(_header(path)[0]) for path in (sample.mask_path, sample.image_path))
-            turned = (f': it is turned against its image (orientation marks are obeyed, they are {marks}); save both upright, '
-                      'without mark')
-        raise DataError(f'{sample.mask_path}: this mask is {mask.shape[0]}×{mask.shape[1]} pixels (height×width), its '
-                        f'image {sample.image_path.name} is {image.shape[0]}×{image.shape[1]}; they must be equal{turned}')
-    return mask
+def read_mask_of(sample, image, rule=MaskRule(), seen=None):
+    """Return the mask (H, W) uint8 of a sample whose image (H, W) is read already: the union of its masks.
+
+    `seen`, a dict, remembers which value is foreground, {value: a file}, across calls. Raises DataError, also if sizes differ, and if the
+    value is another one than in files before: then they are classes, and it is to be said which is meant.
+    """
+    union = numpy.zeros(image.shape, numpy.uint8)
+    for path in sample.mask_paths:
+        mask, value = _read_mask(path, rule)
+        if image.shape != mask.shape:
+            turned = ''
+            if mask.shape == image.shape[::-1]:
+                marks = ' and '.join(str(_header(path)[0]) for path in (path, sample.image_path))
+                turned = (f': it is turned against its image (orientation marks are obeyed, they are {marks}); save both upright, '
+                          'without mark')
+            raise DataError(f'{path}: this mask is {mask.shape[0]}×{mask.shape[1]} pixels (height×width), its '
+                            f'image {sample.image_path.name} is {image.shape[0]}×{image.shape[1]}; they must be equal{turned}')
+        if value is not None and seen is not None:
+            seen.setdefault(value, path)
+            other = next((known for known in [*seen] if known != value and not {known, value} <= {1, 255, 65535}), None)
+            if other is not None:
+                raise DataError(f'{path}: its foreground has the value {value:g}, that of {seen[other].name} has {other:g}; if they are classes, '
+                                f'give --label {other:g}, --label {value:g}, or --label all; else save them alike')
+        union |= mask
+    return union
 
 
 def _read_grey(path, convert=None):
@@ -193,6 +293,18 @@ def _opaque(image):
     return image
 
 
+def _classes(image, kind):
+    """Return the numbers (H, W) that an opened mask stores: of a palette its numbers, of greys their levels; None of colours."""
+    if image.mode == 'P':
+        return numpy.array(image)
+    if image.mode == '1':
+        return numpy.array(image).astype(numpy.uint8)
+    if image.mode in ('L', 'I', 'F') or image.mode.startswith('I;16'):
+        return _grey(image, kind)[0]
+    bands = numpy.array(_opaque(image).convert('RGB'))
+    return bands[..., 0] if (bands == bands[..., :1]).all() else None
+
+
 def _labels(image, kind):
     """Return (values (H, W), white) of an opened mask: its grey levels, but what greys do not tell apart is told apart.
 
@@ -232,8 +344,8 @@ def mask_oddity(sample, mask):
     """Return in words what is odd about the mask (H, W) 0/1 of a sample whose two files were read; '' if nothing is."""
     if mask.mean() > 0.5:
         return 'foreground for more than half (inverted?)'
-    if sample.image_path:                   # else it was made, not read
-        (mark, is_square), (mark_of_mask, _) = _header(sample.image_path), _header(sample.mask_path)
+    if sample.image_path and sample.mask_paths:                 # else it was made, not read
+        (mark, is_square), (mark_of_mask, _) = _header(sample.image_path), _header(sample.mask_paths[0])
         # Marks from 5 on exchange height and width. If only one file has such a mark, equal sizes show that both are upright.
         if mark != mark_of_mask and (is_square or (mark > 4) == (mark_of_mask > 4)):
             return 'perhaps turned against their images (their orientation marks differ, and are obeyed: save both upright)'
@@ -336,12 +448,12 @@ class Reader(Remembering):
     16-bit range.
     """
 
-    def __init__(self, size, mask_threshold=None, cache_bytes=2**30):
+    def __init__(self, size, rule=MaskRule(), cache_bytes=2**30):
         super().__init__(cache_bytes)
-        self.size, self.mask_threshold = tuple(size), mask_threshold
+        self.size, self.rule, self.values = tuple(size), rule, {}
 
     def make(self, sample):
-        image, mask = read_pair(sample, self.mask_threshold)
+        image, mask = read_pair(sample, self.rule, seen=self.values)
         return numpy.rint(resize(image, self.size) * 65535).astype(numpy.uint16), resize_mask(mask, self.size)
 
 
@@ -382,8 +494,22 @@ def intensity_statistics(samples, reader):
 
 
 def holds_foreground(samples, reader):
-    """Return an array (N,) of bool: whether the mask of each sample holds any foreground at the reader's size."""
-    return numpy.array(parallel_for(samples, lambda sample: reader.read(sample)[1].any()))
+    """Return an array (N,) of bool: whether the mask of each sample holds any foreground at the reader's size.
+
+    Where this is the first reading of all, it finds all that cannot be used. Raises DataError: the first of each kind, and how many there are.
+    """
+    def look(sample):
+        try:
+            return reader.read(sample)[1].any()
+        except DataError as error:
+            return error
+
+    found = parallel_for(samples, look)
+    if bad := [sample.name for sample, error in zip(samples, found) if isinstance(error, DataError)]:
+        kinds = {re.sub(r'[\d.]+', '', str(error).partition(': ')[2])[:30]: str(error) for error in found[::-1] if isinstance(error, DataError)}
+        raise DataError('; '.join([*kinds.values()][::-1][:3])
+                        + f' ({len(bad)} of {len(samples)} pairs cannot be used: {some_of(bad)})' * (len(bad) > 1))
+    return numpy.array(found)
 
 
 class Loader:
@@ -426,7 +552,7 @@ class Loader:
             for (indices, number), kind in zip(self.kinds, ('with', 'without')):
                 if number and not len(indices):
                     raise DataError(f'{number} of {len(samples)} training images are to be {kind} foreground, and there '
-                                    'are none: leave out --nerve-share')
+                                    'are none: leave out --foreground-share')
 
     def __len__(self):
         """The number of batches in an epoch; the last one may be short."""

@@ -1,0 +1,326 @@
+"""Which files are images, and which are their masks: whatever a folder looks like.
+
+    found = find_pairs(Path('DIR'))                            found.images {name: file}, found.masks {name: [files]}
+
+Folders are read with all that is inside them. Masks lie beside their images, as `{image}_mask` or as a pattern says; or in a folder
+`masks/` beside `images/`, at any depth; or in another folder that is named, at the same place below it as the image below its own.
+
+Whatever is wrong with a folder or a file raises DataError, one line that names the file, what was found and the way out.
+"""
+
+import fnmatch
+import itertools
+import os
+import posixpath
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+SUFFIXES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
+MEDICAL = '.dcm', '.nii', '.gz', '.mha', '.mhd', '.nrrd', '.npy', '.npz', '.mat'          # images that Pillow does not know
+LAYOUTS = ('{subject}_{image}.tif beside {subject}_{image}_mask.tif, in this folder or in its train/; or two folders '
+           f'images/ and masks/ with equal names ({", ".join(SUFFIXES)}); if masks lie elsewhere: --images DIR --masks DIR, or '
+           "--mask-pattern '{image}_mask*'")
+
+
+class DataError(ValueError):
+    """Something is wrong with a folder or a file of images; one line that names it, what was found and the way out."""
+
+
+# --- What a mask is called --------------------------------------------------------------------------------------------
+
+class MaskNames:
+    """What the masks of an image are called.
+
+    pattern  such as '{image}_mask*', for a file beside the image, in any format: {image} stands for the image's name, * for
+             anything, ? for one character. With a suffix, '{image}.png', only such files are masks. Before a last / stands
+             the folder of the mask as seen from that of the image: '../labels/{image}'. Upper and lower case are one.
+             By default '{image}_mask', and '{image}_mask_1', '{image}_mask (2)' and the like; in a folder of masks also
+             '{image}'
+
+    Raises DataError for a pattern without {image}, or with it or with * before the mask's own name.
+    """
+
+    def __init__(self, pattern=None):
+        self.pattern, self.folder, self.before, self.suffix = pattern, '', '', ''
+        self.ending = self.likely = re.compile(r'_mask([ _-]?\(?\d+\)?)?', re.IGNORECASE)
+        if pattern is None:
+            self.likely = re.compile('_mask', re.IGNORECASE)
+            return
+        self.folder, _, name = pattern.rpartition('/')
+        before, image, after = name.partition('{image}')
+        if not image or '{image}' in after or re.search(r'[*?[{]', self.folder + before):
+            raise DataError(f"--mask-pattern {pattern!r}: expected {{image}} once, in the name of the mask, and * only after it, such as "
+                            "'{image}_mask*' or '../labels/{image}'")
+        if Path(after).suffix.lower() in SUFFIXES:
+            after, self.suffix = after[:-len(Path(after).suffix)], Path(after).suffix.lower()
+        self.before, self.ending = before, re.compile(fnmatch.translate(after), re.IGNORECASE)
+        self.likely = self.ending if before or re.search(r'\w', after) else None
+
+    def image_of(self, name, suffix, is_image, is_same=False):
+        """Return the name of the image, the longest for which `is_image` says so, that a file of this name is a mask of; None if there is none.
+
+        With `is_same` it may be called like its image, as in a folder of masks.
+        """
+        if self.suffix not in ('', suffix) or not name.lower().startswith(self.before.lower()):
+            return None
+        rest = name[len(self.before):]
+        for end in range(len(rest), 0, -1):
+            if is_image(rest[:end]) and (self.ending.fullmatch(rest, end) or self.pattern is None and is_same and end == len(rest)):
+                # 1_10 is no mask of 1_1, even of '{image}*'.
+                if not (rest[end - 1].isdigit() and rest[end:end + 1].isdigit()):
+                    return rest[:end]
+        return None
+
+    def is_likely(self, name):
+        """Return whether a file of this name is a mask even if its image is not there."""
+        return bool(self.likely) and name.lower().startswith(self.before.lower()) and any(
+            self.likely.fullmatch(name, end) for end in range(len(self.before) + 1, len(name)))
+
+
+# --- What lies where --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Listing:
+    """The files below a folder: (place, name, path, role), and what is left out, {kind: paths}.
+
+    place is the folder of a file below the first one, images/ and masks/ left out; role 'image', 'mask' or 'either'.
+    """
+
+    files: list = field(default_factory=list)
+    left_out: dict = field(default_factory=dict)
+    seen: set = field(default_factory=set)
+
+    def add(self, folder, role='either', place='', but=None):
+        """Add what lies in a folder and in the folders inside, but for the folder `but`."""
+        real = os.path.realpath(folder)
+        if real in self.seen or real == but:                # links may go round in circles
+            return self
+        self.seen.add(real)
+        entries = entries_of(folder)
+        if role == 'either' and (folder / 'images').is_dir():
+            self.add(folder / 'images', 'image', place).add(folder / 'masks', 'mask', place)
+            entries = [entry for entry in entries if entry.name not in ('images', 'masks')]
+            self.leave(entries, 'images beside that', lambda entry: entry.suffix.lower() in SUFFIXES and entry.is_file())
+            self.leave(entries, 'folders inside', holds_images)
+        else:
+            for entry in entries:
+                if entry.is_dir():
+                    self.add(entry, role, posixpath.join(place, name_of(entry.name)), but)
+                elif entry.suffix.lower() in SUFFIXES and entry.is_file():
+                    self.files.append((place, name_of(entry.stem), entry, role))
+        self.leave(entries, 'links that lead nowhere', lambda entry: entry.is_symlink() and not entry.exists())
+        self.leave(entries, 'files of other formats', is_of_another_format)
+        return self
+
+    def leave(self, entries, kind, belongs):
+        if paths := list(filter(belongs, entries)):
+            self.left_out.setdefault(kind, []).extend(paths)
+
+
+@dataclass
+class Found:
+    """What `find_pairs` found; names are those of the files without suffix, with the folders they lie in: P1/scan_2.
+
+    images     {name: file}
+    masks      {name of the image: its masks, in order}
+    lost       masks whose image is not there
+    root       the folder that was read
+    is_plain   whether that is one of images/ and masks/
+    left_out   {kind: files and folders that were not read}
+    """
+
+    images: dict
+    masks: dict
+    lost: list
+    root: Path
+    is_plain: bool
+    left_out: dict
+    names: dict | None = None
+
+    def name_of(self, path):
+        """Return the name of the image file at `path`, which lies in the root; None if it is one of the masks."""
+        if self.names is None:
+            self.names = {file.absolute(): name for name, file in self.images.items()}
+            self.names |= {file.absolute(): None for file in itertools.chain(self.lost, *self.masks.values())}
+        return self.names.get(path.absolute(), name_of(path.stem))      # by a suffix that is not looked for
+
+
+def find_pairs(folder, masks_folder=None, mask_pattern=None):
+    """Return what Found says of the images in a folder and of their masks. Opens no image.
+
+    folder        read as it is if it is the folder of images/ and masks/ or `masks_folder` is given, else its train/ if it has one
+    masks_folder  where the masks are, if not beside the images or in masks/: at the same place below it
+    mask_pattern  see MaskNames
+
+    Raises DataError for two images, or two masks, of one name in one place.
+    """
+    names = MaskNames(mask_pattern)
+    if masks_folder is not None:
+        root, is_plain = folder, False
+        if not masks_folder.is_dir():
+            raise DataError(f'{masks_folder}: {"is a file" if masks_folder.exists() else "no such folder"}; expected the folder of masks')
+        listing = Listing().add(folder, 'image', but=os.path.realpath(masks_folder))
+        masks = Listing().add(masks_folder, 'mask')
+        listing.files += masks.files
+        listing.left_out = {kind: listing.left_out.get(kind, []) + masks.left_out.get(kind, [])
+                            for kind in {**listing.left_out, **masks.left_out}}
+    else:
+        root, is_plain = _root(folder)
+        listing = Listing().add(root)
+        if root != folder and root in folder.parents:       # it is images/ that was given
+            listing.left_out = {}
+        elif root != folder:                                # train/: what lies beside it is not read
+            beside = [entry for entry in entries_of(folder) if entry != root]
+            listing.leave(beside, 'folders inside', holds_images)
+            listing.leave(beside, 'images beside that', lambda entry: entry.suffix.lower() in SUFFIXES and entry.is_file())
+
+    expected = {}                                           # place of masks: {name of an image: [(place, path)]}
+    for place, name, path, role in listing.files:
+        if role != 'mask':
+            where = posixpath.normpath(posixpath.join(place, names.folder)) if names.folder else place
+            expected.setdefault('' if where == '.' else where, {}).setdefault(name, []).append((place, path))
+    named = {(place, name) for place, name, _, role in listing.files if role == 'mask'}
+    images, masks, lost = {}, {}, []
+    for place, name, path, role in listing.files:
+        around = expected.get(place, {})
+        # A file is no mask of itself: called like its image, it lies elsewhere or has another suffix.
+        image = names.image_of(name, path.suffix.lower(), lambda image: any(other != path for _, other in around.get(image, ())),
+                               role == 'mask')
+        if image == name and role == 'either' and not (names.folder or names.suffix):
+            image = None
+        if image is not None and not (role == 'image' and (place, name) in named):
+            where = next(where for where, other in around[image] if other != path)
+            masks.setdefault(posixpath.join(where, image), []).append(path)
+        elif role == 'mask' or role == 'either' and names.is_likely(name):
+            lost.append(path)
+        else:
+            images.setdefault(posixpath.join(place, name), []).append(path)
+    for kind in images, masks:
+        for files in kind.values():
+            for first, second in itertools.pairwise(files):             # in the order of their names
+                if kind is images or first.parent == second.parent and name_of(first.stem) == name_of(second.stem):
+                    raise DataError(f'{second}: {first.name} has the same name; keep one of the two')
+    return Found({name: files[0] for name, files in images.items()}, masks, lost, root, is_plain, listing.left_out)
+
+
+def around(path):
+    """Return the folder that is to be read to find the masks of the image file at `path`."""
+    return _around(path.parent)[0]
+
+
+def _root(folder):
+    """Return (root, is_plain) for a folder of images: where its layout begins, and whether it is `images/` and `masks/`."""
+    root = folder / 'train' if (folder / 'train').is_dir() else folder
+    if (root / 'images').is_dir():
+        return root, True
+    if root is folder and folder.absolute().name == 'masks' and _around(folder)[1]:
+        raise DataError(f'{folder}: holds the masks of {_around(folder)[0] / "images"}; give the images')
+    return _around(folder) if root is folder else (root, False)
+
+
+def _around(folder):
+    """Return (root, is_plain) for the folder that an image lies in: that which holds images/ and masks/, if it is in one of them."""
+    for inner in (folder, *folder.absolute().parents):
+        outer = inner.absolute().parent
+        if inner.absolute().name in ('images', 'masks') and (outer / 'images').is_dir() and (outer / 'masks').is_dir():
+            return (folder.parent if inner is folder and folder.name else outer), True
+    return folder, False
+
+
+def entries_of(folder):
+    """Return what lies in a folder and is not hidden, in order; nothing if there is no such folder."""
+    return sorted(entry for entry in folder.iterdir() if entry.name[0] != '.' and entry.name != '__MACOSX') if folder.is_dir() else []
+
+
+def holds_images(entry):
+    """Return whether `entry` is a folder in which files lie, at any depth, that look like images."""
+    return entry.is_dir() and any(path.suffix.lower() in SUFFIXES or is_of_another_format(path) for path in entry.rglob('*'))
+
+
+def is_of_another_format(path):
+    """Return whether a file looks like an image that is not read."""
+    suffix = path.suffix.lower()
+    return suffix not in SUFFIXES and (suffix in Image.registered_extensions() or suffix in MEDICAL) and not path.is_dir()
+
+
+def name_of(name):
+    """Return a file's name in composed form (NFC); bytes that are not UTF-8 are spelled out, as \\xfc."""
+    return unicodedata.normalize('NFC', os.fsencode(name).decode('utf-8', 'backslashreplace'))
+
+
+# --- In words ---------------------------------------------------------------------------------------------------------
+
+def some_of(names, most=3):
+    """Return the first few of `names` in words, and how many more there are."""
+    return ', '.join(names[:most]) + f' and {len(names) - most} more' * (len(names) > most)
+
+
+def natural_key(name):
+    """Return a key that sorts names as people count: 'a2' before 'a10'."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name)], name
+
+
+def left_out(folder, found):
+    """Return in words where the images of `folder` are taken from, and what is left out; '' if there is nothing to say."""
+    said = [f'{kind} ({some_of(sorted(path.name for path in paths))})' for kind, paths in found.left_out.items() if paths]
+    said = [f'left out are {", ".join(said)}'] if said else []
+    if found.root != folder:
+        said.insert(0, f'images are taken from {found.root / "images"}, masks from {found.root / "masks"}' if found.is_plain
+                    else f'images are taken from {found.root}')
+        if (folder / 'test').is_dir() and found.root == folder / 'train':
+            said.append(f'to score on {folder / "test"} give it as --test')
+    return f'{folder}: {"; ".join(said)}' if said else ''
+
+
+def listing(root, is_plain):
+    """Return in words what lies where images and masks were looked for, and why it may not do."""
+    if is_plain:
+        parts = [folder for folder in (root / 'images', root / 'masks') if folder.is_dir()]
+        found = ', '.join(f'{part.name}/ with {listing(part, False)}' for part in parts)
+        return found if len(parts) == 2 else f'{found}, and no masks/'
+    entries = entries_of(root)
+    names = [entry.name + '/' * entry.is_dir() for entry in entries]
+    reasons = {'links lead nowhere': any(entry.is_symlink() and not entry.exists() for entry in entries),
+               'files of other formats are not read, so convert them to PNG': any(map(is_of_another_format, entries))}
+    reasons = ', '.join(reason for reason, holds in reasons.items() if holds)
+    return some_of(names, 6) + f' ({reasons})' * bool(reasons) if names else 'nothing, the folder is empty'
+
+
+def check_pairs(found, no_mask_is_empty=False):
+    """Raise DataError unless every image has a mask, which it need not with `no_mask_is_empty`, and every mask an image."""
+    bare = sorted(found.images.keys() - found.masks.keys(), key=natural_key)
+    if bare and not no_mask_is_empty:
+        image = found.images[bare[0]]
+        expected = (image.parent.parent / 'masks' / image.name if image.parent.name == 'images'
+                    else image.with_name(f'{image.stem}_mask{image.suffix}'))
+        raise DataError(f'{image}: has no mask; expected {expected}, or one in another format ({len(bare)} of {len(found.images)} images '
+                        f'have none: {some_of(bare)}); ' + likely_pattern(found) + 'if it shows none of what is looked for: --no-mask-is-empty')
+    if found.lost:
+        lost = sorted(found.lost, key=lambda path: natural_key(path.name))
+        number = len(lost) + sum(map(len, found.masks.values()))
+        raise DataError(f'{lost[0]}: this mask has no image ({len(lost)} of {number} masks have none: '
+                        f'{some_of([path.name for path in lost])}); ' + likely_pattern(found) + 'add the images or remove the masks')
+
+
+def likely_pattern(found):
+    """Return the advice to give the pattern by which files that have no partner would be pairs; '' if there is none for half of them.
+
+    Where all that some names have beyond the names of images is the same, but for numbers, that is how masks are called.
+    """
+    bare = {name: path for name, path in found.images.items() if name not in found.masks}
+    stems = {name_of(path.stem) for path in bare.values()}
+    patterns = Counter()
+    for path in [*found.lost, *bare.values()]:
+        name = name_of(path.stem)
+        for place in range(1, len(name)):
+            if name[:place] in stems and not (name[place - 1].isdigit() and name[place].isdigit()):
+                patterns['{image}' + re.sub(r'\d+', '*', name[place:])] += 1
+            if name[place:] in stems and not re.search(r'\d', name[:place]):
+                patterns[name[:place] + '{image}'] += 1
+    pattern, number = max(patterns.items(), key=lambda item: item[1], default=('', 0))
+    return f"if masks are called so: --mask-pattern '{pattern}'; or " if number and 3 * number >= len(bare) else ''
