@@ -15,7 +15,6 @@ it is told whether that is worth anything: calibration, and Dice when the least 
 import argparse
 import csv
 import io
-import re
 import sys
 from collections import defaultdict
 from contextlib import closing
@@ -29,13 +28,13 @@ import numpy
 from nervenet.study import figures
 from nervenet.engine.parallel import number_of_threads
 from nervenet.files import atomic_write, make_folder, refuse_content
-from nervenet.images.data import in_background, mask_oddity, oddity_warning, read_image, read_mask_of, resize, resize_mask
-from nervenet.images.samples import DataError, Sample, find_samples
+from nervenet.images.data import MaskRule, in_background, mask_oddity, oddity_warning, read_image, read_mask_of, resize, resize_mask
+from nervenet.images.samples import DataError, Sample, find_samples, natural_key, some_of
 from nervenet.metrics import SegmentationScores
-from nervenet.study.segment import describe, intensity_warning, open_segmenter
+from nervenet.study.segment import READING, describe, intensity_warning, open_segmenter
 from nervenet.study.uncertainty import Calibration, band, decompose, risk_coverage, sureness
 from nervenet.study.submission import TEST_HEADER, encode, write_submission
-from nervenet.study.options import HelpFormatter, add_prediction_options, positive
+from nervenet.study.options import HelpFormatter, add_prediction_options, add_reading_options
 from nervenet.study.report import print_whatever_comes, progress
 
 CLEAR_LINE = '\r\x1b[K'               # a progress bar may stand there
@@ -47,7 +46,12 @@ COVERAGES = 1, 0.9, 0.8, 0.5          # shares of the images that stay when the 
 def main(arguments=None):
     args = parse(arguments)
     segmenter, extras = open_segmenter(args)
-    samples = find_samples(args.input, masks='optional', tell=print)
+    args.what = extras[0].get('what') or 'foreground'
+    args.rule, finding = how_to_read(args, extras[0].get('reading', {}))
+    samples = find_samples(args.input, masks='optional', tell=print, masks_folder=args.masks, subjects=args.subjects,
+                           no_mask_is_empty=args.no_mask_is_empty, **finding)
+    if args.held_out:
+        samples = held_out(samples, extras, args.model)
     names = [sample.name for sample in samples]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice:
@@ -80,7 +84,7 @@ def main(arguments=None):
             odd_images[frame.sample.image_path] = frame.odd_image
             if frame.scores:
                 judged.append(frame.result)
-                odd_masks.append((frame.sample.mask_path.name, frame.odd_mask))
+                odd_masks.append(((frame.sample.mask_paths or [frame.sample.image_path])[0].name, frame.odd_mask))
                 for name, counted in frame.scores.items():
                     scores[name].counts += counted.counts
                 if frame.near:
@@ -99,8 +103,8 @@ def main(arguments=None):
         write_submission(args.submission, runs, TEST_HEADER)
 
     found = sum(result['area'] > 0 for result in results)
-    print(f'{len(results)} images predicted, {found} with nerve; masks and results.csv are in {args.output}')
-    with_mask = [sample for sample in samples if sample.mask_path]
+    print(f'{len(results)} images predicted, {found} with {args.what}; masks and results.csv are in {args.output}')
+    with_mask = [sample for sample in samples if sample.mask_paths is not None]
     if with_mask:
         print_scores(scores, tell_known(with_mask, members, len(extras)))
     if args.uncertainty and judged:
@@ -148,16 +152,36 @@ class Frame:
     near: tuple | None = None
 
 
+def how_to_read(args, stored):
+    """Return (MaskRule, options of `find_samples`): as in training, `stored` in the model file, but for what is given."""
+    given = {name: getattr(args, name) for name in READING if hasattr(args, name)}
+    for name, other in ('label', 'mask_threshold'), ('mask_threshold', 'label'), ('subject_from', 'subject_pattern'), ('subject_pattern', 'subject_from'):
+        if name in given and other not in given:            # of two that exclude each other, the one given
+            stored = {key: value for key, value in stored.items() if key != other}
+    if args.subjects:
+        stored = {key: value for key, value in stored.items() if not key.startswith('subject_')}
+    reading = {'subject_from': 'name', **stored, **given}
+    rule = MaskRule(reading.get('mask_threshold'), reading.get('label'), reading.get('fill_outlines') or False)
+    return rule, {name: reading.get(name) for name in ('mask_pattern', 'subject_pattern', 'subject_from')}
+
+
+def held_out(samples, extras, paths):
+    """Return those of the samples whose subjects the networks were validated on, and not trained. Raises DataError."""
+    known = [set(extra.get('validation_subjects') or ()) for extra in extras]
+    if not all(known):
+        raise DataError(f'{paths[0]}: does not say which subjects its network was validated on; --held-out needs the file of a run on scans, '
+                        'split by subject, that came to its end')
+    chosen = [sample for sample in samples if any(sample.subject in subjects for subjects in known)]
+    if not chosen:
+        raise DataError(f'--held-out: none of the {len(samples)} images shows a subject that was validated on, such as '
+                        f'{some_of(sorted(set.union(*known), key=natural_key))}; give the images of the training run')
+    print(f'held out: {len(chosen)} of {len(samples)} images, of {len({sample.subject for sample in chosen})} subjects that were validated on')
+    return chosen
+
+
 def unseen_by(sample, extras):
-    """Return the numbers of the networks that were not trained on the subject of the sample, going by its name."""
-    unseen = []
-    for number, extra in enumerate(extras):
-        pattern = extra.get('subject_pattern')
-        match = re.search(pattern, sample.name) if pattern else None
-        subject = sample.subject if not match else match['subject' if 'subject' in match.groupdict() else 1]
-        if subject not in (extra.get('training_subjects') or ()):
-            unseen.append(number)
-    return tuple(unseen)
+    """Return the numbers of the networks that were not trained on the subject of the sample."""
+    return tuple(number for number, extra in enumerate(extras) if sample.subject not in (extra.get('training_subjects') or ()))
 
 
 def read_frame(args, segmenter, members, sample):
@@ -167,8 +191,9 @@ def read_frame(args, segmenter, members, sample):
     the result is not scored then.
     """
     everybody = tuple(range(len(segmenter.models)))
-    frame = Frame(sample, members=sample.mask_path and members[sample.name] or everybody)
-    is_scored = sample.mask_path and (len(everybody) == 1 or members[sample.name])
+    has_mask = sample.mask_paths is not None
+    frame = Frame(sample, members=has_mask and members[sample.name] or everybody)
+    is_scored = has_mask and (len(everybody) == 1 or members[sample.name])
     try:
         image = read_image(sample.image_path, args.white)
         frame.size, frame.prepared = image.shape, segmenter.prepare(image)
@@ -176,7 +201,7 @@ def read_frame(args, segmenter, members, sample):
         if args.overlays or args.uncertainty:
             frame.picture = numpy.round(image * 255).astype('uint8')
         if is_scored:
-            frame.truth = read_mask_of(sample, image, args.mask_threshold)
+            frame.truth = read_mask_of(sample, image, args.rule, args.values)
             frame.odd_mask = mask_oddity(sample, frame.truth)
     except DataError as problem:
         frame.error = problem
@@ -206,6 +231,8 @@ def write_frame(args, settings, mean_mask, frame):
         return frame
     probability = resize(frame.probabilities, frame.size)
     mask = settings.mask(probability)
+    if '/' in frame.sample.name:                             # the image lies in a folder, and so do its results
+        (args.output / frame.sample.name).parent.mkdir(parents=True, exist_ok=True)
     figures.save_mask(mask, args.output / f'{frame.sample.name}_mask.png')
     if args.probabilities:
         figures.save_probabilities(probability, args.output / f'{frame.sample.name}_probability.png')
@@ -293,16 +320,20 @@ def parse(arguments):
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER', help='new folder for masks, overlays and results.csv')
     parser.add_argument('--submission', type=Path, metavar='FILE.csv',
                         help="also write the masks' run-length encoding, as the Kaggle competition takes it")
-    parser.add_argument('--mask-threshold', type=positive, metavar='N',
-                        help='where masks are there to compare with: count their values from N up as foreground')
+    parser.add_argument('--held-out', action='store_true', help='predict the subjects only that the networks were validated on in training')
     parser.add_argument('--overlays', action='store_true', help='also draw each mask on its image, which takes longer than all the rest')
     parser.add_argument('--probabilities', action='store_true', help='also write {name}_probability.png, grey, 16 bits: 65535 is certain')
     parser.add_argument('--uncertainty', action='store_true', help='also draw where the prediction is not sure, and say how sure it is of each image')
     parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='images predicted at once')
     add_prediction_options(parser)
+    add_reading_options(parser.add_argument_group('where masks are there to compare with', 'What in them is foreground, and whom an image shows, '
+                                                  'was stored in the model file by training.'), is_stored=True)
+    parser.set_defaults(values={})                          # that are foreground in the masks, so far
     args = parser.parse_args(arguments)
     if args.batch_size < 1:
         parser.error(f'--batch-size is {args.batch_size}; expected 1 or more')
+    if hasattr(args, 'label') and hasattr(args, 'mask_threshold'):
+        parser.error('--label and --mask-threshold both say what is foreground; give one of them')
     return args
 
 

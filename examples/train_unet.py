@@ -31,8 +31,8 @@ import numpy
 import nervenet
 from nervenet.engine.backend import select_device
 from nervenet.images.augment import median_filter
-from nervenet.images.data import Filtered, Loader, Reader, data_warning, holds_foreground, intensity_statistics
-from nervenet.images.samples import DataError, find_samples, split_by_subject
+from nervenet.images.data import Filtered, Loader, MaskRule, Reader, data_warning, holds_foreground, intensity_statistics
+from nervenet.images.samples import DataError, describe, find_samples, on_both_sides, own_subjects, split_by_subject
 from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
 from nervenet.networks import NETWORKS
@@ -63,13 +63,15 @@ def main(arguments=None):
         samples = reader.samples
         print('data:        synthetic ultrasound; give --data DIR for scans')
     else:
-        reader = Reader(args.size, args.mask_threshold)
+        reader = Reader(args.size, MaskRule(args.mask_threshold, args.label, args.fill_outlines))
         if args.resume and not args.data.exists():
             raise DataError(f'{args.data}: no such folder; if the images lie elsewhere now: --resume {args.resume} --data DIR')
-        samples = find_samples(args.data, args.subject_pattern, tell=print)
+        samples = found(args, args.data, args.masks, 'found')
     if args.median_filter:
         reader = Filtered(reader, lambda image: median_filter(image, args.median_filter))
-    note = caveat(samples, args.leaky_split_by_image, args.subject_pattern)
+    test = found(args, args.test, args.test_masks, 'test part') if args.test else []
+    how = args.subject_pattern or args.subjects or (args.subject_from if args.subject_from != 'name' else None)
+    note = '\n'.join(filter(None, [caveat(samples, args.leaky_split_by_image, how), on_both_sides(samples, test)]))
     if note:
         print(note)
     if args.leaky_split_by_image:
@@ -82,12 +84,26 @@ def main(arguments=None):
     with room_for_results(args.out, joins=bool(args.resume or args.folds)) as args.out:
         if args.folds:
             cross_validate(args, samples, reader, note)
+        elif test:
+            print('reading:     all images once', flush=True)
+            holds_foreground(samples + test, reader)
+            train(args, args.out, reader, samples, own_subjects(test), note)
         else:
             split_by_subject(samples, args.validation_share, args.seed)         # refuses too few subjects
             print('reading:     all images once', flush=True)
             positive = holds_foreground(samples, reader)
             two_sides = split_by_subject(samples, args.validation_share, args.seed, positive, 2 if args.inner_share else 1)
             train(args, args.out, reader, *two_sides, note)
+
+
+def found(args, folder, masks, label):
+    """Return the samples in a folder, found as `args` say; print what was found."""
+    samples = find_samples(folder, args.subject_pattern, tell=print, masks_folder=masks, mask_pattern=args.mask_pattern,
+                           subject_from=args.subject_from, subjects=args.subjects, no_mask_is_empty=args.no_mask_is_empty)
+    for line in describe(samples):
+        print(f'{label + ":" if label else "":12} {line}')
+        label = ''
+    return samples
 
 
 def cross_validate(args, samples, reader, note):
@@ -141,7 +157,7 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     in_order = {part: Loader(chosen, reader, args.batch_size) for part, chosen in parts.items()}
     validation, inner = in_order['validation'], in_order.get('inner')
     training = Loader(parts['training'], reader, args.batch_size, seed=args.seed, shuffle=True,
-                      positive_share=args.nerve_share, transform=augmentation(args), device=args.device)
+                      positive_share=args.foreground_share, transform=augmentation(args), device=args.device)
     # What the network is scored on after each epoch goes where it computes; baselines, choices and pictures are made here.
     scored = {part: Loader(chosen, reader, args.batch_size, device=args.device) for part, chosen in parts.items()
               if part != 'training'}
@@ -149,7 +165,7 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     for _, masks in in_order['training'].epoch(0):
         counted.update(masks)
     if not counted.total.any():
-        raise DataError('no training mask holds any foreground at this size: look at the masks, --mask-threshold and --size')
+        raise DataError('no training mask holds any foreground at this size: look at the masks, --mask-threshold, --label and --size')
     baselines = counted.compute(masks for _, masks in validation.epoch(0))
 
     # The network, what it minimises, and how.

@@ -195,7 +195,7 @@ def ensemble(data, rng, *trained_on, pattern=None):
         network.parameters()['head.weight'][:] *= 100
         (data.parent / 'cv' / f'fold_{number}').mkdir(parents=True)
         nervenet.save(data.parent / 'cv' / f'fold_{number}' / 'last.npz', network, size=[16, 24], settings={}, training_subjects=list(subjects),
-                      subject_pattern=pattern, held_out=count_masks(network.eval(), lambda: [(images, masks)]))
+                      reading={'subject_pattern': pattern}, held_out=count_masks(network.eval(), lambda: [(images, masks)]))
     return data.parent / 'cv'
 
 

@@ -239,8 +239,8 @@ def test_a_folder_stands_for_the_last_networks_of_its_folds(tmp_path):
         model_files([tmp_path / 'run'])
 
 
-@pytest.mark.parametrize('extra, message', [(dict(subject_pattern='('), 'no regular expression with a group'), (dict(subject_pattern='1'), 'with a group'),
-                                            (dict(subject_pattern=5), 'with a group'), (dict(training_subjects=5), 'no list of names'),
+@pytest.mark.parametrize('extra, message', [(dict(reading={'subject_pattern': '('}), 'no regular expression with a group'), (dict(reading={'subject_pattern': '1'}), 'with a group'),
+                                            (dict(reading={'subject_pattern': 5}), 'of the masks'), (dict(reading={'label': []}), 'of the masks'), (dict(reading=3), 'of the masks'), (dict(training_subjects=5), 'no list of names'),
                                             (dict(held_out=3), 'not of the form'), (dict(held_out={'thresholds': [1]}), 'not of the form')])
 def test_what_a_file_says_of_its_training_is_checked_before_it_is_believed(model, tmp_path, extra, message):
     nervenet.save(tmp_path / 'm.npz', model, size=[16, 24], settings={}, **extra)

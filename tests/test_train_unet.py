@@ -262,7 +262,7 @@ def test_a_split_by_image_says_that_it_leaks(tmp_path, rng, main, capsys):
     write_pairs(tmp_path / 'data', rng, subjects=2, images=4)
     main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--leaky-split-by-image', '--out', tmp_path / 'run')
     out = capsys.readouterr().out
-    assert out.splitlines()[1].startswith('LEAKS: split by image')
+    assert out.splitlines()[2].startswith('LEAKS: split by image')
     for path in (tmp_path / 'run', tmp_path / 'run' / 'fold_1'):
         assert (path / 'summary.txt').read_text().startswith('LEAKS: split by image')
     split = json.loads((tmp_path / 'run' / 'split.json').read_text())
@@ -278,7 +278,7 @@ def test_scores_without_known_subjects_begin_with_a_warning(tmp_path, rng, main,
         folder.mkdir(parents=True, exist_ok=True)
         path.rename(folder / path.name.replace('_mask', ''))
     main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--out', tmp_path / 'run')
-    assert capsys.readouterr().out.splitlines()[1].startswith('WARNING: no subject is known')
+    assert capsys.readouterr().out.splitlines()[2].startswith('WARNING: no subject is known')
     for path in (tmp_path / 'run', tmp_path / 'run' / 'fold_2'):
         assert (path / 'summary.txt').read_text().startswith('WARNING: no subject is known')
 
@@ -319,7 +319,7 @@ def test_options_of_the_data_reach_training(tmp_path, rng, main):
     for name in '1_1', '2_2', '3_1':
         Image.new('L', (36, 24)).save(tmp_path / 'data' / f'{name}_mask.tif')
     losses = []
-    for number, changed in enumerate(([], ['--augment', 'none'], ['--nerve-share', '0.99'], ['--median-filter', '3'],
+    for number, changed in enumerate(([], ['--augment', 'none'], ['--foreground-share', '0.99'], ['--median-filter', '3'],
                                       ['--inner-share', '0.4'])):
         main('--data', tmp_path / 'data', *TINY, '--epochs', 1, *changed, '--out', tmp_path / str(number))
         losses.append(next(csv.DictReader(io.StringIO((tmp_path / str(number) / 'history.csv').read_text())))['train_loss'])
@@ -359,10 +359,10 @@ def test_bad_arguments_give_one_line_and_a_failing_exit_status(arguments, messag
 @pytest.mark.parametrize('arguments, message', [
     (['--median-filter', 4], '--median-filter is 4; expected an odd size from 3 to 99'), (['--patience', 3], '--patience needs --inner-share'),
     (['--fold', 2], '--fold is 2 and --folds not given; expected --fold from 1 to --folds'), (['--split', 'X'], '--split needs --folds'),
-    (['--folds', 2, '--fold', 3], '--fold is 3 and --folds 2'), (['--nerve-share', 1.5], 'is not a share between 0 and 1'),
+    (['--folds', 2, '--fold', 3], '--fold is 3 and --folds 2'), (['--foreground-share', 1.5], 'is not a share between 0 and 1'),
     (['--folds', 2, '--validation-share', 0.5], '--validation-share has no meaning with --folds'),
     (['--folds', 5], '2 subjects cannot be dealt into 5 folds'), (['--rotation-range', -3], 'rotation_range is -3'),
-    (['--nerve-share', 0.5], 'are to be without foreground, and there are none')])
+    (['--foreground-share', 0.5], 'are to be without foreground, and there are none')])
 def test_options_that_do_not_go_together_are_refused_in_one_line(arguments, message, tmp_path, rng, main, capsys):
     write_pairs(tmp_path / 'data', rng, subjects=2, images=2)
     with pytest.raises((SystemExit, ValueError)) as error:

@@ -56,8 +56,9 @@ class MaskNames:
         if not image or '{image}' in after or re.search(r'[*?[{]', self.folder + before):
             raise DataError(f"--mask-pattern {pattern!r}: expected {{image}} once, in the name of the mask, and * only after it, such as "
                             "'{image}_mask*' or '../labels/{image}'")
-        if Path(after).suffix.lower() in SUFFIXES:
-            after, self.suffix = after[:-len(Path(after).suffix)], Path(after).suffix.lower()
+        suffix = Path(name).suffix
+        if suffix.lower() in SUFFIXES:
+            after, self.suffix = after.removesuffix(suffix), suffix.lower()
         self.before, self.ending = before, re.compile(fnmatch.translate(after), re.IGNORECASE)
         self.likely = self.ending if before or re.search(r'\w', after) else None
 

@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -238,12 +238,25 @@ def subject_warning(samples, how=None):
     return '\n'.join(said)
 
 
+def own_subjects(test):
+    """Return the samples of a test part; those of which no subject is known count as others than images of that name elsewhere."""
+    return [replace(sample, subject=f'test/{sample.name}') if sample.subject == sample.name else sample for sample in test]
+
+
+def on_both_sides(samples, test):
+    """Return the warning that subjects of a test part are among those of the training part; '' if none are."""
+    common = sorted({sample.subject for sample in samples} & {sample.subject for sample in own_subjects(test)}, key=natural_key)
+    return (f'WARNING: {len(common)} subjects of the test part are in the training part too: {some_of(common)}. If they are the same persons, '
+            'the scores are too good to be true.') if common else ''
+
+
 def likely_subjects(samples):
     """Return the advice how to say the subjects of `samples`: what would fit their names, if there is such."""
     for pattern in '(.+)_[0-9]+', '(.+)-[0-9]+', '([^/]+)/':
         found = [re.search(pattern, sample.name) for sample in samples]
         subjects = {match and match[1] for match in found}
-        if None not in subjects and 2 <= len(subjects) < len(samples):
+        # A few folders are kinds, benign and malignant, not persons.
+        if None not in subjects and (5 if '/' in pattern else 2) <= len(subjects) < len(samples):
             option = '--subject-from folder' if '/' in pattern else f"--subject-pattern '{pattern}'"
             return f'give {option}, if that is right: it finds {len(subjects)} subjects, such as {some_of(sorted(subjects, key=natural_key))}.'
     return 'give --subject-pattern, --subject-from folder, or --subjects with a table.'

@@ -19,7 +19,7 @@ from ..networks.network import padded_size
 from ..optim import SGD, Adam, AdamW
 from .checkpoint import CheckpointError, load_checkpoint
 from .run_folder import WHERE, check_resumable, read_config, unfinished
-from .segment import LARGEST_FILTER
+from .segment import LARGEST_FILTER, READING
 
 # What the names on the command line stand for.
 LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
@@ -53,9 +53,11 @@ def parse(arguments):
     args = argparse.Namespace(**{**defaults, **stored, **given})
 
     args.norm = None if args.norm == 'none' else args.norm
-    args.data = args.data and args.data.resolve()
-    args.split = args.split and args.split.resolve()
-    args.init = args.init and args.init.resolve()
+    for name in 'data', 'masks', 'subjects', 'test', 'test_masks', 'split', 'init':
+        path = getattr(args, name)
+        setattr(args, name, path and path.resolve())
+    check_data(args, given, parser)
+    args.what = args.what or ('nerve' if args.data is None else 'foreground')
     args.epochs = args.epochs or (5 if args.data is None else 15)
     args.learning_rate = args.learning_rate or (2e-3 if args.data is None else 1e-3)
     args.augment = args.augment or ('none' if args.data is None else 'default')
@@ -92,6 +94,20 @@ def parse(arguments):
             parser.error(f'--{name.replace("_", "-")} is {getattr(args, name)}, but {args.resume / "config.json"} has '
                          f'{stored[name]}; leave it out to go on, or start a new run without --resume')
     return args
+
+
+def check_data(args, given, parser):
+    """End the process unless the options that say where the data are, and how they are read, go together."""
+    for name in ('masks', 'test', *READING, 'subjects', 'no_mask_is_empty'):
+        if args.data is None and getattr(args, name) != parser.get_default(name):
+            parser.error(f'--{name.replace("_", "-")} has no meaning without --data: synthetic ultrasound comes with its masks')
+    if args.test_masks and not args.test:
+        parser.error('--test-masks has no meaning without --test')
+    if args.test and (args.folds or args.leaky_split_by_image or 'validation_share' in given):
+        option = '--folds' if args.folds else '--leaky-split-by-image' if args.leaky_split_by_image else '--validation-share'
+        parser.error(f'{option} has no meaning with --test, which is what is validated on')
+    if args.label is not None and args.mask_threshold is not None:
+        parser.error('--label and --mask-threshold both say what is foreground; give one of them')
 
 
 def stored_options(folder):
@@ -210,21 +226,24 @@ def build_parser():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description='Train a network to find nerves in ultrasound images.',
                                      formatter_class=HelpFormatter)
     data = parser.add_argument_group('data')
-    data.add_argument('--data', type=Path, metavar='DIR', help='folder of the image and mask pairs; default: synthetic ultrasound')
+    data.add_argument('--data', '--images', type=Path, metavar='DIR',
+                      help='folder of the images, with their masks beside them or in masks/ beside images/, at any depth; default: '
+                      'synthetic ultrasound')
     data.add_argument('--size', type=size, default='96x128', metavar='HxW',
                       help='rows x columns the network works at, rounded up to a multiple of 2^depth')
-    data.add_argument('--subject-pattern', metavar='REGEX',
-                      help='regular expression on the file name whose first group is the subject, such as "(.+)_[0-9]+"; default: '
-                      'the first number of {subject}_{image}')
-    data.add_argument('--mask-threshold', type=positive, metavar='N',
-                      help='count mask values from N up as foreground, for masks with in-between values')
+    add_reading_options(data)
+    data.add_argument('--test', type=Path, metavar='DIR',
+                      help='folder of images to validate on, where a data set has an official test part; else it is drawn')
+    data.add_argument('--test-masks', type=Path, metavar='DIR', help='folder of the masks of --test, as --masks is for --images')
+    data.add_argument('--what', metavar='WORD', help='what the masks show, for reports and pictures; default: foreground, of synthetic ultrasound '
+                      'nerve')
     data.add_argument('--validation-share', type=share, default=0.2, metavar='SHARE',
                       help='share of the images set aside for validation, by whole subjects')
     data.add_argument('--inner-share', type=share, metavar='SHARE',
                       help='share of the training images set aside, by whole subjects, to choose on: the best epoch, when to '
                       'stop, how probabilities become a mask; the validation subjects are then only scored')
-    data.add_argument('--nerve-share', type=share, metavar='SHARE',
-                      help='share of the images drawn in an epoch that hold a nerve; some then come twice and others not, and '
+    data.add_argument('--foreground-share', type=share, metavar='SHARE',
+                      help='share of the images drawn in an epoch that hold foreground; some then come twice and others not, and '
                       'an epoch keeps its number of images; default: as they come')
     data.add_argument('--median-filter', type=whole, metavar='SIZE',
                       help='odd size of a median filter against speckle, 3 or more, applied in prediction too')
@@ -293,6 +312,32 @@ def build_parser():
     return parser
 
 
+def add_reading_options(parser, is_stored=False):
+    """Add the options that say which files are masks, what in them is foreground, and whom an image shows: READING, and where they are.
+
+    With `is_stored` those of READING have no default: what is not given is what the model file says.
+    """
+    unset = {'default': argparse.SUPPRESS} if is_stored else {}
+    parser.add_argument('--masks', type=Path, metavar='DIR',
+                        help='folder of the masks, if they are not beside the images: at the same place below it, called like the image '
+                        'or {image}_mask')
+    parser.add_argument('--mask-pattern', metavar='PATTERN', **unset,
+                        help="what masks are called: '{image}_Annotation', or '{image}_seg*', of which several are joined, or "
+                        "'../labels/{image}', or '{image}.png' beside JPEG images")
+    parser.add_argument('--mask-threshold', type=positive, metavar='N', **unset,
+                        help='count mask values from N up as foreground, for masks with in-between values')
+    parser.add_argument('--label', type=label, metavar='N', **unset,
+                        help='masks hold numbers of classes: this one is foreground; all: every one but 0 is')
+    parser.add_argument('--fill-outlines', action='store_true', **unset, help='masks are closed lines: what they enclose is foreground')
+    parser.add_argument('--no-mask-is-empty', action='store_true', help='an image without a mask shows no foreground')
+    parser.add_argument('--subject-pattern', metavar='REGEX', **unset,
+                        help='regular expression on the name of an image, with its folders, whose first group is the subject, such as '
+                        '"(.+)_[0-9]+"; default: the first number of {subject}_{image}')
+    parser.add_argument('--subject-from', choices=['name', 'folder'], **{'default': 'name', **unset},
+                        help='folder: the first folder an image lies in is its subject')
+    parser.add_argument('--subjects', type=Path, metavar='FILE.csv', help='table of the subjects, with two columns: image, subject')
+
+
 def add_prediction_options(parser):
     """Add the options that `segment.open_segmenter` reads, and --white: which network predicts, where, and how masks are made."""
     parser.add_argument('--model', type=Path, nargs='+', required=True, metavar='MODEL', default=argparse.SUPPRESS,
@@ -334,6 +379,13 @@ def whole(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
     return int(text)
+
+
+def label(text):
+    """Return the number of a class, from 1 on, or 'all'."""
+    if text != 'all' and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not the number of a class, from 1 on, or all')
+    return text if text == 'all' else int(text)
 
 
 def natural(text):

@@ -16,27 +16,28 @@ def draw_run(run, model, validation, baselines):
     """Draw the curves of the run, and the best, median and worst prediction of its last network on the validation part."""
     title = LEAKS.partition(',')[0] if run.config['leaky_split_by_image'] else ''
     figures.save(figures.curves(run.history, baselines=baselines, title=title), run.path / 'curves.png')
-    segmenter, scores, with_nerve = Segmenter(model, run.config['size']), SegmentationScores(), []
+    segmenter, scores, with_foreground = Segmenter(model, run.config['size']), SegmentationScores(), []
     for images, masks in validation.epoch(0):
         probabilities = segmenter.probabilities(images[..., 0])
         scores.update(numpy.stack(probabilities)[..., None], masks)
-        with_nerve.extend(masks.any(axis=(1, 2, 3)))
-    # An empty mask shows nothing, so cases are chosen among the images that hold a nerve, if there are any.
-    chosen = numpy.flatnonzero(with_nerve) if any(with_nerve) else numpy.arange(len(with_nerve))
+        with_foreground.extend(masks.any(axis=(1, 2, 3)))
+    # An empty mask shows nothing, so cases are chosen among the images that hold foreground, if there are any.
+    chosen = numpy.flatnonzero(with_foreground) if any(with_foreground) else numpy.arange(len(with_foreground))
     cases = []
     for label, place in figures.best_median_worst(scores.dice_of_images()[chosen]):
         index = int(chosen[place])
         image, truth = (array[0, :, :, 0] for array in validation.batch([index], 0))
         prediction = segmenter.settings.mask(segmenter.probabilities([image])[0])
         cases.append(dict(label=label, name=validation.samples[index].name, image=image, truth=truth, prediction=prediction))
-    images = 'Validation images with nerve' if any(with_nerve) and not all(with_nerve) else 'Validation'
+    what = run.config.get('what') or 'foreground'
+    images = f'Validation images with {what}' if any(with_foreground) and not all(with_foreground) else 'Validation'
     epoch, threshold = run.history[-1]['epoch'], segmenter.settings.threshold
-    title = f'{images}, after epoch {epoch}: nerve where the probability is above {threshold:g}'
+    title = f'{images}, after epoch {epoch}: {what} where the probability is above {threshold:g}'
     figures.save(figures.predictions(cases, title=title), run.path / 'predictions.png')
 
 
 def preview_augmentation(path, transform, samples, reader, seed):
-    """Draw to the file `path` what `transform` makes of a few images that hold a nerve: the image, four draws, the mask outlined.
+    """Draw to the file `path` what `transform` makes of a few images that hold foreground: the image, four draws, the mask outlined.
 
     Raises DataError for a name that is taken or no picture's, if nothing is to be changed, and if no mask holds foreground.
     """

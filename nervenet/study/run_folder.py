@@ -19,14 +19,14 @@ from ..files import atomic_write, make_folder, refuse_content
 from ..train import generator_states, set_generator_states
 from .checkpoint import load_checkpoint, save
 from .report import best_row, summaries
-from .segment import Settings, choose_from, count_masks, score
+from .segment import READING, Settings, choose_from, count_masks, score
 
 try:
     import fcntl
 except ImportError:                     # Windows: there, nobody is kept from training in one folder twice at a time
     fcntl = None
 
-WHERE = 'data', 'device', 'precision'     # of a config: where the data lie and what computes; a run may go on elsewhere
+WHERE = 'data', 'masks', 'subjects', 'test', 'test_masks', 'device', 'precision'     # of a config: where the data lie and what computes; a run may go on elsewhere
 
 
 def claim(folder, wait=False):
@@ -176,6 +176,7 @@ class RunFolder:
         """Return what a file says of its network: how images must be prepared for it, its epoch and its scores."""
         row = self.history[-1]
         return {'epoch': row['epoch'], 'size': self.config['size'], 'median_filter': self.config.get('median_filter'),
+                'reading': {name: self.config.get(name) for name in READING}, 'what': self.config.get('what'),
                 'scores': {name: value for name, value in row.items() if name.startswith(('validation_', 'inner_'))}}
 
     def finish_model_file(self, path, **extra):
@@ -208,7 +209,7 @@ class RunFolder:
             if path == self.last and strangers:
                 seen['held_out'] = counts if part is validation else count_masks(network, lambda: validation.epoch(0))
             if self.config.get('data') and strangers:           # subjects of synthetic images have names that others have too
-                seen |= {name: self.config.get(name) for name in ('training_subjects', 'subject_pattern')}
+                seen |= {name: self.config.get(name) for name in ('training_subjects', 'validation_subjects')}
             self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask, **seen)
             chosen[path.name] = {'epoch': extra['epoch'], 'settings': asdict(settings),
                                  'chosen on': f'{where} subjects' if there_is_foreground else 'nothing',

@@ -23,6 +23,7 @@ from ..train import predict
 from .checkpoint import CheckpointError, load_checkpoint
 
 LARGEST_FILTER = 99                     # window of a median filter, in pixels
+READING = 'mask_pattern', 'mask_threshold', 'label', 'fill_outlines', 'subject_pattern', 'subject_from'     # how masks and subjects were found
 THRESHOLDS, AREAS = numpy.arange(0.1, 0.91, 0.05), (0, 0.0025, 0.005, 0.01, 0.015, 0.02)        # what settings are chosen among
 
 
@@ -91,10 +92,10 @@ class Segmenter:
         """
         models, extras = zip(*(read_network(path) for path in paths))
         for path, extra in zip(paths, extras):
-            for name in 'size', 'median_filter':
+            for name in 'size', 'median_filter', 'reading':
                 if extra.get(name) != extras[0].get(name):
                     raise CheckpointError(f'{path}: its {name} is {extra.get(name)}, that of {paths[0]} is {extras[0].get(name)}; networks '
-                                          'predict together if they see the same images')
+                                          'predict together if they see the same')
         settings = extras[0].get('settings', {})
         if len(paths) > 1:
             lacking = [path for path, extra in zip(paths, extras) if 'held_out' not in extra]
@@ -176,9 +177,15 @@ def read_network(path):
 
 def check_what_was_seen(path, extra):
     """Raise CheckpointError unless what the file says of the subjects of its training has the form that `RunFolder` writes."""
-    subjects, pattern, held_out = (extra.get(name) for name in ('training_subjects', 'subject_pattern', 'held_out'))
-    if not (subjects is None or isinstance(subjects, list) and all(isinstance(subject, str) for subject in subjects)):
-        raise CheckpointError(f'{path}: its training subjects are no list of names')
+    seen, held_out, reading = extra.get('training_subjects'), extra.get('held_out'), extra.get('reading', {})
+    for subjects in seen, extra.get('validation_subjects'):
+        if not (subjects is None or isinstance(subjects, list) and all(isinstance(subject, str) for subject in subjects)):
+            raise CheckpointError(f'{path}: its subjects are no list of names')
+    kinds = dict(zip(READING, (str, float | int, str | int, bool, str, str)))
+    if (not isinstance(reading, dict) or not reading.keys() <= kinds.keys() or not isinstance(extra.get('what'), str | None)
+            or any(value is not None and not isinstance(value, kinds[name]) for name, value in reading.items())):
+        raise CheckpointError(f'{path}: what it says of the masks it was trained on is not of the form of this version')
+    pattern = reading.get('subject_pattern')
     try:
         has_group = pattern is None or isinstance(pattern, str) and re.compile(pattern).groups > 0
     except re.error:

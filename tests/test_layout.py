@@ -1,0 +1,432 @@
+"""Data sets as their publishers ship them: found, read, trained on and predicted with the options that say what they look like."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+from helpers import TINY
+from nervenet.images.data import MaskRule, Reader, fill_outlines, holds_foreground, is_outline, read_mask, read_pair
+from nervenet.images.layout import MaskNames
+from nervenet.images.samples import DataError, Sample, describe, find_samples, likely_subjects, on_both_sides, own_subjects, subject_warning
+
+SIZE = 24, 36
+
+
+def drawn(rng):
+    """Return (grey (H, W) uint8, mask (H, W) bool): a bright disc on noise."""
+    rows, columns = numpy.mgrid[:SIZE[0], :SIZE[1]]
+    mask = (rows - rng.uniform(8, 16))**2 + (columns - rng.uniform(8, 28))**2 < 36
+    return (60 + 100 * mask + 30 * rng.random(SIZE)).astype('uint8'), mask
+
+
+def outline(mask):
+    """Return the pixels of a mask that lie at its edge."""
+    inner = numpy.pad(mask, 1)
+    return mask & ~(inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:])
+
+
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels.astype('uint8'))
+    image.save(path, quality=95)
+
+
+def labelled(mask, other, number=2):
+    """Return an image of a palette: class `number` where `mask`, another where `other`."""
+    numbers = numpy.where(mask, number, numpy.where(other, 3 - number, 0)).astype('uint8')
+    image = Image.frombytes('P', numbers.shape[::-1], numbers.tobytes())
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    return image
+
+
+def lesions(folder, rng):
+    """Breast lesions: a folder for each kind, the second lesion of an image in a file of its own."""
+    for kind in 'benign', 'malignant', 'normal':
+        for number in 1, 2, 10:
+            grey, mask = drawn(rng)
+            write(folder / kind / f'{kind} ({number}).png', grey)
+            write(folder / kind / f'{kind} ({number})_mask.png', 255 * mask * (kind != 'normal'))
+        write(folder / kind / f'{kind} (2)_mask_1.png', 255 * drawn(rng)[1] * (kind != 'normal'))
+    return ['--data', folder], []
+
+
+def two_folders(folder, rng):
+    """Thyroid nodules: two folders of any name, JPEG masks that are not quite black and white, a subject in each name."""
+    for subject in 9, 10, 104:
+        for number in 1, 2, 3:
+            grey, mask = drawn(rng)
+            write(folder / 'thyroid-image' / f'{subject}_{number}.jpg', grey)
+            write(folder / 'thyroid-mask' / f'{subject}_{number}.jpg', 255 * mask)
+    where = ['--images', folder / 'thyroid-image', '--masks', folder / 'thyroid-mask']
+    return [*where, '--mask-threshold', 128, '--subject-pattern', '(.+)_[0-9]+'], where[2:]
+
+
+def patients(folder, rng):
+    for patient in 'P1', 'P2', 'P3':
+        for number in 1, 2, 3:
+            grey, mask = drawn(rng)
+            write(folder / patient / 'left' / f'{number}.png', grey)
+            write(folder / patient / 'left' / f'{number}_mask.bmp', 255 * mask)
+    return ['--data', folder, '--subject-from', 'folder'], []
+
+
+def patients_with_images_and_masks(folder, rng):
+    for patient in 'P1', 'P2', 'P3':
+        for number in 1, 2, 3:
+            grey, mask = drawn(rng)
+            write(folder / patient / 'images' / f'{number}.png', grey)
+            write(folder / patient / 'masks' / f'{number}.png', mask)
+    return ['--data', folder, '--subject-from', 'folder'], []
+
+
+def labels_in_a_folder_beside(folder, rng):
+    for patient in 'P1', 'P2', 'P3':
+        for number in 1, 2, 3:
+            grey, mask = drawn(rng)
+            write(folder / patient / 'us' / f'{number}.png', grey)
+            write(folder / patient / 'seg' / f'{number}.png', mask)
+    return ['--data', folder, '--subject-from', 'folder', '--mask-pattern', '../seg/{image}'], []
+
+
+def heads(folder, rng):
+    """Fetal heads: annotations that are a closed thin line."""
+    for number in range(9):
+        grey, mask = drawn(rng)
+        write(folder / f'{number:03}_HC.png', grey)
+        write(folder / f'{number:03}_HC_Annotation.png', 255 * outline(mask))
+    return ['--data', folder, '--mask-pattern', '{image}_Annotation', '--fill-outlines'], []
+
+
+def masks_of_another_format(folder, rng):
+    for number in range(9):
+        grey, mask = drawn(rng)
+        write(folder / f'{number % 3}_{number}.jpg', grey)
+        write(folder / f'{number % 3}_{number}.png', mask)
+    return ['--data', folder, '--mask-pattern', '{image}.png'], []
+
+
+def classes(folder, rng):
+    for number in range(9):
+        grey, mask = drawn(rng)
+        write(folder / f'{number % 3}_{number}.png', grey)
+        write(folder / f'{number % 3}_{number}_mask.png', labelled(mask, numpy.arange(SIZE[1]) < 3))
+    return ['--data', folder, '--label', 2], []
+
+
+def table(folder, rng):
+    rows = ['image,subject']
+    for number in range(9):
+        grey, mask = drawn(rng)
+        write(folder / 'images' / f'scan{number}.png', grey)
+        write(folder / 'masks' / f'scan{number}.png', mask)
+        rows.append(f'scan{number}.png,Person {number % 3}')
+    (folder / 'subjects.csv').write_text('\n'.join(rows))
+    return ['--data', folder, '--subjects', folder / 'subjects.csv'], []
+
+
+def some_without_mask(folder, rng):
+    for number in range(9):
+        grey, mask = drawn(rng)
+        write(folder / f'{number % 3}_{number}.png', grey)
+        if number > 2:
+            write(folder / f'{number % 3}_{number}_mask.png', mask)
+    return ['--data', folder, '--no-mask-is-empty'], ['--no-mask-is-empty']
+
+
+PUBLISHED = [lesions, two_folders, patients, patients_with_images_and_masks, labels_in_a_folder_beside, heads, masks_of_another_format, classes,
+             table, some_without_mask]
+
+
+@pytest.fixture
+def predict():
+    specification = importlib.util.spec_from_file_location('predict', Path(__file__).parents[1] / 'examples' / 'predict.py')
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return lambda *arguments: module.main([*map(str, arguments)])
+
+
+@pytest.mark.parametrize('published', PUBLISHED, ids=lambda function: function.__name__)
+def test_data_train_and_are_predicted_as_published(published, tmp_path, rng, main, predict, capsys):
+    options, again = published(tmp_path / 'data', rng)
+    main(*options, *TINY, '--epochs', 1, '--validation-share', 0.34, '--out', tmp_path / 'run')
+    said = capsys.readouterr().out
+    assert 'found:       9 images with ' in said
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert config['training_images'] + config['validation_images'] == 9
+    assert ('masks, 3 subjects' in said) == ('no subject is known' not in said)
+
+    # Prediction reads the masks as training did, says how many it scores, and predicts no mask.
+    assert predict('--model', tmp_path / 'run' / 'last.npz', '--input', options[1], '--output', tmp_path / 'out', *again) == 0
+    said = capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / 'out' / 'results.csv').read_text().splitlines()))
+    assert len(rows) == 9 and all(row['dice'] for row in rows)
+    assert f'{config["training_images"]} of 9 are of subjects' in said or 'no subject' in said or 'flattered' in said
+    for row in rows:
+        assert read_mask(tmp_path / 'out' / f'{row["image"]}_mask.png').shape == SIZE
+
+
+def test_the_masks_of_published_sets_are_the_regions(tmp_path, rng):
+    state = rng.bit_generator.state
+    truths = [drawn(rng)[1] for _ in range(9)]
+    for published, rule, options in ((heads, MaskRule(fill_outlines=True), {'mask_pattern': '{image}_Annotation'}), (classes, MaskRule(label=2), {}),
+                                     (masks_of_another_format, MaskRule(), {'mask_pattern': '{image}.png'})):
+        rng.bit_generator.state = state
+        published(tmp_path / published.__name__, rng)
+        samples = sorted(find_samples(tmp_path / published.__name__, **options), key=lambda sample: sample.image_path.stem.replace('_', '')[-1 - 2 * (published is heads):])
+        assert len(samples) == 9
+        for sample in samples:
+            number = int(sample.name[:3]) if published is heads else int(sample.name[2:])
+            numpy.testing.assert_array_equal(read_pair(sample, rule)[1], truths[number])
+
+
+# --- What belongs together --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('pattern, name, suffix, is_same, image', [
+    (None, 'a_mask', '.png', False, 'a'), (None, 'a_MASK-2', '.png', False, 'a'), (None, 'a', '.png', True, 'a'), (None, 'a', '.png', False, None),
+    (None, 'a_masks', '.png', False, None), (None, '1_10_mask', '.png', False, '1_10'), (None, 'b_mask', '.png', True, None),
+    ('{image}_seg*', 'a_seg', '.tif', False, 'a'), ('{image}_seg*', 'a_seg_left 2', '.tif', False, 'a'), ('{image}_seg', 'a_seg_2', '.tif', False, None),
+    ('{image}*', '1_10', '.png', False, None), ('{image}*', '1_1x', '.png', False, '1_1'), ('mask-{image}', 'Mask-a', '.png', False, 'a'),
+    ('{image}.png', 'a', '.png', False, 'a'), ('{image}.png', 'a', '.jpg', False, None), ('{image}_L?', 'a_l2', '.jpg', False, 'a'),
+    ('{image}_(gt)', 'a_(gt)', '.jpg', False, 'a'), ('../x/{image}_y.tif', 'a_y', '.tif', False, 'a')])
+def test_what_a_mask_is_called(pattern, name, suffix, is_same, image):
+    images = {'a', '1_1', '1_10'} - ({name} if not is_same and name == '1_10' else set())
+    assert MaskNames(pattern).image_of(name, suffix, images.__contains__, is_same) == image
+
+
+@pytest.mark.parametrize('pattern', ['mask', '{image}/x', '*_{image}', '{image}_{image}', '*/{image}'])
+def test_a_pattern_that_names_no_mask_is_refused(tmp_path, pattern):
+    with pytest.raises(DataError, match="expected {image} once.*'{image}_mask\\*'"):
+        find_samples(tmp_path, mask_pattern=pattern)
+
+
+def test_the_pattern_that_would_fit_is_proposed(tmp_path, rng):
+    heads(tmp_path / 'heads', rng)
+    with pytest.raises(DataError, match=r"if masks are called so: --mask-pattern '\{image\}_Annotation'"):
+        find_samples(tmp_path / 'heads')
+    for number in range(4):
+        write(tmp_path / 'seg' / f'scan-{number}.png', drawn(rng)[0])
+        write(tmp_path / 'seg' / f'seg_scan-{number}.png', drawn(rng)[1])
+    write(tmp_path / 'seg' / 'scan-0_mask.png', drawn(rng)[1])
+    with pytest.raises(DataError, match=r"--mask-pattern 'seg_\{image\}'; or"):
+        find_samples(tmp_path / 'seg')
+
+
+def test_all_that_lack_a_partner_are_counted_and_the_first_are_named(tmp_path, rng):
+    patients(tmp_path, rng)
+    for name in 'P1/left/1', 'P1/left/3', 'P2/left/2', 'P3/left/1':
+        (tmp_path / f'{name}_mask.bmp').unlink()
+    with pytest.raises(DataError, match=r'1.png: has no mask; .*4 of 9 images have none: P1/left/1, P1/left/3, P2/left/2 and 1 more.*--no-mask-is-empty'):
+        find_samples(tmp_path)
+    assert [sample.mask_paths for sample in find_samples(tmp_path, no_mask_is_empty=True)].count(()) == 4
+    assert [sample.mask_paths for sample in find_samples(tmp_path, masks='optional')].count(None) == 4
+    sample = find_samples(tmp_path, no_mask_is_empty=True)[0]
+    assert not read_pair(sample)[1].any() and read_pair(sample)[1].shape == SIZE
+    for name in 'P1/left/2', 'P3/left/2', 'P3/left/1':
+        (tmp_path / f'{name}.png').unlink()
+    with pytest.raises(DataError, match=r'2_mask.bmp: this mask has no image \(2 of 5 masks have none: 2_mask.bmp, 2_mask.bmp\)'):
+        find_samples(tmp_path, no_mask_is_empty=True)
+
+
+def test_masks_in_a_folder_of_any_name_and_inside_that_of_the_images(tmp_path, rng):
+    for place in 'a', 'b/c':
+        write(tmp_path / place / '1.png', drawn(rng)[0])
+        write(tmp_path / 'truth' / place / '1_mask.bmp', drawn(rng)[1])
+        write(tmp_path / 'truth' / place / '1.png', drawn(rng)[1])
+    samples = find_samples(tmp_path, masks_folder=tmp_path / 'truth')
+    assert [(sample.name, [path.relative_to(tmp_path / 'truth').as_posix() for path in sample.mask_paths]) for sample in samples] == [
+        ('a/1', ['a/1.png', 'a/1_mask.bmp']), ('b/c/1', ['b/c/1.png', 'b/c/1_mask.bmp'])]
+    assert find_samples(tmp_path / 'a' / '1.png', masks='optional', masks_folder=tmp_path / 'truth' / 'a')[0].mask_paths == samples[0].mask_paths
+    with pytest.raises(DataError, match='absent: no such folder; expected the folder of masks'):
+        find_samples(tmp_path, masks_folder=tmp_path / 'absent')
+
+
+def test_links_that_go_round_in_circles_end(tmp_path, rng):
+    patients(tmp_path / 'data', rng)
+    (tmp_path / 'data' / 'P1' / 'again').symlink_to(tmp_path / 'data')
+    assert len(find_samples(tmp_path / 'data')) == 9
+
+
+# --- Whom an image shows ----------------------------------------------------------------------------------------------
+
+def subjects_of(folder, **options):
+    return {sample.name: sample.subject for sample in find_samples(folder, **options)}
+
+
+def test_subjects_from_a_table_by_any_form_of_the_name(tmp_path, rng):
+    patients(tmp_path / 'data', rng)
+    rows = ['P1/left/1,A', 'P1/left/2.png, A', 'P1/left/3,B', '2.png,C', '3,C', '1,D']
+    (tmp_path / 'table.csv').write_text('﻿Bild,Wer\n' + '\n'.join(rows) + '\n\n')
+    found = subjects_of(tmp_path / 'data', subjects=tmp_path / 'table.csv')
+    assert found == {'P1/left/1': 'A', 'P1/left/2': 'A', 'P1/left/3': 'B', **{f'P{n}/left/{m}': who for n in (2, 3) for m, who in ((1, 'D'), (2, 'C'), (3, 'C'))}}
+    for text, message in (('1,A\n2,B', r'has no row for this image \(3 of 9 such: 3.png, 3.png, 3.png\)'), ('1,A\n1,B', '1 has subject A and, in row 2, subject B'),
+                          ('1;A', "row 1 is '1;A'; expected two columns"), ('1,\n', 'expected two columns')):
+        (tmp_path / 'table.csv').write_text(text)
+        with pytest.raises(DataError, match=message):
+            find_samples(tmp_path / 'data', subjects=tmp_path / 'table.csv')
+    with pytest.raises(DataError, match='none.csv: no such file'):
+        find_samples(tmp_path / 'data', subjects=tmp_path / 'none.csv')
+    with pytest.raises(DataError, match='give one of them'):
+        find_samples(tmp_path / 'data', '(.)', subjects=tmp_path / 'none.csv')
+
+
+def test_subjects_from_folders_and_from_patterns_on_names_with_folders(tmp_path, rng):
+    patients(tmp_path, rng)
+    assert set(subjects_of(tmp_path, subject_from='folder').values()) == {'P1', 'P2', 'P3'}
+    assert set(subjects_of(tmp_path, subject_pattern=r'(.+)/').values()) == {'P1/left', 'P2/left', 'P3/left'}
+    write(tmp_path / 'x.png', drawn(rng)[0])
+    write(tmp_path / 'x_mask.png', drawn(rng)[1])
+    with pytest.raises(DataError, match=r'x.png: --subject-from folder: this image lies in no folder .*1 of 10 such'):
+        find_samples(tmp_path, subject_from='folder')
+    assert {sample.subject for sample in find_samples(tmp_path, subject_from='folder', masks='optional')} == {'P1', 'P2', 'P3', 'x'}
+
+
+@pytest.mark.parametrize('names, advice', [
+    (['10_104', '10_105', '11_1'], r"give --subject-pattern '(.+)_[0-9]+', if that is right: it finds 2 subjects, such as 10, 11."),
+    (['P1-left-1', 'P1-left-2', 'P2-left-1'], r"--subject-pattern '(.+)-[0-9]+'"), (['A/x', 'A/y', 'B/z', 'C/x', 'D/x', 'E/z'], 'give --subject-from folder, if'),
+    (['benign (1)', 'benign (2)'], 'give --subject-pattern, --subject-from folder, or --subjects'), (['benign/a', 'benign/b', 'normal/c'], '--subjects with a table'), (['IMG_1', 'IMG_2'], '--subjects with a table')])
+def test_what_would_say_the_subjects_is_proposed(names, advice):
+    samples = [Sample(name, name, None, None) for name in names]
+    assert advice in likely_subjects(samples)
+    if not names[0][0].isdigit():
+        assert advice in subject_warning(samples)
+
+
+def test_an_official_test_part_is_validated_on_and_common_subjects_are_told(tmp_path, rng, main, capsys):
+    for part, numbers in ('train', '12345'), ('test', '56'):
+        for number in numbers:
+            for frame in '1', '2':
+                grey, mask = drawn(rng)
+                write(tmp_path / part / f'{number}_{frame}.png', grey)
+                write(tmp_path / part / f'{number}_{frame}_mask.png', mask)
+    main('--data', tmp_path, '--test', tmp_path / 'test', *TINY, '--epochs', 1, '--out', tmp_path / 'run')
+    said = capsys.readouterr().out
+    assert f'images are taken from {tmp_path / "train"}' in said and 'test part:   4 images with 4 masks, 2 subjects' in said
+    assert 'WARNING: 1 subjects of the test part are in the training part too: 5' in said
+    assert 'WARNING: 1 subjects of the test part' in (tmp_path / 'run' / 'summary.txt').read_text()
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert config['training_subjects'] == ['1', '2', '3', '4', '5'] and config['validation_subjects'] == ['5', '6']
+    assert config['training_images'] == 10 and config['validation_images'] == 4
+    with pytest.raises(SystemExit):
+        main('--data', tmp_path, '--test', tmp_path / 'test', '--folds', 2)
+    assert '--folds has no meaning with --test' in capsys.readouterr().err
+    unknown = [Sample('a', 'a', None, None)]
+    assert on_both_sides(unknown, unknown) == '' and own_subjects(unknown)[0].subject == 'test/a'
+
+
+def test_the_subjects_that_were_held_out_can_be_predicted_alone(tmp_path, rng, main, predict, capsys):
+    options, _ = patients(tmp_path / 'data', rng)
+    main(*options, *TINY, '--epochs', 1, '--validation-share', 0.34, '--out', tmp_path / 'run')
+    held = json.loads((tmp_path / 'run' / 'config.json').read_text())['validation_subjects']
+    assert predict('--model', tmp_path / 'run' / 'last.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'out', '--held-out') == 0
+    rows = list(csv.DictReader((tmp_path / 'out' / 'results.csv').read_text().splitlines()))
+    assert len(rows) == 3 and {row['image'].partition('/')[0] for row in rows} == set(held)
+    assert 'held out: 3 of 9 images, of 1 subjects' in capsys.readouterr().out
+    with pytest.raises(DataError, match='none of the 3 images shows a subject that was validated on, such as'):
+        other = next(name for name in ('P1', 'P2', 'P3') if name not in held)
+        predict('--model', tmp_path / 'run' / 'last.npz', '--input', tmp_path / 'data' / other, '--output', tmp_path / 'new', '--held-out',
+                '--subject-from', 'name')
+
+
+# --- What in a mask is foreground -------------------------------------------------------------------------------------
+
+def test_classes_are_told_apart_by_the_numbers_in_the_file(tmp_path, rng):
+    mask, other = drawn(rng)[1], numpy.broadcast_to(numpy.arange(SIZE[1]) < 2, SIZE)
+    for name, image in (('palette.png', labelled(mask, other)), ('grey.png', numpy.where(mask, 2, other)), ('rgb.png', numpy.repeat(numpy.where(mask, 2, other)[..., None], 3, -1))):
+        write(tmp_path / name, image)
+        numpy.testing.assert_array_equal(read_mask(tmp_path / name, label=2), mask)
+        numpy.testing.assert_array_equal(read_mask(tmp_path / name, label=1), other & ~mask)
+        numpy.testing.assert_array_equal(read_mask(tmp_path / name, label='all'), mask | other)
+        assert not read_mask(tmp_path / name, label=7).any()
+        with pytest.raises(DataError, match=r'numbers 0, 1, 2 in the file\), give --label 1, or another, .* or --label all; else, .*--mask-threshold N'):
+            read_mask(tmp_path / name)
+    write(tmp_path / 'colours.png', numpy.where(mask[..., None], [255, 0, 0], [0, 0, 0]))
+    with pytest.raises(DataError, match='is drawn in colours, and --label 1 asks for numbers'):
+        read_mask(tmp_path / 'colours.png', label=1)
+
+
+@pytest.mark.parametrize('first, second, is_odd', [(1, 2, True), (38, 75, True), (2, 255, True), (1, 255, False), (255, 255, False), (1, 1, False)])
+def test_files_of_one_class_each_are_not_taken_for_one_another(tmp_path, rng, first, second, is_odd):
+    """Of a set with two classes an image may show one alone: whichever it is must not become foreground in silence."""
+    mask = drawn(rng)[1]
+    for name, value in ('1_1', first), ('1_2', second), ('2_1', 0):
+        write(tmp_path / f'{name}.png', drawn(rng)[0])
+        write(tmp_path / f'{name}_mask.png', mask * value)
+    samples, reader = find_samples(tmp_path), Reader(SIZE)
+    if is_odd:
+        with pytest.raises(DataError, match=rf'has the value {second}, that of 1_1_mask.png has {first}; .*--label {first}, --label {second}, or --label all'):
+            for sample in samples:
+                reader.read(sample)
+    else:
+        assert [reader.read(sample)[1].any() for sample in samples] == [True, True, False]
+    assert [Reader(SIZE, MaskRule(label=second)).read(sample)[1].any() for sample in samples] == [first == second, True, False]
+
+
+def test_a_palette_counts_by_its_numbers(tmp_path, rng):
+    for name, number in ('1_1', 1), ('1_2', 2):
+        write(tmp_path / f'{name}.png', drawn(rng)[0])
+        write(tmp_path / f'{name}_mask.png', labelled(drawn(rng)[1], False, number))
+    reader = Reader(SIZE)
+    with pytest.raises(DataError, match='has the value 2, that of 1_1_mask.png has 1'):
+        for sample in find_samples(tmp_path):
+            reader.read(sample)
+
+
+def test_outlines_are_filled_or_refused(tmp_path, rng):
+    mask = drawn(rng)[1]
+    numpy.testing.assert_array_equal(fill_outlines(outline(mask).astype('uint8')), mask)
+    write(tmp_path / 'x.png', 255 * outline(mask))
+    with pytest.raises(DataError, match=r'x.png: is a line around a region, .* times its own area; give --fill-outlines'):
+        read_mask(tmp_path / 'x.png')
+    numpy.testing.assert_array_equal(read_mask(tmp_path / 'x.png', fill_outlines=True), mask)
+    solid = mask.astype('uint8')
+    numpy.testing.assert_array_equal(fill_outlines(solid), solid)
+    assert not is_outline(solid, fill_outlines(solid)) and not is_outline(solid * 0, fill_outlines(solid * 0))
+    ring = solid.copy()                                     # a vessel's wall is a ring, and no outline
+    ring[numpy.hypot(*(numpy.mgrid[:SIZE[0], :SIZE[1]] - numpy.argwhere(mask).mean(0)[:, None, None])) < 3.5] = 0
+    assert 0 < ring.sum() < solid.sum() and fill_outlines(ring).sum() == solid.sum() and not is_outline(ring, fill_outlines(ring))
+    broken = outline(mask)
+    broken[tuple(numpy.argwhere(broken)[0])] = False
+    numpy.testing.assert_array_equal(fill_outlines(broken.astype('uint8')), broken)
+
+
+def test_holes_are_what_no_way_leads_to(rng):
+    """Against a flood, pixel by pixel, on mazes."""
+    for _ in range(30):
+        mask = (rng.random((13, 17)) < 0.45).astype('uint8')
+        free = numpy.pad(mask == 0, 1, constant_values=True)
+        reached, waiting = {(0, 0)}, [(0, 0)]
+        while waiting:
+            row, column = waiting.pop()
+            for place in (row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1):
+                if 0 <= place[0] < free.shape[0] and 0 <= place[1] < free.shape[1] and free[place] and place not in reached:
+                    reached.add(place)
+                    waiting.append(place)
+        expected = numpy.ones_like(free)
+        expected[tuple(zip(*reached))] = False
+        numpy.testing.assert_array_equal(fill_outlines(mask), expected[1:-1, 1:-1])
+
+
+def test_all_pairs_that_cannot_be_used_are_told_at_once(tmp_path, rng):
+    patients(tmp_path, rng)
+    for name in 'P1/left/1', 'P2/left/2':
+        write(tmp_path / f'{name}_mask.bmp', drawn(rng)[1][:-2])
+    (tmp_path / 'P3' / 'left' / '3.png').write_bytes(b'no image')
+    with pytest.raises(DataError) as error:
+        holds_foreground(find_samples(tmp_path), Reader(SIZE))
+    text = str(error.value)
+    assert 'this mask is 22×36 pixels' in text and 'cannot be read as an image' in text and '\n' not in text
+    assert text.endswith('(3 of 9 pairs cannot be used: P1/left/1, P2/left/2, P3/left/3)') and text.count('22×36') == 1
+
+
+def test_what_was_found_is_said_before_anything_is_read(tmp_path, rng):
+    lesions(tmp_path, rng)
+    (tmp_path / 'benign' / 'benign (1)_mask.png').unlink()
+    lines = describe(find_samples(tmp_path, mask_pattern='{image}_mask*', no_mask_is_empty=True))
+    assert lines == ['9 images with 11 masks, 9 subjects; such as benign (2).png with benign (2)_mask.png, subject benign/benign (2)',
+                     '3 images have several masks, which are joined: benign/benign (2), malignant/malignant (2), normal/normal (2)',
+                     '1 images have no mask, and count as empty: benign/benign (1)']
