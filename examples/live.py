@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy
 
 from nervenet.files import make_folder, refuse_content
-from nervenet.images.data import read_image, resize
+from nervenet.images.data import read_image
 from nervenet.images.samples import MASK_NAME, SUFFIXES, DataError, natural_key
 from nervenet.study.figures import save_mask
 from nervenet.study.options import HelpFormatter, add_prediction_options, positive, whole
@@ -60,12 +60,12 @@ def main(arguments=None):
                 read = time.perf_counter()
                 probabilities, = segmenter.maps([prepared])
                 computed = time.perf_counter()
-                mask = segmenter.settings.mask(resize(probabilities, image.shape))
+                mask = segmenter.mask(segmenter.restore(probabilities, image.shape))
                 if args.output:
                     save_mask(mask, args.output / f'{path.stem}_mask.png')
                 done = time.perf_counter()
                 times.append((done - seen, read - start, computed - read, done - computed))
-                oddities[path] = segmenter.oddity(prepared)
+                oddities[path] = segmenter.oddity(prepared, image.shape)
                 print(f'{path.name}: {1000 * (done - seen):.1f} ms, {numpy.count_nonzero(mask)} pixels of nerve', flush=True)
             except DataError as error:
                 skipped += 1

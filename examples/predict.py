@@ -28,7 +28,7 @@ import numpy
 from nervenet.study import figures
 from nervenet.engine.parallel import number_of_threads
 from nervenet.files import atomic_write, make_folder, refuse_content
-from nervenet.images.data import MaskRule, in_background, mask_oddity, oddity_warning, read_image, read_mask_of, resize, resize_mask
+from nervenet.images.data import MaskRule, in_background, mask_oddity, oddity_warning, read_image, read_mask_of, resize_mask, unfitted
 from nervenet.images.samples import DataError, Sample, find_samples, natural_key, some_of
 from nervenet.metrics import SegmentationScores
 from nervenet.study.segment import READING, describe, intensity_warning, open_segmenter
@@ -68,7 +68,7 @@ def main(arguments=None):
     members = {sample.name: unseen_by(sample, extras) for sample in samples}
     results, judged, failed, runs, odd_images, odd_masks, calibration = [], [], [], [], {}, [], Calibration()
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
-    read, write = partial(read_frame, args, segmenter, members), partial(write_frame, args, segmenter.settings, mean_mask_at(extras[0]))
+    read, write = partial(read_frame, args, segmenter, members), partial(write_frame, args, segmenter, mean_mask_at(extras[0]))
     # Files are read and written on all cores while the network computes; of the images themselves few are held at a time.
     with (closing(in_background(read, samples, args.batch_size, number_of_threads())) as frames,
           closing(in_background(write, predicted(args, segmenter, frames), args.batch_size, number_of_threads())) as written):
@@ -197,7 +197,7 @@ def read_frame(args, segmenter, members, sample):
     try:
         image = read_image(sample.image_path, args.white)
         frame.size, frame.prepared = image.shape, segmenter.prepare(image)
-        frame.odd_image = segmenter.oddity(frame.prepared)
+        frame.odd_image = segmenter.oddity(frame.prepared, frame.size)
         if args.overlays or args.uncertainty:
             frame.picture = numpy.round(image * 255).astype('uint8')
         if is_scored:
@@ -225,12 +225,12 @@ def predicted(args, segmenter, frames):
         yield from batch
 
 
-def write_frame(args, settings, mean_mask, frame):
+def write_frame(args, segmenter, mean_mask, frame):
     """Write the mask of a frame, and its overlay if asked for; return the frame with all that is to be said of it."""
     if frame.probabilities is None:
         return frame
-    probability = resize(frame.probabilities, frame.size)
-    mask = settings.mask(probability)
+    probability = segmenter.restore(frame.probabilities, frame.size)
+    mask = segmenter.mask(probability)
     if '/' in frame.sample.name:                             # the image lies in a folder, and so do its results
         (args.output / frame.sample.name).parent.mkdir(parents=True, exist_ok=True)
     figures.save_mask(mask, args.output / f'{frame.sample.name}_mask.png')
@@ -241,8 +241,8 @@ def write_frame(args, settings, mean_mask, frame):
                      durable=False, compress_level=1)
     frame.result = {'image': frame.sample.name, **describe(mask, probability), 'dice': ''}
     if args.uncertainty:
-        frame.result['sureness'] = round(sureness(frame.samples, settings.mask), 4)
-        _, total, _, disagreement = (resize(values.astype('float32'), frame.size) for values in decompose(frame.samples))
+        frame.result['sureness'] = round(sureness(frame.samples, segmenter.settings.mask), 4)
+        _, total, _, disagreement = (segmenter.restore(values.astype('float32'), frame.size) for values in decompose(frame.samples))
         pictures = [figures.overlay(frame.picture, mask, frame.truth), *(figures.heat(frame.picture, values.clip(0), largest=numpy.log(2))
                                                                          for values in (total, disagreement))]
         figures.save(figures.grid([pictures], column_titles=['prediction', 'not sure: entropy', 'disagreement: mutual information']),
@@ -262,7 +262,7 @@ def mean_mask_at(extra):
     """Return a function of a size (H, W) that gives the mean training mask of a model file at that size, or None if it has none."""
     if 'mean_training_mask' not in extra:
         return lambda size: None
-    return lru_cache(8)(partial(resize_mask, extra['mean_training_mask']))
+    return lru_cache(8)(lambda size: unfitted(extra['mean_training_mask'], size, extra['fit'], by=resize_mask))
 
 
 def counts(mask, truth, mean_mask):

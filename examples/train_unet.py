@@ -63,7 +63,7 @@ def main(arguments=None):
         samples = reader.samples
         print('data:        synthetic ultrasound; give --data DIR for scans')
     else:
-        reader = Reader(args.size, MaskRule(args.mask_threshold, args.label, args.fill_outlines))
+        reader = Reader(args.size, MaskRule(args.mask_threshold, args.label, args.fill_outlines), fit=args.fit)
         if args.resume and not args.data.exists():
             raise DataError(f'{args.data}: no such folder; if the images lie elsewhere now: --resume {args.resume} --data DIR')
         samples = found(args, args.data, args.masks, 'found')

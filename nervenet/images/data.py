@@ -27,6 +27,7 @@ from ..engine.parallel import parallel_for
 from .samples import DataError, some_of
 
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'BMP'
+FITS = 'pad', 'crop', 'squeeze'         # how an image comes to a size of another shape, see `places`
 
 # `_read_grey` refuses such images itself, and names the file.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
@@ -385,13 +386,22 @@ def data_warning(samples, reader, mean, std):
     in a 16-bit file are beside 8-bit files.
     """
     def oddities(sample):
-        image, mask = reader.read(sample)
+        place = reader.place(sample)
+        image, mask = (array[place] for array in reader.read(sample))
         return mask_oddity(sample, mask), intensity_oddity(image / numpy.float32(65535), mean, std)
 
     of_masks, of_images = zip(*parallel_for(samples, oddities))
     names = [sample.name for sample in samples]
     of_images = [oddity and f'{oddity} than the others (of fewer bits than their files hold?)' for oddity in of_images]
     return '\n'.join(filter(None, [oddity_warning('masks', names, of_masks), oddity_warning('images', names, of_images)]))
+
+
+def crop_warning(samples, reader):
+    """Return what is to be said of foreground that `crop` cuts away from `samples`; '' if there is none."""
+    lost = {sample.name: reader.lost(sample) for sample in samples}
+    hit = sorted((name for name in lost if lost[name]), key=lambda name: -lost[name])
+    return hit and (f'WARNING: --fit crop cuts foreground away in {len(hit)} of {len(lost)} images, in the worst of them '
+                    + some_of([f'{name} {lost[name]:.0%}' for name in hit]) + ' of it; there, prediction finds none. --fit pad keeps all') or ''
 
 
 # --- Changing the size ------------------------------------------------------------------------------------------------
@@ -416,10 +426,66 @@ def resize_mask(mask, size):
     return (resize(mask.astype(numpy.float32), size) >= 0.5).astype(numpy.uint8)
 
 
+def places(shape, size, fit):
+    """Return (part, place): the part of an image (H, W) = `shape` that is seen, and the place in a picture of `size` where it is seen.
+
+    Both are pairs of slices, (rows, columns); the part, resized, fills the place.
+
+    squeeze  all of the image fills all of the picture: a circle becomes an ellipse
+    pad      all of it lies in the middle of the picture, as large as it fits in; the rest is black
+    crop     the middle of it fills all of the picture; what sticks out is not seen
+    """
+    if fit not in FITS:
+        raise ValueError(f'fit is {fit!r}; expected one of {", ".join(FITS)}')
+    whole = slice(0, shape[0]), slice(0, shape[1])
+    full = slice(0, size[0]), slice(0, size[1])
+    return _centred(size, shape) if fit == 'crop' else whole, _centred(shape, size) if fit == 'pad' else full
+
+
+def _centred(shape, within):
+    """Return slices (rows, columns): the largest box of the proportions of `shape` in the middle of an image (H, W) = `within`.
+
+    The side that does not touch is rounded to the nearest pixel, and at least 1; in whole numbers, so that rounding never lets it
+    exceed the image.
+    """
+    (H, W), (height, width) = shape, within
+    if H * width >= W * height:
+        width = max(1, (2 * W * height + H) // (2 * H))
+    else:
+        height = max(1, (2 * H * width + W) // (2 * W))
+    top, left = (within[0] - height) // 2, (within[1] - width) // 2
+    return slice(top, top + height), slice(left, left + width)
+
+
+def fitted(image, size, fit, by=resize):
+    """Return what is seen of image (H, W) in a picture of `size` (H, W); 0 is around it. `by` resizes: a mask by `resize_mask`."""
+    return _moved(image, *places(image.shape, size, fit), size, by)
+
+
+def unfitted(picture, shape, fit, by=resize):
+    """Return a picture, such as a map of probabilities, as `fitted` made it of an image (H, W) = `shape`, at the size of that image.
+
+    The same part and place are used, so what lies on a pixel there lies on it here. 0 is where the picture shows nothing of the image.
+    """
+    part, place = places(shape, picture.shape, fit)
+    return _moved(picture, place, part, shape, by)
+
+
+def _moved(image, part, place, size, by):
+    """Return what `place` (rows, columns) of a picture of `size` (H, W) holds, if it is filled with `part` of the image; 0 elsewhere."""
+    rows, columns = place
+    moved = by(image[part], (rows.stop - rows.start, columns.stop - columns.start))
+    if moved.shape == tuple(size):
+        return moved
+    picture = numpy.zeros(size, moved.dtype)
+    picture[place] = moved
+    return picture
+
+
 # --- Reading many files -----------------------------------------------------------------------------------------------
 
 class Remembering:
-    """A reader that remembers the first pairs read, up to `cache_bytes` of memory; `make(sample)` reads one.
+    """A reader that remembers the first pairs read, up to `cache_bytes` of memory; `make(sample)` reads one, at `size`.
 
     Training meets every sample once per epoch, so it makes no difference which ones are remembered, only how many; one
     reader can serve several loaders, within one budget.
@@ -440,21 +506,41 @@ class Remembering:
                     self.cache[sample] = pair
         return pair
 
+    def place(self, sample):
+        """Return slices (rows, columns): where in what `read` returns the image is, and not black around it."""
+        return slice(0, self.size[0]), slice(0, self.size[1])
+
 
 class Reader(Remembering):
-    """Reads samples at one size (H, W), and remembers the first ones read, up to `cache_bytes` of memory.
+    """Reads samples at one size (H, W), to which they are fitted by `fit`, and remembers the first ones, up to `cache_bytes` of memory.
 
     Images are held as uint16, 65535 being white: 8 bits would leave a few levels of an image that uses little of its
     16-bit range.
     """
 
-    def __init__(self, size, rule=MaskRule(), cache_bytes=2**30):
+    def __init__(self, size, rule=MaskRule(), cache_bytes=2**30, fit='squeeze'):
         super().__init__(cache_bytes)
-        self.size, self.rule, self.values = tuple(size), rule, {}
+        self.size, self.rule, self.values, self.fit = tuple(size), rule, {}, fit
+        self.files = {}                     # of each sample: (H, W) of its file, and what share of its foreground is not seen
 
     def make(self, sample):
         image, mask = read_pair(sample, self.rule, seen=self.values)
-        return numpy.rint(resize(image, self.size) * 65535).astype(numpy.uint16), resize_mask(mask, self.size)
+        part, _ = places(image.shape, self.size, self.fit)
+        self.files[sample] = image.shape, 1 - mask[part].sum() / max(mask.sum(), 1) if mask.any() else 0.0
+        return (numpy.rint(fitted(image, self.size, self.fit) * 65535).astype(numpy.uint16),
+                fitted(mask, self.size, self.fit, by=resize_mask))
+
+    def place(self, sample):
+        return places(self._file(sample)[0], self.size, self.fit)[1]
+
+    def lost(self, sample):
+        """Return the share of the sample's foreground that `crop` cuts away, in [0, 1]; 0 if it has none."""
+        return self._file(sample)[1]
+
+    def _file(self, sample):
+        if sample not in self.files:
+            self.read(sample)
+        return self.files[sample]
 
 
 class Filtered(Remembering):
@@ -472,9 +558,18 @@ class Filtered(Remembering):
         image, mask = self.reader.read(sample)
         return self.function(image), mask
 
+    def place(self, sample):
+        return self.reader.place(sample)
+
+    def lost(self, sample):
+        return self.reader.lost(sample)
+
 
 def intensity_statistics(samples, reader):
     """Return (mean, std) of the intensities, in [0, 1], of all pixels of `samples`, accumulated in float64.
+
+    The black around an image that is padded does not count: it says nothing of the scanner. So they hardly depend on the size that
+    images are fitted to, and an image of another shape is not odd because of its shape; `Segmenter.oddity` leaves it out as well.
 
     Where this is the first reading of all samples, it is the slow one, so the cores share it.
 
@@ -482,7 +577,7 @@ def intensity_statistics(samples, reader):
     there are no samples or all pixels are equal.
     """
     def sums(sample):
-        image = reader.read(sample)[0] / 65535                                       # float64
+        image = reader.read(sample)[0][reader.place(sample)] / 65535                 # float64
         return image.size, image.sum(), numpy.square(image).sum()
 
     count, total, squares = map(sum, zip(*parallel_for(samples, sums))) if samples else (0, 0.0, 0.0)

@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..images.augment import FILL_MODES, ULTRASOUND, Augmentation
+from ..images.data import FITS
 from ..losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
 from ..networks import NETWORKS
 from ..networks.network import padded_size
@@ -27,6 +28,7 @@ LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 
 OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
 ARCHITECTURE = 'base_channels', 'depth', 'norm', 'dac', 'rmp'       # options that say what network is built, where it has them
+FIT = 'squeeze'                           # the default of --fit, of scans
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
 
 
@@ -61,6 +63,7 @@ def parse(arguments):
     args.epochs = args.epochs or (5 if args.data is None else 15)
     args.learning_rate = args.learning_rate or (2e-3 if args.data is None else 1e-3)
     args.augment = args.augment or ('none' if args.data is None else 'default')
+    args.fit = args.fit or ('squeeze' if args.data is None else FIT)
     if args.init and not args.resume:
         take_architecture(args, given, parser)
     args.depth = args.depth or default_of(args.model, 'depth')
@@ -101,6 +104,8 @@ def check_data(args, given, parser):
     for name in ('masks', 'test', *READING, 'subjects', 'no_mask_is_empty'):
         if args.data is None and getattr(args, name) != parser.get_default(name):
             parser.error(f'--{name.replace("_", "-")} has no meaning without --data: synthetic ultrasound comes with its masks')
+    if args.data is None and args.fit not in (None, 'squeeze'):
+        parser.error(f'--fit {args.fit} has no meaning without --data: synthetic ultrasound is made at --size')
     if args.test_masks and not args.test:
         parser.error('--test-masks has no meaning without --test')
     if args.test and (args.folds or args.leaky_split_by_image or 'validation_share' in given):
@@ -231,6 +236,9 @@ def build_parser():
                       'synthetic ultrasound')
     data.add_argument('--size', type=size, default='96x128', metavar='HxW',
                       help='rows x columns the network works at, rounded up to a multiple of 2^depth')
+    data.add_argument('--fit', choices=FITS,
+                      help='how an image of another shape comes to that size. squeeze: it fills it, each axis scaled by itself; pad: it is scaled '
+                      f'by one factor so that all of it fits in, with black around; crop: so that it fills it, and what sticks out is cut off. Default: {FIT}')
     add_reading_options(data)
     data.add_argument('--test', type=Path, metavar='DIR',
                       help='folder of images to validate on, where a data set has an official test part; else it is drawn')

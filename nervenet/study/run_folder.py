@@ -175,7 +175,8 @@ class RunFolder:
     def extra(self):
         """Return what a file says of its network: how images must be prepared for it, its epoch and its scores."""
         row = self.history[-1]
-        return {'epoch': row['epoch'], 'size': self.config['size'], 'median_filter': self.config.get('median_filter'),
+        return {'epoch': row['epoch'], 'size': self.config['size'], 'fit': self.config.get('fit', 'squeeze'),
+                'median_filter': self.config.get('median_filter'),
                 'reading': {name: self.config.get(name) for name in READING}, 'what': self.config.get('what'),
                 'scores': {name: value for name, value in row.items() if name.startswith(('validation_', 'inner_'))}}
 

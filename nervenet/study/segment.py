@@ -9,6 +9,7 @@ probabilities become a mask is chosen from what each said of the subjects that i
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy
 
 from ..engine.backend import move, select_device, to_cpu
 from ..images.augment import median_filter
-from ..images.data import as_intensities, intensity_oddity, oddity_warning, resize, white_of
+from ..images.data import FITS, as_intensities, fitted, intensity_oddity, oddity_warning, places, unfitted, white_of
 from ..metrics import SegmentationScores, ratio
 from ..train import predict
 from .checkpoint import CheckpointError, load_checkpoint
@@ -32,7 +33,7 @@ class Settings:
     """How probabilities become a mask.
 
     threshold     a pixel is foreground where its probability is above it, in [0, 1)
-    minimal_area  share of the image, in [0, 1), below which a mask counts as empty: a nerve is never that small
+    minimal_area  share of what the network sees, in [0, 1), below which a mask counts as empty: a nerve is never that small
     flip_average  whether to average the prediction with that of the mirrored image, left and right exchanged
     """
 
@@ -45,10 +46,10 @@ class Settings:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; expected a number from 0 up to, not including, 1')
 
-    def mask(self, probability):
-        """Return the mask (H, W), bool, of a map of probabilities (H, W)."""
+    def mask(self, probability, seen=None):
+        """Return the mask (H, W), bool, of a map of probabilities (H, W); `seen` is how many of its pixels the network sees, default all."""
         mask = probability > self.threshold
-        return mask if numpy.count_nonzero(mask) / mask.size >= self.minimal_area else numpy.zeros_like(mask)
+        return mask if numpy.count_nonzero(mask) / (seen or mask.size) >= self.minimal_area else numpy.zeros_like(mask)
 
 
 def predict_flips(model, x, flip_average):
@@ -62,12 +63,13 @@ def predict_flips(model, x, flip_average):
 class Segmenter:
     """A trained model, or several that predict together; how images were prepared for their training; and the settings they are used with.
 
-    Images are brought to `size` (H, W) and, if `median_filter` is a number and not None, filtered with a window of that size.
+    Images are brought to `size` (H, W) as `fit` says, see `data.places`, and, if `median_filter` is a number and not None, filtered with
+    a window of that size.
     """
 
-    def __init__(self, models, size, settings=Settings(), median_filter=None):
+    def __init__(self, models, size, settings=Settings(), median_filter=None, fit='squeeze'):
         self.models = [model.eval() for model in (models if isinstance(models, list) else [models])]
-        self.size, self.settings, self.median_filter = tuple(size), settings, median_filter
+        self.size, self.settings, self.median_filter, self.fit = tuple(size), settings, median_filter, fit
 
     @property
     def model(self):
@@ -88,11 +90,11 @@ class Segmenter:
         """Return (segmenter, extras) of model files that predict together; else as `from_file`.
 
         The settings of several are chosen from what each said of its validation subjects. Raises CheckpointError also if the files
-        are for images of different sizes or filters, or if one does not hold what settings are chosen from.
+        are for images of different sizes, fits or filters, or if one does not hold what settings are chosen from.
         """
         models, extras = zip(*(read_network(path) for path in paths))
         for path, extra in zip(paths, extras):
-            for name in 'size', 'median_filter', 'reading':
+            for name in 'size', 'fit', 'median_filter', 'reading':
                 if extra.get(name) != extras[0].get(name):
                     raise CheckpointError(f'{path}: its {name} is {extra.get(name)}, that of {paths[0]} is {extras[0].get(name)}; networks '
                                           'predict together if they see the same')
@@ -107,26 +109,35 @@ class Segmenter:
             settings = Settings(**{**settings, **overrides})
         except TypeError as error:
             raise CheckpointError(f'{paths[0]}: its settings {settings!r} are not those of this version ({error})') from error
-        return cls([*models], extras[0]['size'], settings, extras[0].get('median_filter')), [*extras]
+        return cls([*models], extras[0]['size'], settings, extras[0].get('median_filter'), extras[0]['fit']), [*extras]
 
     def prepare(self, image):
         """Return image (H, W) as the network is to see it, (h, w) float32: in [0, 1], at its size, filtered if it was trained so.
 
         uint8 and uint16 are divided by 255 and 65535; floats lie in [0, 1] already, or ValueError is raised.
         """
-        image = resize(as_intensities(image), self.size)
+        image = fitted(as_intensities(image), self.size, self.fit)
         return image if self.median_filter is None else median_filter(image, self.median_filter)
 
     def probabilities(self, images):
         """Return, for each of `images`, (H, W) of any sizes, its map of probabilities (H, W). For values see `prepare`."""
         images = [numpy.asarray(image) for image in images]
         maps = self.maps([self.prepare(image) for image in images])
-        return [resize(small, image.shape) for small, image in zip(maps, images)]
+        return [self.restore(small, image.shape) for small, image in zip(maps, images)]
+
+    def restore(self, small, shape):
+        """Return a map (h, w) float32 of what `prepare` returned, at the size (H, W) = `shape` of its image; 0 where nothing is seen of it."""
+        return unfitted(small, shape, self.fit)
+
+    def mask(self, probability):
+        """Return the mask (H, W), bool, that the settings make of a map of probabilities at the size (H, W) of its image."""
+        part, place = (math.prod(side.stop - side.start for side in sides) for sides in places(probability.shape, self.size, self.fit))
+        return self.settings.mask(probability, seen=part * math.prod(self.size) / place)
 
     def maps(self, prepared, members=None):
         """Return for each of the images that `prepare` returned its map of probabilities at the network's size, (h, w) float32.
 
-        That is the networks' own part of `probabilities`; `resize` brings a map to the size of its image. `members` are the numbers of
+        That is the networks' own part of `probabilities`; `restore` brings a map to the size of its image. `members` are the numbers of
         those of the models that predict, all by default.
         """
         if not prepared:
@@ -149,10 +160,14 @@ class Segmenter:
     def _batch(self, prepared, model):
         return move(numpy.stack(prepared)[..., None].astype(model.dtype), model.device)             # (N, h, w, 1)
 
-    def oddity(self, prepared):
-        """Return in words how the intensities of an image that `prepare` returned lie far from training's; '' if near or unknown."""
+    def oddity(self, prepared, shape=None):
+        """Return in words how the intensities of an image that `prepare` returned lie far from training's; '' if near or unknown.
+
+        `shape` (H, W) is that of the image before, by default the network's: the black around a padded one does not count, as in
+        `intensity_statistics`.
+        """
         mean, std = self.model.config['input_mean'], self.model.config['input_std']
-        return '' if (mean, std) == (0, 1) else intensity_oddity(prepared, mean, std)
+        return '' if (mean, std) == (0, 1) else intensity_oddity(prepared[places(shape or self.size, self.size, self.fit)[1]], mean, std)
 
 
 def read_network(path):
@@ -162,6 +177,8 @@ def read_network(path):
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
         raise CheckpointError(f'{path}: gives {size!r} as the size of its images, expected [height, width]; '
                               'was it written by train_unet.py?')
+    if extra.setdefault('fit', 'squeeze') not in FITS:              # files of earlier versions do not say it
+        raise CheckpointError(f'{path}: gives {extra["fit"]!r} as the way that images come to its size, expected one of {", ".join(FITS)}')
     if not (median_size is None or isinstance(median_size, int) and 3 <= median_size <= LARGEST_FILTER and median_size % 2):
         raise CheckpointError(f'{path}: gives {median_size!r} as the size of its median filter, expected an odd number '
                               f'from 3 to {LARGEST_FILTER}')
@@ -244,7 +261,7 @@ def open_segmenter(args):
         model.to(device)
     print(reason)
     for path, extra in zip(files, extras):
-        print(f'model:    {path}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}')
+        print(f'model:    {path}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}, fit {extra["fit"]}')
     print('settings: ' + ', '.join(f'{name} {value}' for name, value in asdict(segmenter.settings).items())
           + (', chosen from what each network made of the subjects that it had not seen' if len(files) > 1 else ''))
     return segmenter, extras
