@@ -31,7 +31,8 @@ import numpy
 import nervenet
 from nervenet.engine.backend import select_device
 from nervenet.images.augment import median_filter
-from nervenet.images.data import Filtered, Loader, MaskRule, Reader, data_warning, holds_foreground, intensity_statistics
+from nervenet.images.copies import copies_warning
+from nervenet.images.data import Filtered, Loader, MaskRule, Reader, crop_warning, data_warning, holds_foreground, intensity_statistics
 from nervenet.images.samples import DataError, describe, find_samples, on_both_sides, own_subjects, split_by_subject
 from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
@@ -86,14 +87,15 @@ def main(arguments=None):
             cross_validate(args, samples, reader, note)
         elif test:
             print('reading:     all images once', flush=True)
+            test = own_subjects(test)
             holds_foreground(samples + test, reader)
-            train(args, args.out, reader, samples, own_subjects(test), note)
+            train(args, args.out, reader, samples, test, noted(args, samples + test, reader, note))
         else:
             split_by_subject(samples, args.validation_share, args.seed)         # refuses too few subjects
             print('reading:     all images once', flush=True)
             positive = holds_foreground(samples, reader)
             two_sides = split_by_subject(samples, args.validation_share, args.seed, positive, 2 if args.inner_share else 1)
-            train(args, args.out, reader, *two_sides, note)
+            train(args, args.out, reader, *two_sides, noted(args, samples, reader, note))
 
 
 def found(args, folder, masks, label):
@@ -104,6 +106,14 @@ def found(args, folder, masks, label):
         print(f'{label + ":" if label else "":12} {line}')
         label = ''
     return samples
+
+
+def noted(args, samples, reader, note):
+    """Return `note` with what is to be said of all images together, once they are read; print that."""
+    said = [copies_warning(samples, reader), crop_warning(samples, reader) if args.fit == 'crop' else '']
+    for line in filter(None, said):
+        print(line)
+    return '\n'.join(filter(None, [note, *said]))
 
 
 def cross_validate(args, samples, reader, note):
@@ -122,6 +132,7 @@ def cross_validate(args, samples, reader, note):
 
     whole = CrossValidation(args.out, options_to_store(args), deal, join=bool(args.resume or args.fold),
                             read=lambda path: read_split(path, samples, args.folds, by), more_epochs=bool(args.resume))
+    note = noted(args, samples, reader, note)
     for number in [args.fold] if args.fold else range(1, args.folds + 1):
         print(f'\nFold {number} of {args.folds}' + (' is complete' if whole.is_complete(number) else ''))
         if not whole.is_complete(number):
