@@ -252,7 +252,8 @@ def build_parser():
                        help='deal the subjects into so many folds, and validate on each in turn')
     folds.add_argument('--fold', type=whole, metavar='K', help='train this fold only')
     folds.add_argument('--split', type=Path, metavar='FILE',
-                       help='split.json of another cross-validation, to use the same folds')
+                       help='split.json of another cross-validation, to use the same folds, or one of your own: '
+                       '{"folds": [{"subjects": ["1", "2"]}, {"subjects": ["3"]}]}')
     folds.add_argument('--leaky-split-by-image', action='store_true',
                        help='split by image, which LEAKS, to see how much; with or without --folds')
     augmenting = parser.add_argument_group('augmentation', 'Random changes of the training images, named as in Keras; '
@@ -350,7 +351,7 @@ def add_prediction_options(parser):
     stored = parser.add_argument_group('from probabilities to a mask', 'Each default was chosen on the validation or inner subjects of the '
                                        'training run and is stored in the model file; for several networks from what each made of its validation subjects.')
     stored.add_argument('--threshold', type=float, metavar='P', default=argparse.SUPPRESS,
-                        help='a pixel is nerve where its probability is above P')
+                        help='a pixel is foreground where its probability is above P')
     stored.add_argument('--minimal-area', type=float, metavar='SHARE', default=argparse.SUPPRESS,
                         help='a mask that covers less than this share of the image counts as empty')
     stored.add_argument('--flip-average', action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
