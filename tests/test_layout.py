@@ -212,7 +212,7 @@ def test_the_pattern_that_would_fit_is_proposed(tmp_path, rng):
         write(tmp_path / 'seg' / f'scan-{number}.png', drawn(rng)[0])
         write(tmp_path / 'seg' / f'seg_scan-{number}.png', drawn(rng)[1])
     write(tmp_path / 'seg' / 'scan-0_mask.png', drawn(rng)[1])
-    with pytest.raises(DataError, match=r"--mask-pattern 'seg_\{image\}'; or"):
+    with pytest.raises(DataError, match=r"; if masks are called so: --mask-pattern 'seg_\{image\}'; "):
         find_samples(tmp_path / 'seg')
 
 
@@ -427,6 +427,6 @@ def test_what_was_found_is_said_before_anything_is_read(tmp_path, rng):
     lesions(tmp_path, rng)
     (tmp_path / 'benign' / 'benign (1)_mask.png').unlink()
     lines = describe(find_samples(tmp_path, mask_pattern='{image}_mask*', no_mask_is_empty=True))
-    assert lines == ['9 images with 11 masks, 9 subjects; such as benign (2).png with benign (2)_mask.png, subject benign/benign (2)',
+    assert lines == ['9 images with 11 masks, 9 subjects; such as benign/benign (2).png with benign (2)_mask.png, subject benign/benign (2)',
                      '3 images have several masks, which are joined: benign/benign (2), malignant/malignant (2), normal/normal (2)',
                      '1 images have no mask, and count as empty: benign/benign (1)']
