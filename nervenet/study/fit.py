@@ -1,6 +1,7 @@
 """Training to the end: epoch after epoch, each recorded, stopped between two batches when somebody asks for it."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -8,8 +9,10 @@ import time
 
 import numpy
 
+from ..engine.backend import move, to_cpu
 from ..metrics import SCORES
-from ..train import evaluate, train_epoch
+from ..optim import ConstantSchedule
+from ..train import evaluate, train_epoch, train_step
 from .report import progress
 
 
@@ -41,6 +44,40 @@ def stopping_on_signals():
         yield lambda: bool(asked)
     finally:
         set_handlers(before)
+
+
+class PlateauSchedule(ConstantSchedule):
+    """A constant rate, lowered to `factor` times itself each time that the loss of the inner subjects has not fallen for `patience` epochs.
+
+    `history` are the rows of the epochs so far, of the run that it is a schedule of: the rate follows from them alone, so a run that goes on
+    has the rate it would have had.
+    """
+
+    def __init__(self, base, history, warmup_steps=0, factor=0.2, patience=5):
+        super().__init__(base, warmup_steps)
+        self.history, self.factor, self.patience = history, factor, patience
+
+    def __call__(self, step):
+        least, waited, lowered = math.inf, 0, 0
+        for row in self.history:
+            waited = 0 if row['inner_loss'] < least else waited + 1
+            least = min(least, row['inner_loss'])
+            if waited == self.patience:
+                waited, lowered = 0, lowered + 1
+        return super().__call__(step) * self.factor**lowered
+
+
+def seconds_of(model, loss, optimizer, shape, steps, images):
+    """Return about how many seconds an epoch of so many steps on x of `shape` (N, H, W, C), and of scoring so many images, takes here.
+
+    `model` and `optimizer` are for this alone: three steps are done with them, on noise, of which the first, that makes room, does not count.
+    """
+    x = move(numpy.random.default_rng(0).random(shape).astype(model.dtype), model.device)
+    for _ in range(3):
+        start = time.perf_counter()
+        float(to_cpu(train_step(model, loss, optimizer, x, (x > 0.9).astype(x.dtype))))              # a GPU is waited for
+        seconds = time.perf_counter() - start
+    return seconds * (steps + images / shape[0] / 3)         # backward is two thirds of a step
 
 
 def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None, max_norm=None, inner=None, patience=None,
