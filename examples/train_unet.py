@@ -19,6 +19,9 @@ that comes out lies in the run folder:
     settings.json  how probabilities become a mask, where that was chosen, and what it scores
     summary.txt    the scores of the last epoch beside the baselines
     curves.png, predictions.png    the same to look at
+    learning.gif   what the network made of a few validation images after each epoch
+    validation.csv what the last network scores on each validation image
+    report.html    all of it in one file, for any browser
 
 A cross-validation has such a folder for each fold, fold_1, fold_2, …, beside split.json, summary.txt and curves.png of all.
 `--fold 2` trains one fold only, so several processes with the same --out can train side by side.
@@ -42,7 +45,8 @@ from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_im
                                   write_split)
 from nervenet.study.options import (LOSSES, OPTIMIZERS, architecture, augmentation, check_memory, default_epochs, describe_need,
                                     options_to_store, parse)
-from nervenet.study.pictures import draw_run, preview_augmentation
+from nervenet.study.page import write_page
+from nervenet.study.pictures import draw_learning, draw_run, one_of_each_subject, preview_augmentation
 from nervenet.study.report import caveat, in_words, print_epoch, print_header, print_scores, print_whatever_comes, without_foreground
 from nervenet.study.run_folder import RunFolder, read_config, room_for_results, seen_before
 
@@ -132,7 +136,10 @@ def cross_validate(args, samples, reader, note):
                 if args.fold:
                     raise
                 print(f'skipped: {error}')
-    print('\n' + (whole.summarize(args.folds, note) or 'No fold is complete yet.'))
+    text = whole.summarize(args.folds, note)
+    print('\n' + (text or 'No fold is complete yet.'))
+    if text:
+        write_page(args.out, text.partition('\n\n')[0])
 
 
 def train(args, path, reader, training_samples, validation_samples, note, fold=None):
@@ -201,13 +208,14 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
         print(f'Epochs {run.begun + 1} to {args.epochs} were added to a run of {run.begun}: they have a schedule of their own and '
               f'an optimizer that began anew, so this is not bit for bit a run of {args.epochs} epochs.\n')
 
+    watched = one_of_each_subject(parts['validation'], reader)
     print_header()
     for name, scores in baselines.items():
         print_scores('', name, {f'validation_{key}': value for key, value in scores.items()}, 'validation')
     try:
         with stopping_on_signals() as stop:
             for _ in fit(model, loss, optimizer, training, scored['validation'], args.epochs, run, schedule, args.clip_norm,
-                         scored.get('inner'), args.patience, stop):
+                         scored.get('inner'), args.patience, stop, watched):
                 print_epoch(run.history, args.epochs)
     except Interrupted:
         done = len(run.history)
@@ -221,8 +229,11 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
         print(f'stopped early: no better epoch on the inner subjects for {args.patience} epochs')
 
     draw_run(run, model, validation, baselines)
+    draw_learning(run, validation, watched)
     chosen = run.choose_settings(args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
-    print('\n' + run.summarize(baselines, chosen['last.npz'], '\n'.join(filter(None, [note, *warnings]))))
+    said = '\n'.join(filter(None, [note, *warnings]))
+    print('\n' + run.summarize(baselines, chosen['last.npz'], said))
+    write_page(run.path, said)
 
 
 if __name__ == '__main__':
