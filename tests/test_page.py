@@ -88,7 +88,7 @@ def test_a_cross_validation_is_shown_with_all_its_subjects_the_worst_first(tmp_p
               for fold in (1, 2)]
     assert f'{numpy.mean(scores):.3f} ± {numpy.std(scores):.3f}' in page.text and '±' in page.text
     table = page.text[page.text.index('By subject'):page.text.index('The worst images')]
-    shown = re.findall(r'(\d)44(0\.\d{3})', table)
+    shown = re.findall(r'(\d)(0\.\d{3})0\.\d{3}44', table)
     assert {subject for subject, _ in shown} == {'1', '2', '3', '4'} and [dice for _, dice in shown] == sorted(dice for _, dice in shown)
 
 

@@ -30,6 +30,7 @@ img { max-width: 100%; height: auto; background: #fff } p { margin: .5rem 0 } .f
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } th, td { text-align: right; padding: .2rem .7rem; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 6rem; overflow-wrap: break-word } th { font-weight: 600 }
 tr + tr { border-top: 1px solid var(--line) } summary { cursor: pointer }
+@media (max-width: 32rem) { table { font-size: .85rem } th, td { padding: .2rem .35rem } }
 @media print { body { max-width: none; padding: 0; font-size: 11px } h2 { break-after: avoid } img, tr { break-inside: avoid } .wide { max-height: none; overflow: visible }
   details::details-content { content-visibility: visible; height: auto } }
 '''
@@ -133,8 +134,8 @@ def subjects(folds):
         rows.append((float(ratio(numpy.array(2 * overlap), numpy.array(predicted + true))), subject, len(own), sum(case['true'] > 0 for case in own),
                      numpy.mean([case['dice'] for case in own])))
     rows.sort(key=lambda row: (row[0], natural_key(row[1])))
-    text = table(['subject', 'images', 'with foreground', 'Dice, pooled', 'Dice, per image'],
-                 [[subject, images, positive, f'{pooled:.3f}', f'{mean:.3f}'] for pooled, subject, images, positive, mean in rows])
+    text = table(['subject', 'Dice, pooled', 'Dice, per image', 'images', 'with foreground'],
+                 [[subject, f'{pooled:.3f}', f'{mean:.3f}', images, positive] for pooled, subject, images, positive, mean in rows])
     ranked = sorted((case for case in cases if case['true'] > 0), key=lambda case: case['dice']) or cases
     shown = [[case['image'], case['subject'], f'{case["dice"]:.3f}'] for case in ranked[:8] + ranked[max(8, len(ranked) - 3):]]
     return (f'<h2>By subject, the worst first</h2>{text}<h2>The worst images, and the best three</h2>'
