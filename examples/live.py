@@ -25,7 +25,7 @@ import numpy
 
 from nervenet.files import make_folder, refuse_content
 from nervenet.images.data import read_image
-from nervenet.images.samples import MASK_NAME, SUFFIXES, DataError, natural_key
+from nervenet.images.layout import SUFFIXES, DataError, MaskNames, natural_key
 from nervenet.study.figures import save_mask
 from nervenet.study.options import HelpFormatter, add_prediction_options, positive, whole
 from nervenet.study.report import print_whatever_comes
@@ -40,7 +40,8 @@ def main(arguments=None):
         raise DataError(f'{args.folder}: no such folder; give the one that the frames are written into')
     if args.output and args.output.resolve() == args.folder.resolve():
         raise DataError(f'{args.output}: is the folder of the frames too; choose another --output')
-    segmenter, _ = open_segmenter(args)
+    segmenter, extras = open_segmenter(args)
+    what = extras[0].get('what') or 'foreground'
     if args.output:
         refuse_content(args.output, '--output')           # its masks would mix with those of another model
         make_folder(args.output, '--output')
@@ -66,7 +67,7 @@ def main(arguments=None):
                 done = time.perf_counter()
                 times.append((done - seen, read - start, computed - read, done - computed))
                 oddities[path] = segmenter.oddity(prepared, image.shape)
-                print(f'{path.name}: {1000 * (done - seen):.1f} ms, {numpy.count_nonzero(mask)} pixels of nerve', flush=True)
+                print(f'{path.name}: {1000 * (done - seen):.1f} ms, {numpy.count_nonzero(mask)} pixels of {what}', flush=True)
             except DataError as error:
                 skipped += 1
                 print(f'skipped: {error}', file=sys.stderr, flush=True)
@@ -93,7 +94,7 @@ def arrivals(folder, existing, idle):
     def names():
         stems = ((entry.name, *os.path.splitext(entry.name)) for entry in os.scandir(folder))
         return {name for name, stem, suffix in stems
-                if suffix.lower() in SUFFIXES and not stem.startswith('.') and not MASK_NAME.fullmatch(stem)}
+                if suffix.lower() in SUFFIXES and not stem.startswith('.') and not MaskNames().image_of(stem, suffix, bool)}
 
     known = set() if existing else names()
     print(f'watching {folder}; Ctrl-C ends it', flush=True)

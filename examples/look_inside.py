@@ -78,7 +78,7 @@ def parse(arguments):
     parser.add_argument('--image', type=Path, required=True, metavar='FILE', help='image to look at')
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER', help='folder for the three pictures')
     parser.add_argument('--pixel', type=pixel, metavar='ROW,COLUMN',
-                        help='output pixel to explain, at network size, counted from 0; default: the most probable nerve pixel')
+                        help='output pixel to explain, at network size, counted from 0; default: the most probable one')
     return parser.parse_args(arguments)
 
 

@@ -109,8 +109,10 @@ def main(arguments=None):
         print_scores(scores, tell_known(with_mask, members, len(extras)))
     if args.uncertainty and judged:
         print_uncertainty(calibration, judged)
-    if judged and len(with_mask) < len(samples):
-        print(f'They are those of the {len(judged)} images with a mask; {len(samples) - len(with_mask)} have none.')
+    if judged and len(judged) < len(samples):
+        missing = {'have no mask': len(samples) - len(with_mask), 'have one and are not scored': len(with_mask) - len(judged)}
+        print(f'These scores cover {len(judged)} of {len(samples)} images: '
+              + ', '.join(f'{number} {what}' for what, number in missing.items() if number) + '.')
     for said in intensity_warning(odd_images, args.white), odd_masks and oddity_warning('masks', *zip(*odd_masks)):
         if said:
             print(said)

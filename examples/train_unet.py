@@ -19,6 +19,9 @@ that comes out lies in the run folder:
     settings.json  how probabilities become a mask, where that was chosen, and what it scores
     summary.txt    the scores of the last epoch beside the baselines
     curves.png, predictions.png    the same to look at
+    learning.gif   what the network made of a few validation images after each epoch
+    validation.csv what the last network scores on each validation image
+    report.html    all of it in one file, for any browser
 
 A cross-validation has such a folder for each fold, fold_1, fold_2, …, beside split.json, summary.txt and curves.png of all.
 `--fold 2` trains one fold only, so several processes with the same --out can train side by side.
@@ -38,13 +41,14 @@ from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
 from nervenet.networks import NETWORKS
 from nervenet.optim import ConstantSchedule, CosineSchedule
-from nervenet.study.fit import Interrupted, fit, stopping_on_signals
+from nervenet.study.fit import Interrupted, PlateauSchedule, fit, seconds_of, stopping_on_signals
 from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_image_alone, folds_by_subject, read_split, sides,
                                   write_split)
-from nervenet.study.options import (LOSSES, OPTIMIZERS, architecture, augmentation, check_memory, describe_need, options_to_store,
-                                    parse)
-from nervenet.study.pictures import draw_run, preview_augmentation
-from nervenet.study.report import caveat, print_epoch, print_header, print_scores, print_whatever_comes, without_foreground
+from nervenet.study.options import (LOSSES, OPTIMIZERS, architecture, augmentation, check_memory, default_epochs, describe_need,
+                                    options_to_store, parse)
+from nervenet.study.page import write_page
+from nervenet.study.pictures import draw_learning, draw_run, one_of_each_subject, preview_augmentation
+from nervenet.study.report import caveat, in_words, print_epoch, print_header, print_scores, print_whatever_comes, without_foreground
 from nervenet.study.run_folder import RunFolder, read_config, room_for_results, seen_before
 
 
@@ -68,6 +72,7 @@ def main(arguments=None):
         if args.resume and not args.data.exists():
             raise DataError(f'{args.data}: no such folder; if the images lie elsewhere now: --resume {args.resume} --data DIR')
         samples = found(args, args.data, args.masks, 'found')
+    args.epochs = args.epochs or default_epochs(args, len(samples))
     if args.median_filter:
         reader = Filtered(reader, lambda image: median_filter(image, args.median_filter))
     test = found(args, args.test, args.test_masks, 'test part') if args.test else []
@@ -142,7 +147,10 @@ def cross_validate(args, samples, reader, note):
                 if args.fold:
                     raise
                 print(f'skipped: {error}')
-    print('\n' + (whole.summarize(args.folds, note) or 'No fold is complete yet.'))
+    text = whole.summarize(args.folds, note)
+    print('\n' + (text or 'No fold is complete yet.'))
+    if text:
+        write_page(args.out, text.partition('\n\n')[0])
 
 
 def train(args, path, reader, training_samples, validation_samples, note, fold=None):
@@ -195,22 +203,30 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
         model.load_state_dict(nervenet.load(args.init).state_dict())
     steps = (args.epochs - run.begun) * len(training)
     warmup = min(steps // 10, len(training))
-    schedule = (CosineSchedule(args.learning_rate, steps, warmup) if args.schedule == 'cosine'
-                else ConstantSchedule(args.learning_rate, warmup))
+    schedule = {'cosine': lambda: CosineSchedule(args.learning_rate, steps, warmup),
+                'constant': lambda: ConstantSchedule(args.learning_rate, warmup),
+                'plateau': lambda: PlateauSchedule(args.learning_rate, run.history, warmup)}[args.schedule]()
     print(f'network:     {network.__name__} of {sum(array.size for array in model.parameters().values()):,} parameters, images of '
           f'{args.size[0]}x{args.size[1]}\nrun folder:  {run.path}'
-          + (f', going on after epoch {len(run.history)}' if run.history else '') + '\n')
+          + (f', going on after epoch {len(run.history)}' if run.history else ''))
+    probe = network(**architecture(args), rng=numpy.random.default_rng(0)).to(args.device)
+    seconds = seconds_of(probe, LOSSES[args.loss](), OPTIMIZERS[args.optimizer](probe.parameters(), args.learning_rate),
+                         (args.batch_size, *args.size, 1), len(training), sum(len(part.samples) for part in scored.values()))
+    left = args.epochs - len(run.history)
+    print(f'plan:        {left} epochs of {len(training)} steps of {args.batch_size} images, about {in_words(left * seconds)} here'
+          + ' for each fold' * bool(args.folds) + '\n')
     if run.begun:
         print(f'Epochs {run.begun + 1} to {args.epochs} were added to a run of {run.begun}: they have a schedule of their own and '
               f'an optimizer that began anew, so this is not bit for bit a run of {args.epochs} epochs.\n')
 
+    watched = one_of_each_subject(parts['validation'], reader)
     print_header()
     for name, scores in baselines.items():
         print_scores('', name, {f'validation_{key}': value for key, value in scores.items()}, 'validation')
     try:
         with stopping_on_signals() as stop:
             for _ in fit(model, loss, optimizer, training, scored['validation'], args.epochs, run, schedule, args.clip_norm,
-                         scored.get('inner'), args.patience, stop):
+                         scored.get('inner'), args.patience, stop, watched):
                 print_epoch(run.history, args.epochs)
     except Interrupted:
         done = len(run.history)
@@ -224,8 +240,11 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
         print(f'stopped early: no better epoch on the inner subjects for {args.patience} epochs')
 
     draw_run(run, model, validation, baselines)
+    draw_learning(run, validation, watched)
     chosen = run.choose_settings(args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
-    print('\n' + run.summarize(baselines, chosen['last.npz'], '\n'.join(filter(None, [note, *warnings]))))
+    said = '\n'.join(filter(None, [note, *warnings]))
+    print('\n' + run.summarize(baselines, chosen['last.npz'], said))
+    write_page(run.path, said)
 
 
 if __name__ == '__main__':

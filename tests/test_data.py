@@ -222,16 +222,17 @@ def test_a_pattern_of_the_shell_names_masks_too_and_they_are_left_out(tmp_path):
 
 
 def test_a_file_is_paired_as_its_folder_is(tmp_path, monkeypatch):
-    plain(tmp_path, ['x', 'y', 'z_mask', 'P1/x', 'P1/w'], '.png', '.TIF')       # z_mask is an image that is called so
+    plain(tmp_path, ['x', 'y', 'z', 'z_mask', 'P1/x', 'P1/w'], '.png', '.TIF')  # z_mask is an image that is called so
     write(tmp_path / 'images' / 'x_mask.png', GREY)                             # a mask in the wrong folder, beside another one
-    expected = {'P1/w': ['w.TIF'], 'P1/x': ['x.TIF'], 'x': ['x_mask.png', 'x.TIF'], 'y': ['y.TIF'], 'z_mask': ['z_mask.TIF']}
+    expected = {'P1/w': ['w.TIF'], 'P1/x': ['x.TIF'], 'x': ['x_mask.png', 'x.TIF'], 'y': ['y.TIF'], 'z': ['z.TIF'],
+                'z_mask': ['z_mask.TIF']}
 
     def found(paths):
         return paired(find_samples(paths, masks='optional'))
 
     assert found(tmp_path) == found(sorted(tmp_path.rglob('*.*'))) == found(tmp_path / 'images') == expected
     monkeypatch.chdir(tmp_path / 'images')
-    assert found([Path('x.png'), Path('y.png'), Path('z_mask.png'), Path('P1/x.png'), Path('P1/w.png')]) == found('.') == expected
+    assert found([Path('x.png'), Path('y.png'), Path('z.png'), Path('z_mask.png'), Path('P1/x.png'), Path('P1/w.png')]) == found('.') == expected
     with pytest.raises(DataError, match='masks: holds the masks of .*images; give the images'):
         find_samples(tmp_path / 'masks', masks='optional')
     (tmp_path / 'images' / 'x_mask.png').unlink()

@@ -15,7 +15,7 @@ from nervenet.images.augment import ULTRASOUND
 from nervenet.images.data import Loader
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss
 from nervenet.optim import SGD, Adam
-from nervenet.study.fit import Interrupted, fit, stopping_on_signals
+from nervenet.study.fit import Interrupted, PlateauSchedule, fit, seconds_of, stopping_on_signals
 from nervenet.study.run_folder import RunFolder
 from nervenet.train import train_epoch
 
@@ -201,3 +201,21 @@ def test_patience_counts_from_where_more_epochs_began(loaders, tmp_path):
     run.release()
     _, run, rows = train(loaders, tmp_path / 'run', epochs=12, inner=falling(loaders), patience=1, resume=True)
     assert run.begun == ended and len(rows) == 1, 'one more epoch that is no better'
+
+
+def test_the_rate_falls_each_time_that_the_loss_of_the_inner_subjects_has_not_fallen_for_a_while():
+    losses = [3, 2, 2.5, 2, 2.1, 1.9, 1.8, 1.9, 1.9, 1.8, 1.7, 1.7, 1.8, 1.9, 2, 2, 2]
+    history, rates = [], []
+    schedule = PlateauSchedule(0.1, history, warmup_steps=4, factor=0.5, patience=3)
+    for loss in losses:
+        rates.append(schedule(100))
+        history.append({'inner_loss': loss})
+    # After 2.1 three epochs have not been below 2; after the second 1.9 and 1.8 three not below 1.8; then after 1.9, and three later.
+    assert rates == pytest.approx([0.1] * 5 + [0.05] * 5 + [0.025] * 4 + [0.0125] * 3)
+    assert schedule(1) == pytest.approx(0.05 * 0.0625), 'the warm-up goes on beneath'
+
+
+def test_the_time_that_is_told_is_that_of_steps_and_leaves_no_trace(rng):
+    model = UNet(base_channels=2, depth=1, rng=rng)
+    alone, both = (seconds_of(model, DiceLoss(), Adam(model.parameters(), 0.01), (4, 16, 24, 1), 1, images) for images in (0, 1200))
+    assert 0 < alone < both < 100 * 100 * alone

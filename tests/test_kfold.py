@@ -136,6 +136,16 @@ def test_a_split_that_mixes_sides_or_does_not_fit_the_data_is_refused_naming_bot
     assert str(error.value).startswith(f'{path}: ') and '\n' not in str(error.value)
 
 
+def test_a_split_needs_no_more_than_folds_of_subjects(tmp_path):
+    samples, _ = make({'1': (2, 1), '2': (3, 1), '10': (1, 1)})
+    (tmp_path / 'official.json').write_text('{"folds": [{"subjects": [1, "10"]}, {"subjects": ["2"]}]}')
+    assert read_split(tmp_path / 'official.json', samples, 2) == [['1', '10'], ['2']]
+    for text in '[]', '{"folds": [1]}', '{"folds": [{"subject": []}]}', '{"by": "subject"}':
+        (tmp_path / 'official.json').write_text(text)
+        with pytest.raises(DataError, match='expected at least {"folds"'):
+            read_split(tmp_path / 'official.json', samples, 2)
+
+
 def test_a_split_that_is_none_is_refused(tmp_path):
     with pytest.raises(DataError, match='no such file'):
         read_split(tmp_path / 'split.json', [], 2)

@@ -192,9 +192,9 @@ def test_the_masks_of_published_sets_are_the_regions(tmp_path, rng):
     ('{image}_seg*', 'a_seg', '.tif', False, 'a'), ('{image}_seg*', 'a_seg_left 2', '.tif', False, 'a'), ('{image}_seg', 'a_seg_2', '.tif', False, None),
     ('{image}*', '1_10', '.png', False, None), ('{image}*', '1_1x', '.png', False, '1_1'), ('mask-{image}', 'Mask-a', '.png', False, 'a'),
     ('{image}.png', 'a', '.png', False, 'a'), ('{image}.png', 'a', '.jpg', False, None), ('{image}_L?', 'a_l2', '.jpg', False, 'a'),
-    ('{image}_(gt)', 'a_(gt)', '.jpg', False, 'a'), ('../x/{image}_y.tif', 'a_y', '.tif', False, 'a')])
+    ('{image}_*', 'a_b_seg', '.png', False, 'a_b'), ('{image}_(gt)', 'a_(gt)', '.jpg', False, 'a'), ('../x/{image}_y.tif', 'a_y', '.tif', False, 'a')])
 def test_what_a_mask_is_called(pattern, name, suffix, is_same, image):
-    images = {'a', '1_1', '1_10'} - ({name} if not is_same and name == '1_10' else set())
+    images = {'a', 'a_b', '1_1', '1_10'} - ({name} if not is_same and name == '1_10' else set())
     assert MaskNames(pattern).image_of(name, suffix, images.__contains__, is_same) == image
 
 
@@ -212,8 +212,24 @@ def test_the_pattern_that_would_fit_is_proposed(tmp_path, rng):
         write(tmp_path / 'seg' / f'scan-{number}.png', drawn(rng)[0])
         write(tmp_path / 'seg' / f'seg_scan-{number}.png', drawn(rng)[1])
     write(tmp_path / 'seg' / 'scan-0_mask.png', drawn(rng)[1])
-    with pytest.raises(DataError, match=r"--mask-pattern 'seg_\{image\}'; or"):
+    with pytest.raises(DataError, match=r"; if masks are called so: --mask-pattern 'seg_\{image\}'; "):
         find_samples(tmp_path / 'seg')
+
+
+def test_no_pattern_is_proposed_for_a_few_of_many(tmp_path, rng):
+    for number in range(9):
+        write(tmp_path / f'scan-{number}.png', drawn(rng)[0])
+    write(tmp_path / 'scan-1_seg.png', drawn(rng)[1])
+    with pytest.raises(DataError) as error:
+        find_samples(tmp_path)
+    assert '_seg' in str(error.value) and "'{image}_seg'" not in str(error.value)
+
+
+def test_an_image_and_a_mask_of_one_name_are_told_apart_by_a_pattern(tmp_path, rng):
+    masks_of_another_format(tmp_path, rng)
+    for pattern in None, '{image}*':
+        with pytest.raises(DataError, match=r"0_0.png: 0_0.jpg has the same name; keep one of the two; or if it is the mask: --mask-pattern '\{image\}.png'"):
+            find_samples(tmp_path, mask_pattern=pattern)
 
 
 def test_all_that_lack_a_partner_are_counted_and_the_first_are_named(tmp_path, rng):
@@ -241,8 +257,19 @@ def test_masks_in_a_folder_of_any_name_and_inside_that_of_the_images(tmp_path, r
     assert [(sample.name, [path.relative_to(tmp_path / 'truth').as_posix() for path in sample.mask_paths]) for sample in samples] == [
         ('a/1', ['a/1.png', 'a/1_mask.bmp']), ('b/c/1', ['b/c/1.png', 'b/c/1_mask.bmp'])]
     assert find_samples(tmp_path / 'a' / '1.png', masks='optional', masks_folder=tmp_path / 'truth' / 'a')[0].mask_paths == samples[0].mask_paths
+    write(tmp_path / 'numbers' / '1_1.png', drawn(rng)[0])
+    write(tmp_path / 'numbers-truth' / '1_1.png', drawn(rng)[1])
+    sample, = find_samples(tmp_path / 'numbers', masks_folder=tmp_path / 'numbers-truth')
+    assert sample.subject == '1_1', 'in folders of any name, a number need not be a subject'
     with pytest.raises(DataError, match='absent: no such folder; expected the folder of masks'):
         find_samples(tmp_path, masks_folder=tmp_path / 'absent')
+
+
+def test_a_file_without_partner_in_the_folder_of_the_masks_is_named(tmp_path, rng):
+    labels_in_a_folder_beside(tmp_path, rng)
+    write(tmp_path / 'P2' / 'seg' / '9.png', drawn(rng)[1])
+    with pytest.raises(DataError, match=r'9.png: has no mask; .*1 of 10 images have none: P2/seg/9\)'):
+        find_samples(tmp_path, mask_pattern='../seg/{image}')
 
 
 def test_links_that_go_round_in_circles_end(tmp_path, rng):
@@ -427,6 +454,6 @@ def test_what_was_found_is_said_before_anything_is_read(tmp_path, rng):
     lesions(tmp_path, rng)
     (tmp_path / 'benign' / 'benign (1)_mask.png').unlink()
     lines = describe(find_samples(tmp_path, mask_pattern='{image}_mask*', no_mask_is_empty=True))
-    assert lines == ['9 images with 11 masks, 9 subjects; such as benign (2).png with benign (2)_mask.png, subject benign/benign (2)',
+    assert lines == ['9 images with 11 masks, 9 subjects; such as benign/benign (2).png with benign (2)_mask.png, subject benign/benign (2)',
                      '3 images have several masks, which are joined: benign/benign (2), malignant/malignant (2), normal/normal (2)',
                      '1 images have no mask, and count as empty: benign/benign (1)']

@@ -7,15 +7,21 @@ from nervenet import CheckpointError, UNet, save
 from nervenet.images.augment import ULTRASOUND
 from nervenet.study import options
 from nervenet.networks import NETWORKS
-from nervenet.study.options import architecture, augmentation, check_memory, options_to_store, parse
+from nervenet.study.options import architecture, augmentation, check_memory, default_epochs, options_to_store, parse
 
 
 def test_scans_are_augmented_and_endless_synthetic_images_are_not(tmp_path):
-    assert (parse([]).augment, parse([]).epochs) == ('none', 5)
-    scans = parse(['--data', str(tmp_path)])
-    assert (scans.augment, scans.epochs) == ('default', 15)
+    assert (parse([]).augment, default_epochs(parse([]), 1000)) == ('none', 5)
+    assert parse(['--data', str(tmp_path)]).augment == 'default'
     given = parse(['--data', str(tmp_path), '--augment', 'none', '--epochs', '3'])
     assert (given.augment, given.epochs) == ('none', 3)
+
+
+@pytest.mark.parametrize('images, options, epochs', [
+    (1940, ['--folds', '5'], 15), (1940, [], 15), (5635, ['--folds', '5'], 15), (240, ['--folds', '5'], 125), (240, ['--batch-size', '4'], 62),
+    (240, ['--test', '.'], 100), (240, ['--inner-share', '0.5'], 200), (20, [], 200), (640, ['--validation-share', '0.5'], 75)])
+def test_small_sets_get_as_many_steps_as_large_ones(tmp_path, images, options, epochs):
+    assert default_epochs(parse(['--data', str(tmp_path), *options]), images) == epochs
 
 
 def test_single_options_replace_those_of_the_recipe():

@@ -131,7 +131,11 @@ def test_a_mask_that_cannot_be_written_ends_it_and_leaves_nothing_half_written(j
 def test_what_has_no_mask_is_counted(job, data, capsys):
     (data / '2_1_mask.png').unlink()
     assert [bool(row['dice']) for row in run(job, data)] == [True, True, False]
-    assert 'They are those of the 2 images with a mask; 1 have none.' in capsys.readouterr().out
+    assert 'These scores cover 2 of 3 images: 1 have no mask.' in capsys.readouterr().out
+    os.rename(data.parent / 'out', data.parent / 'first')
+    Image.fromarray(numpy.arange(600, dtype='uint16').reshape(20, 30)).save(data / '1_1_mask.png')              # smeared
+    assert [bool(row['dice']) for row in run(job, data)] == [False, True, False]
+    assert 'These scores cover 1 of 3 images: 1 have no mask, 1 have one and are not scored.' in capsys.readouterr().out
 
 
 def test_intensities_far_from_those_of_training_are_warned_of_with_an_option_that_works(job, data, rng, capsys):

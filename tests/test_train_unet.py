@@ -17,6 +17,7 @@ from nervenet import UNet
 from nervenet.images.data import Loader, Reader
 from nervenet.images.samples import find_samples
 from nervenet.networks import NETWORKS
+from nervenet.study.fit import PlateauSchedule
 from nervenet.study.run_folder import claim, read_config
 from nervenet.study.segment import Segmenter, Settings, score
 
@@ -258,6 +259,21 @@ def test_folds_trained_side_by_side_in_several_processes_equal_those_trained_by_
         assert_same_run(tmp_path / 'alone' / f'fold_{fold}', tmp_path / 'beside' / f'fold_{fold}')
 
 
+def test_a_run_that_goes_on_has_the_rate_of_its_plateau(tmp_path, rng, main, monkeypatch):
+    """The rate follows from the rows that were stored, and is that of a run that never stopped."""
+    monkeypatch.setattr(PlateauSchedule.__init__, '__defaults__', (0, 0.2, 1))                  # warmup_steps, factor, patience
+    write_pairs(tmp_path / 'data', rng)
+    options = '--data', tmp_path / 'data', *TINY, '--epochs', 8, '--inner-share', 0.5, '--schedule', 'plateau', '--learning-rate', 0.5
+    main(*options, '--out', tmp_path / 'whole')
+    with stopped_after(3, main, monkeypatch):
+        main(*options, '--out', tmp_path / 'stopped')
+    main('--resume', tmp_path / 'stopped')
+    rows = list(csv.DictReader((tmp_path / 'whole' / 'history.csv').read_text().splitlines()))
+    rates = [float(row['learning_rate']) for row in rows]
+    assert len(set(rates)) > 1 and rates == sorted(rates, reverse=True)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'stopped')
+
+
 def test_a_split_by_image_says_that_it_leaks(tmp_path, rng, main, capsys):
     write_pairs(tmp_path / 'data', rng, subjects=2, images=4)
     main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--leaky-split-by-image', '--out', tmp_path / 'run')
@@ -359,6 +375,9 @@ def test_bad_arguments_give_one_line_and_a_failing_exit_status(arguments, messag
 @pytest.mark.parametrize('arguments, message', [
     (['--median-filter', 4], '--median-filter is 4; expected an odd size from 3 to 99'), (['--patience', 3], '--patience needs --inner-share'),
     (['--fold', 2], '--fold is 2 and --folds not given; expected --fold from 1 to --folds'), (['--split', 'X'], '--split needs --folds'),
+    (['--schedule', 'plateau'], '--schedule plateau needs --inner-share'), (['--label', 1, '--mask-threshold', 9], 'give one of them'),
+    (['--label', 0], "'0' is not the number of a class"), (['--test-masks', '.'], '--test-masks has no meaning without --test'),
+    (['--test', '.', '--leaky-split-by-image'], '--leaky-split-by-image has no meaning with --test'),
     (['--folds', 2, '--fold', 3], '--fold is 3 and --folds 2'), (['--foreground-share', 1.5], 'is not a share between 0 and 1'),
     (['--folds', 2, '--validation-share', 0.5], '--validation-share has no meaning with --folds'),
     (['--folds', 5], '2 subjects cannot be dealt into 5 folds'), (['--rotation-range', -3], 'rotation_range is -3'),
@@ -383,7 +402,7 @@ def no_image_is_read(monkeypatch):
     (['--out', 'FILE/run'], 'cannot be made a folder'), (['--folds', 9], '3 subjects cannot be dealt into 9 folds'),
     (['--folds', 2, '--split', 'FILE'], 'is not a split'), (['--folds', 2, '--out', 'TAKEN'], 'choose another --out'),
     (['--init', 'FILE'], 'not a readable model file'), (['--subject-pattern', '([0-9])_1'], 'finds no subject'),
-    (['--folds', 3, '--fold', 2, '--out', 'CV'], 'epochs is 7 there and 15 now'),
+    (['--folds', 3, '--fold', 2, '--out', 'CV'], 'epochs is 7 there and 200 now'),
     (['--resume', 'USED', '--data', 'DATA'], 'another process is training there')])
 def test_what_can_be_refused_is_refused_before_an_image_is_read(arguments, message, tmp_path, rng, main, capsys, no_image_is_read):
     write_pairs(tmp_path / 'data', rng)

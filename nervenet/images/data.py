@@ -158,7 +158,7 @@ def _check_two_values(path, values, classes):
         middle = None
     classes = numpy.unique(classes) if classes is not None and classes.dtype.kind in 'iu' else ()
     said = ''
-    if 1 < len(classes) <= 20 and classes[0] >= 0:
+    if 1 < len(classes) and classes[0] >= 0 and (len(classes) <= 6 or classes[-1] <= 30):      # a lossy format leaves more
         said = (f'if they are classes (numbers {listed(classes)} in the file), give --label {classes[classes > 0][0]}, or another, to train on that '
                 'one, or --label all; else, ')
     raise DataError(f'{path}: a mask holds 0 and one other value, this file holds {len(found)} values, {listed(found)}; {said}to '
@@ -214,7 +214,7 @@ def read_pair(sample, rule=MaskRule(), white=None, seen=None):
 def read_mask_of(sample, image, rule=MaskRule(), seen=None):
     """Return the mask (H, W) uint8 of a sample whose image (H, W) is read already: the union of its masks.
 
-    `seen`, a dict, remembers which value is foreground, {value: a file}, across calls. Raises DataError, also if sizes differ, and if the
+    `seen`, a dict, remembers across calls which value is foreground, and in which file. Raises DataError, also if sizes differ, and if the
     value is another one than in files before: then they are classes, and it is to be said which is meant.
     """
     union = numpy.zeros(image.shape, numpy.uint8)
@@ -229,11 +229,10 @@ def read_mask_of(sample, image, rule=MaskRule(), seen=None):
             raise DataError(f'{path}: this mask is {mask.shape[0]}×{mask.shape[1]} pixels (height×width), its '
                             f'image {sample.image_path.name} is {image.shape[0]}×{image.shape[1]}; they must be equal{turned}')
         if value is not None and seen is not None:
-            seen.setdefault(value, path)
-            other = next((known for known in [*seen] if known != value and not {known, value} <= {1, 255, 65535}), None)
-            if other is not None:
-                raise DataError(f'{path}: its foreground has the value {value:g}, that of {seen[other].name} has {other:g}; if they are classes, '
-                                f'give --label {other:g}, --label {value:g}, or --label all; else save them alike')
+            first, where = seen.setdefault('first', (value, path))
+            if value != first and not {value, first} <= {1, 255, 65535}:
+                raise DataError(f'{path}: its foreground has the value {value:g}, that of {where.name} has {first:g}; if they are classes, '
+                                f'give --label {first:g}, --label {value:g}, or --label all; else save them alike')
         union |= mask
     return union
 

@@ -205,7 +205,8 @@ def find_pairs(folder, masks_folder=None, mask_pattern=None):
         for files in kind.values():
             for first, second in itertools.pairwise(files):             # in the order of their names
                 if kind is images or first.parent == second.parent and name_of(first.stem) == name_of(second.stem):
-                    raise DataError(f'{second}: {first.name} has the same name; keep one of the two')
+                    way = f"; or if it is the mask: --mask-pattern '{{image}}{second.suffix}'" if kind is images and first.suffix != second.suffix else ''
+                    raise DataError(f'{second}: {first.name} has the same name; keep one of the two{way}')
     return Found({name: files[0] for name, files in images.items()}, masks, lost, root, is_plain, listing.left_out)
 
 
@@ -300,12 +301,12 @@ def check_pairs(found, no_mask_is_empty=False):
         expected = (image.parent.parent / 'masks' / image.name if image.parent.name == 'images'
                     else image.with_name(f'{image.stem}_mask{image.suffix}'))
         raise DataError(f'{image}: has no mask; expected {expected}, or one in another format ({len(bare)} of {len(found.images)} images '
-                        f'have none: {some_of(bare)}); ' + likely_pattern(found) + 'if it shows none of what is looked for: --no-mask-is-empty')
+                        f'have none: {some_of(bare)}){likely_pattern(found)}; if it shows none of what is looked for: --no-mask-is-empty')
     if found.lost:
         lost = sorted(found.lost, key=lambda path: natural_key(path.name))
         number = len(lost) + sum(map(len, found.masks.values()))
         raise DataError(f'{lost[0]}: this mask has no image ({len(lost)} of {number} masks have none: '
-                        f'{some_of([path.name for path in lost])}); ' + likely_pattern(found) + 'add the images or remove the masks')
+                        f'{some_of([path.name for path in lost])}){likely_pattern(found)}; add the images or remove the masks')
 
 
 def likely_pattern(found):
@@ -324,4 +325,4 @@ def likely_pattern(found):
             if name[place:] in stems and not re.search(r'\d', name[:place]):
                 patterns[name[:place] + '{image}'] += 1
     pattern, number = max(patterns.items(), key=lambda item: item[1], default=('', 0))
-    return f"if masks are called so: --mask-pattern '{pattern}'; or " if number and 3 * number >= len(bare) else ''
+    return f"; if masks are called so: --mask-pattern '{pattern}'" if number and 3 * number >= len(bare) else ''

@@ -75,8 +75,7 @@ def find_samples(folder, subject_pattern=None, masks='required', tell=None, *, m
             images = found.images
             if not images or masks == 'required' and not found.masks:
                 missing = 'pairs of image and mask' if masks == 'required' else 'images'
-                raise DataError(f'{path}: holds no {missing}. ' + likely_pattern(found) + f'Looked for {LAYOUTS}. Found '
-                                + listing(found.root, found.is_plain))
+                raise DataError(f'{path}: holds no {missing}. Looked for {LAYOUTS}. Found {listing(found.root, found.is_plain)}{likely_pattern(found)}')
             if said := left_out(path, found):
                 tell(said)
             if masks == 'required':
@@ -126,9 +125,11 @@ def describe(samples):
     empty = [sample.name for sample in samples if sample.mask_paths == ()]
     subjects = {sample.subject for sample in samples}
     example = next((sample for sample in samples if sample.mask_paths), samples[0])
-    lines = [f'{len(samples):,} images with {sum(len(sample.mask_paths or ()) for sample in samples):,} masks, {len(subjects)} subjects; '
-             f'such as {example.image_path.name}' + (f' with {example.mask_paths[0].name}' if example.mask_paths else '')
-             + f', subject {example.subject}']
+    said = f'{example.name}{example.image_path.suffix}'
+    if example.mask_paths:
+        said += f' with {os.path.relpath(example.mask_paths[0], example.image_path.parent)}'
+    lines = [f'{len(samples):,} images with {sum(len(sample.mask_paths or ()) for sample in samples):,} masks, {len(subjects)} '
+             f'subject{"s" * (len(subjects) != 1)}; such as {said}, subject {example.subject}']
     if joined:
         lines.append(f'{len(joined)} images have several masks, which are joined: {some_of(joined)}')
     if empty:

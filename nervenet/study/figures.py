@@ -8,6 +8,8 @@ Every function takes NumPy arrays, lists and dicts and returns a `PIL.Image`, wh
     feature_maps                what each stage of a network makes of an image
     picture, grid               one image enlarged; many pictures in rows, with captions
 
+`save_animation` makes a GIF of several.
+
 Images are (H, W), uint8 or floats in [0, 1]; masks are (H, W), binary: bool, {0, 1} or {0, 255}. Both may have a last
 axis of one channel. Small images are enlarged by a whole factor, so that all pixels stay equally large.
 
@@ -69,6 +71,16 @@ def save(image, path, durable=True, **options):
     """Write a picture as PNG to `path`, whole or not at all (for `durable` see `atomic_write`); `options` are Pillow's. Raises OSError."""
     with atomic_write(path, durable) as file:
         image.save(file, 'PNG', **options)
+
+
+def save_animation(frames, path, milliseconds=400):
+    """Write pictures of equal size to `path` as a GIF that goes round and stays longer at its last frame. Raises OSError."""
+    some = [frames[place] for place in numpy.linspace(0, len(frames) - 1, 5).astype(int)]
+    colours = Image.fromarray(numpy.concatenate(some)).quantize(128)               # one palette for all
+    frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
+    with atomic_write(path) as file:
+        frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], loop=0,
+                       duration=[milliseconds] * (len(frames) - 1) + [5 * milliseconds])
 
 
 def save_mask(mask, path):

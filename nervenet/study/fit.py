@@ -1,6 +1,7 @@
 """Training to the end: epoch after epoch, each recorded, stopped between two batches when somebody asks for it."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -8,8 +9,10 @@ import time
 
 import numpy
 
+from ..engine.backend import move, to_cpu
 from ..metrics import SCORES
-from ..train import evaluate, train_epoch
+from ..optim import ConstantSchedule
+from ..train import evaluate, train_epoch, train_step
 from .report import progress
 
 
@@ -43,8 +46,57 @@ def stopping_on_signals():
         set_handlers(before)
 
 
+class PlateauSchedule(ConstantSchedule):
+    """A constant rate, lowered to `factor` times itself each time that the loss of the inner subjects has not fallen for `patience` epochs.
+
+    `history` are the rows of the epochs so far, of the run that it is a schedule of: the rate follows from them alone, so a run that goes on
+    has the rate it would have had.
+    """
+
+    def __init__(self, base, history, warmup_steps=0, factor=0.2, patience=5):
+        super().__init__(base, warmup_steps)
+        self.history, self.factor, self.patience = history, factor, patience
+
+    def __call__(self, step):
+        least, waited, lowered = math.inf, 0, 0
+        for row in self.history:
+            waited = 0 if row['inner_loss'] < least else waited + 1
+            least = min(least, row['inner_loss'])
+            if waited == self.patience:
+                waited, lowered = 0, lowered + 1
+        return super().__call__(step) * self.factor**lowered
+
+
+class Watching:
+    """A loss that also looks at what the network makes of a few images of a part, whose batches come in order.
+
+    `masks` are those of the images `indices`, (K, H, W) bool, where the probability is above one half: where the logit is above 0.
+    """
+
+    def __init__(self, loss, indices):
+        self.loss, self.indices, self.seen, self.masks = loss, [*indices], 0, []
+
+    def forward(self, logits, target):
+        self.masks += [to_cpu(logits[index - self.seen, ..., 0]) > 0 for index in self.indices if self.seen <= index < self.seen + len(logits)]
+        self.seen += len(logits)
+        return self.loss.forward(logits, target)
+
+
+def seconds_of(model, loss, optimizer, shape, steps, images):
+    """Return about how many seconds an epoch of so many steps on x of `shape` (N, H, W, C), and of scoring so many images, takes here.
+
+    `model` and `optimizer` are for this alone: three steps are done with them, on noise, of which the first, that makes room, does not count.
+    """
+    x = move(numpy.random.default_rng(0).random(shape).astype(model.dtype), model.device)
+    for _ in range(3):
+        start = time.perf_counter()
+        float(to_cpu(train_step(model, loss, optimizer, x, (x > 0.9).astype(x.dtype))))              # a GPU is waited for
+        seconds = time.perf_counter() - start
+    return seconds * (steps + images / shape[0] / 3)         # backward is two thirds of a step
+
+
 def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None, max_norm=None, inner=None, patience=None,
-        stop=lambda: False):
+        stop=lambda: False, watch=()):
     """Train until `epochs` epochs are done, scoring `validation` after each, and record everything in `run`, a RunFolder.
 
     `training` and `validation` are Loaders; the number of an epoch decides their order and randomness. Yields a row after each
@@ -55,6 +107,7 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
               whose scores then are honest; rows get 'inner_…' scores
     patience  stop after so many epochs without a better one
     stop      asked after each batch; once it returns True, Interrupted is raised
+    watch     numbers of a few validation images, in order: what the network makes of them after each epoch is recorded too
 
     Epochs that `run` has already are not repeated: `RunFolder.restore` puts model and optimizer behind the last of them, and
     since every draw follows from the seed, the epoch and the restored states, training goes on bit for bit as without a stop.
@@ -74,8 +127,9 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
                 batches = progress(watched(training.epoch(epoch)), len(training), f'epoch {epoch}/{epochs}')
                 scores = {'train': train_epoch(model, loss, optimizer, batches, schedule, max_norm)}
                 speed, waited = len(training.samples) / (time.perf_counter() - start), training.waited_seconds
+                watching = Watching(loss, watch)
                 for part, loader in parts.items():
-                    scores[part] = evaluate(model, loss, watched(loader.epoch(epoch)))
+                    scores[part] = evaluate(model, watching if part == 'validation' else loss, watched(loader.epoch(epoch)))
         except FloatingPointError as error:
             kept = f'. The last good epoch is in {run.last}' if run.history else ''
             raise FloatingPointError(f'epoch {epoch}, {part}: {error}{kept}') from error
@@ -83,5 +137,5 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
         row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
                'images_per_second': round(speed, 1), 'waited_seconds': round(waited, 3),
                **{f'{part}_{name}': values[name] for part, values in scores.items() for name in columns}}
-        run.record(row, model, optimizer)
+        run.record(row, model, optimizer, watching.masks)
         yield row

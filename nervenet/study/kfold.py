@@ -96,20 +96,23 @@ def write_split(path, samples, positive, folds, by=BY_SUBJECT):
 def read_split(path, samples, number, by=BY_SUBJECT):
     """Return the `number` folds in a file of `write_split`, lists of subjects.
 
+    A file that another program writes, such as the official split of a data set, needs no more than
+    {"folds": [{"subjects": ["1", "2"]}, {"subjects": ["3"]}]}; `--fold 2` then validates on subject 3.
+
     Raises DataError, one line that names both, for a subject that is in two folds, and for a file that does not fit the
     data: another kind of split, another number of folds, other subjects, another number of images.
     """
     try:
         split = json.loads(Path(path).read_bytes())
-        found, folds = split['by'], [list(map(str, fold['subjects'])) for fold in split['folds']]
-        counts = [fold['images'] for fold in split['folds']]
+        found, folds = split.get('by', by), [list(map(str, fold['subjects'])) for fold in split['folds']]
+        counts = [fold.get('images') for fold in split['folds']]
     except FileNotFoundError:
         raise DataError(f'{path}: no such file') from None
     except OSError as error:
         raise DataError(f'{path}: cannot be read ({error.strerror}); give the file split.json of a cross-validation') from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{path}: is not a split as train_unet.py --folds writes it '
-                        f'({type(error).__name__}: {error})') from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f'{path}: is not a split as train_unet.py --folds writes it ({type(error).__name__}: {error}); expected at least '
+                        '{"folds": [{"subjects": [...]}, ...]}') from None
     if found != by:
         raise DataError(f'{path}: is a split by {found}; expected one by {by}')
     if len(folds) != number:
@@ -129,7 +132,7 @@ def read_split(path, samples, number, by=BY_SUBJECT):
         raise DataError(f'{path}: fold {where[unknown[0]]} has subject {unknown[0]}, whom the data lack '
                         f'({len(unknown)} such); make a new split')
     for i, count in enumerate(counts, 1):
-        if images[i] != count:
+        if count is not None and images[i] != count:
             raise DataError(f'{path}: fold {i} has {count} images, its subjects have {images[i]} in the data; make a new '
                             'split')
     return folds

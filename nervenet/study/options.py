@@ -29,6 +29,7 @@ OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
 ARCHITECTURE = 'base_channels', 'depth', 'norm', 'dac', 'rmp'       # options that say what network is built, where it has them
 FIT = 'squeeze'                           # the default of --fit, of scans
+STEPS = 3000                                                         # of training by default, on scans
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
 
 
@@ -60,7 +61,6 @@ def parse(arguments):
         setattr(args, name, path and path.resolve())
     check_data(args, given, parser)
     args.what = args.what or ('nerve' if args.data is None else 'foreground')
-    args.epochs = args.epochs or (5 if args.data is None else 15)
     args.learning_rate = args.learning_rate or (2e-3 if args.data is None else 1e-3)
     args.augment = args.augment or ('none' if args.data is None else 'default')
     args.fit = args.fit or ('squeeze' if args.data is None else FIT)
@@ -80,6 +80,8 @@ def parse(arguments):
         parser.error(f'--median-filter is {args.median_filter}; expected an odd size from 3 to {LARGEST_FILTER}')
     if args.folds and 'validation_share' in given:
         parser.error('--validation-share has no meaning with --folds: each fold is the validation part once')
+    if args.schedule == 'plateau' and not args.inner_share:
+        parser.error('--schedule plateau needs --inner-share: to slow down where validation is best would flatter its scores')
     if args.patience and not args.inner_share:
         parser.error('--patience needs --inner-share: to stop where validation is best would flatter its scores')
     augmentation(args)                                      # raises ValueError for what cannot be
@@ -88,7 +90,7 @@ def parse(arguments):
     if rounded != args.size:
         print(f'size: {args.size[0]}x{args.size[1]} becomes {rounded[0]}x{rounded[1]}, a multiple of 2^depth = {multiple}')
         args.size = rounded
-    more_epochs = bool(stored) and args.epochs > stored['epochs']
+    more_epochs = bool(stored) and (args.epochs or 0) > stored['epochs']
     if more_epochs and (runs := unfinished(args.resume, args.folds)):
         parser.error(f'--epochs is {args.epochs}, but {args.resume / "config.json"} has {stored["epochs"]}, and {runs[0]} has not '
                      f'come to its end; first train it to there: --resume {args.resume}')
@@ -113,6 +115,19 @@ def check_data(args, given, parser):
         parser.error(f'{option} has no meaning with --test, which is what is validated on')
     if args.label is not None and args.mask_threshold is not None:
         parser.error('--label and --mask-threshold both say what is foreground; give one of them')
+
+
+def default_epochs(args, images):
+    """Return how many epochs to train if nobody says it, on `images` images in all: so many that there are about STEPS steps.
+
+    Small sets need as many steps as others, and so more epochs; from 15 epochs on every image has been seen often enough, after 200
+    it is not the number of steps that is lacking. Synthetic ultrasound, of which there is plenty, is learnt in 5.
+    """
+    if args.data is None:
+        return 5
+    share = 1 if args.test else 1 - 1 / args.folds if args.folds else 1 - args.validation_share
+    steps = math.ceil(images * share * (1 - (args.inner_share or 0)) / args.batch_size)
+    return min(max(15, round(STEPS / steps)), 200)
 
 
 def stored_options(folder):
@@ -260,7 +275,8 @@ def build_parser():
                        help='deal the subjects into so many folds, and validate on each in turn')
     folds.add_argument('--fold', type=whole, metavar='K', help='train this fold only')
     folds.add_argument('--split', type=Path, metavar='FILE',
-                       help='split.json of another cross-validation, to use the same folds')
+                       help='split.json of another cross-validation, to use the same folds, or one of your own: '
+                       '{"folds": [{"subjects": ["1", "2"]}, {"subjects": ["3"]}]}')
     folds.add_argument('--leaky-split-by-image', action='store_true',
                        help='split by image, which LEAKS, to see how much; with or without --folds')
     augmenting = parser.add_argument_group('augmentation', 'Random changes of the training images, named as in Keras; '
@@ -296,13 +312,14 @@ def build_parser():
     training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
     training.add_argument('--learning-rate', type=positive, metavar='RATE',
                           help='highest learning rate; default: 0.001 on scans, 0.002 on synthetic ultrasound')
-    training.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine',
-                          help='course of the learning rate, after a warm-up')
+    training.add_argument('--schedule', choices=['cosine', 'constant', 'plateau'], default='cosine',
+                          help='course of the learning rate, after a warm-up; plateau: a fifth each time that the loss of the inner subjects has not '
+                          'fallen for 5 epochs')
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
     training.add_argument('--epochs', type=whole, metavar='N',
-                          help='how often as many images as there are for training are drawn; default: 15 on scans, 5 on '
-                          'synthetic ultrasound')
+                          help='how often as many images as there are for training are drawn; default: on scans as often as it takes for '
+                          f'{STEPS} steps, 15 to 200 times; on synthetic ultrasound 5')
     training.add_argument('--patience', type=whole, metavar='N',
                           help='stop after so many epochs without a better one on the inner subjects')
     training.add_argument('--seed', type=natural, default=0, metavar='N',
@@ -358,7 +375,7 @@ def add_prediction_options(parser):
     stored = parser.add_argument_group('from probabilities to a mask', 'Each default was chosen on the validation or inner subjects of the '
                                        'training run and is stored in the model file; for several networks from what each made of its validation subjects.')
     stored.add_argument('--threshold', type=float, metavar='P', default=argparse.SUPPRESS,
-                        help='a pixel is nerve where its probability is above P')
+                        help='a pixel is foreground where its probability is above P')
     stored.add_argument('--minimal-area', type=float, metavar='SHARE', default=argparse.SUPPRESS,
                         help='a mask that covers less than this share of the image counts as empty')
     stored.add_argument('--flip-average', action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,

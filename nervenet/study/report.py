@@ -107,6 +107,12 @@ def summary(rows, baselines, title='Scores on validation subjects after the last
     return '\n'.join(lines) + '\n'
 
 
+def in_words(seconds):
+    """Return about how long so many seconds are."""
+    return ('less than a minute' if seconds < 55 else 'a minute' if seconds < 90 else f'{seconds / 60:.0f} minutes' if seconds < 5400
+            else f'{seconds / 3600:.1f} hours')
+
+
 def print_header():
     """Print the two lines above the table of epochs."""
     print(f'{"":7} {"":19} {"":>8} {"soft Dice":^15} {"hard Dice":^15} {"IoU":^15}')

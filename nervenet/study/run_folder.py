@@ -10,10 +10,13 @@ import datetime
 import io
 import itertools
 import json
+import math
 import os
 import weakref
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy
 
 from ..files import atomic_write, make_folder, refuse_content
 from ..train import generator_states, set_generator_states
@@ -111,7 +114,7 @@ class RunFolder:
         FileExistsError if it holds a run that is not to be resumed, ValueError if that run's config differs from this one.
         """
         self.path = Path(path)
-        self.best, self.last, self.history = self.path / 'best.npz', self.path / 'last.npz', []
+        self.best, self.last, self.history, self.learning = self.path / 'best.npz', self.path / 'last.npz', [], []
         self.config = {**json.loads(json.dumps(config)), 'begun': 0}
         make_folder(self.path, '--out')
         self.release = weakref.finalize(self, claim(self.path))
@@ -145,20 +148,28 @@ class RunFolder:
             raise ValueError(f'{self.last}: its network has {name} {stored.config[name]}, this run gives '
                              f'{model.config[name]}; have the images changed?')
         model.load_state_dict(stored.state_dict())
-        self.history = extra['history']
+        self.history, self.learning = extra['history'], [*extra['learning']]
         if 'state' in extra:                                    # absent once the run is complete
             optimizer.load_state_dict(extra['state']['optimizer'])
             set_generator_states(model, extra['state']['generators'])
             self.write_records(model)
 
+    def learnt(self, shape):
+        """Return for each epoch the masks of `record`, (K, H, W) bool as `shape` says."""
+        return [numpy.unpackbits(bits, count=math.prod(shape)).reshape(shape).astype(bool) for bits in self.learning]
+
     def epochs_since_best(self):
         """Return how many epochs ago the best one was; more epochs, given to a run that had ended, count from there."""
         return self.history[-1]['epoch'] - max(best_row(self.history)['epoch'], self.begun) if self.history else 0
 
-    def record(self, row, model, optimizer):
-        """Add an epoch's row, and save the model as last.npz and, if it is the best so far, as best.npz."""
+    def record(self, row, model, optimizer, masks=()):
+        """Add an epoch's row, and save the model as last.npz and, if it is the best so far, as best.npz.
+
+        `masks`, (K, H, W) bool, are what the network makes of a few images; they are kept as bits.
+        """
         self.history.append(row)
-        save(self.last, model, **self.extra(), history=self.history,
+        self.learning.append(numpy.packbits(numpy.array(masks, bool)))
+        save(self.last, model, **self.extra(), history=self.history, learning=numpy.array(self.learning),
              state={'optimizer': optimizer.state_dict(), 'generators': generator_states(model)})
         self.write_records(model)
 
