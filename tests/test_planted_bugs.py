@@ -260,6 +260,7 @@ def check_a_seed_of_its_own_deals_otherwise(folder, job):
     dealt = []
     job.module.train = lambda args, path, reader, training, validation, note: dealt.append({sample.subject for sample in validation})
     job.module.holds_foreground = lambda samples, reader: numpy.ones(len(samples), bool)
+    job.module.noted = lambda args, samples, reader, note: note
     for seed in range(4):
         job('--size', '16x16', '--device', 'cpu', '--out', folder / str(seed), '--seed', seed)
     assert len(set(map(frozenset, dealt))) == 4

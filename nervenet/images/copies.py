@@ -77,11 +77,9 @@ def first_equal(details):
     index, is_mirrored = numpy.arange(len(details)), numpy.zeros(len(details), bool)
     for rows, straight, mirrored in _blocks(details):
         found = numpy.maximum(straight, mirrored) >= EQUAL
-        first = found.argmax(axis=1)
-        earlier = found.any(axis=1) & (first < index[rows])
-        index[rows] = numpy.where(earlier, first, index[rows])
+        first = numpy.where(found.any(axis=1), found.argmax(axis=1), index[rows])       # one without any detail equals none
         within = numpy.arange(len(first)), first
-        is_mirrored[rows] = earlier & (mirrored[within] > straight[within])
+        index[rows], is_mirrored[rows] = first, mirrored[within] > straight[within]
     return index, is_mirrored
 
 

@@ -399,8 +399,8 @@ def crop_warning(samples, reader):
     """Return what is to be said of foreground that `crop` cuts away from `samples`; '' if there is none."""
     lost = {sample.name: reader.lost(sample) for sample in samples}
     hit = sorted((name for name in lost if lost[name]), key=lambda name: -lost[name])
-    return hit and (f'WARNING: --fit crop cuts foreground away in {len(hit)} of {len(lost)} images, in the worst of them '
-                    + some_of([f'{name} {lost[name]:.0%}' for name in hit]) + ' of it; there, prediction finds none. --fit pad keeps all') or ''
+    return (f'WARNING: --fit crop cuts foreground away in {len(hit)} of {len(lost)} images, of the most in '
+            f'{some_of([f"{name} ({lost[name]:.0%} of it)" for name in hit])}. There, prediction will find none; --fit pad keeps all.') if hit else ''
 
 
 # --- Changing the size ------------------------------------------------------------------------------------------------
@@ -525,7 +525,7 @@ class Reader(Remembering):
     def make(self, sample):
         image, mask = read_pair(sample, self.rule, seen=self.values)
         part, _ = places(image.shape, self.size, self.fit)
-        self.files[sample] = image.shape, 1 - mask[part].sum() / max(mask.sum(), 1) if mask.any() else 0.0
+        self.files[sample] = image.shape, 1 - mask[part].sum() / mask.sum() if mask.any() else 0.0
         return (numpy.rint(fitted(image, self.size, self.fit) * 65535).astype(numpy.uint16),
                 fitted(mask, self.size, self.fit, by=resize_mask))
 

@@ -28,7 +28,7 @@ LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 
 OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
 ARCHITECTURE = 'base_channels', 'depth', 'norm', 'dac', 'rmp'       # options that say what network is built, where it has them
-FIT = 'squeeze'                           # the default of --fit, of scans
+FIT = 'squeeze'                                                      # the default of --fit, by measurement: see README
 STEPS = 3000                                                         # of training by default, on scans
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
 
@@ -252,8 +252,10 @@ def build_parser():
     data.add_argument('--size', type=size, default='96x128', metavar='HxW',
                       help='rows x columns the network works at, rounded up to a multiple of 2^depth')
     data.add_argument('--fit', choices=FITS,
-                      help='how an image of another shape comes to that size. squeeze: it fills it, each axis scaled by itself; pad: it is scaled '
-                      f'by one factor so that all of it fits in, with black around; crop: so that it fills it, and what sticks out is cut off. Default: {FIT}')
+                      help='how an image of another shape comes to that size. squeeze: it fills it, each axis scaled by itself; pad: one factor '
+                      'scales it so that all of it fits in, with black around it; crop: one factor scales it so that it fills it, and what sticks '
+                      f'out is cut off, and background in prediction. default: {FIT}, since on breast images of many shapes pad gained nothing (Dice '
+                      'per image +0.004 ± 0.011) and crop lost (−0.012 ± 0.012, and foreground in 134 of 780 images)')
     add_reading_options(data)
     data.add_argument('--test', type=Path, metavar='DIR',
                       help='folder of images to validate on, where a data set has an official test part; else it is drawn')
@@ -377,7 +379,7 @@ def add_prediction_options(parser):
     stored.add_argument('--threshold', type=float, metavar='P', default=argparse.SUPPRESS,
                         help='a pixel is foreground where its probability is above P')
     stored.add_argument('--minimal-area', type=float, metavar='SHARE', default=argparse.SUPPRESS,
-                        help='a mask that covers less than this share of the image counts as empty')
+                        help='a mask that covers less than this share of the image, as the network sees it, counts as empty')
     stored.add_argument('--flip-average', action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                         help='average with the prediction of the mirrored image')
 
