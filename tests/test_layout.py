@@ -261,6 +261,8 @@ def test_masks_in_a_folder_of_any_name_and_inside_that_of_the_images(tmp_path, r
     write(tmp_path / 'numbers-truth' / '1_1.png', drawn(rng)[1])
     sample, = find_samples(tmp_path / 'numbers', masks_folder=tmp_path / 'numbers-truth')
     assert sample.subject == '1_1', 'in folders of any name, a number need not be a subject'
+    with pytest.raises(DataError, match='a: is the folder of the images, and of --masks too; leave out --masks'):
+        find_samples(tmp_path / 'a', masks_folder=tmp_path / 'b' / '..' / 'a')
     with pytest.raises(DataError, match='absent: no such folder; expected the folder of masks'):
         find_samples(tmp_path, masks_folder=tmp_path / 'absent')
 
@@ -343,6 +345,20 @@ def test_an_official_test_part_is_validated_on_and_common_subjects_are_told(tmp_
     assert '--folds has no meaning with --test' in capsys.readouterr().err
     unknown = [Sample('a', 'a', None, None)]
     assert on_both_sides(unknown, unknown) == '' and own_subjects(unknown)[0].subject == 'test/a'
+
+
+def test_a_run_goes_on_with_the_masks_subjects_and_test_part_it_began_with(tmp_path, rng, main, capsys):
+    options, _ = two_folders(tmp_path / 'data', rng)
+    two_folders(tmp_path / 'moved', rng)
+    test = ['--test', tmp_path / 'moved' / 'thyroid-image', '--test-masks', tmp_path / 'moved' / 'thyroid-mask']
+    main(*options, *test, *TINY, '--epochs', 1, '--what', 'nodule', '--out', tmp_path / 'run')
+    main('--resume', tmp_path / 'run', '--epochs', 2)
+    assert 'test part:   9 images with 9 masks, 3 subjects' in capsys.readouterr().out
+    (tmp_path / 'data').rename(tmp_path / 'elsewhere')
+    main('--resume', tmp_path / 'run', '--epochs', 3, '--images', tmp_path / 'elsewhere' / 'thyroid-image', '--masks', tmp_path / 'elsewhere' / 'thyroid-mask')
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert config['epochs'] == 3 and config['masks'] == str(tmp_path / 'elsewhere' / 'thyroid-mask') and config['what'] == 'nodule'
+    assert config['mask_threshold'] == 128 and config['validation_images'] == 9
 
 
 def test_the_subjects_that_were_held_out_can_be_predicted_alone(tmp_path, rng, main, predict, capsys):

@@ -53,6 +53,9 @@ def test_a_network_to_start_from_decides_the_architecture_and_contradictions_are
     for option, value, here in ('--base-channels', 16, 3), ('--depth', 4, 2), ('--norm', 'batch', 'none'):
         said = refused(capsys, '--init', tmp_path / 'm.npz', option, value)
         assert f'{option} is {value}, but the network in {tmp_path / "m.npz"} has {here}; leave out {option}' in said
+    save(tmp_path / 'o.npz', NETWORKS['optimised-resunet'](base_channels=2, depth=1))
+    said = refused(capsys, '--init', tmp_path / 'o.npz', '--no-dac')
+    assert f'--no-dac is given, but the network in {tmp_path / "o.npz"} has that part; leave out --no-dac' in said
     save(tmp_path / 'm.npz', UNet(out_channels=3, base_channels=3, depth=2))
     with pytest.raises(CheckpointError, match='expected a network for grey images and one kind of mask'):
         parse(['--init', str(tmp_path / 'm.npz')])

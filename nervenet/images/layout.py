@@ -165,6 +165,9 @@ def find_pairs(folder, masks_folder=None, mask_pattern=None):
         root, is_plain = folder, False
         if not masks_folder.is_dir():
             raise DataError(f'{masks_folder}: {"is a file" if masks_folder.exists() else "no such folder"}; expected the folder of masks')
+        if masks_folder.samefile(folder):
+            raise DataError(f'{folder}: is the folder of the images, and of --masks too; leave out --masks, and say with --mask-pattern what '
+                            'masks are called')
         listing = Listing().add(folder, 'image', but=os.path.realpath(masks_folder))
         masks = Listing().add(masks_folder, 'mask')
         listing.files += masks.files

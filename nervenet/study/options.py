@@ -183,10 +183,14 @@ def take_architecture(args, given, parser):
     found = {name: model.config[name] for name in ARCHITECTURE if name in model.config}
     found['model'] = next(name for name, network in NETWORKS.items() if type(model) is network)
     for name, value in found.items():
-        option = f'--{name.replace("_", "-")}'
-        if name in given and getattr(args, name) != value:
-            parser.error(f'{option} is {getattr(args, name) or "none"}, but the network in {args.init} has {value or "none"}; leave '
-                         f'out {option}, or train without --init')
+        asked, option = getattr(args, name), f'--{name.replace("_", "-")}'
+        if name in given and asked != value:
+            if isinstance(value, bool):
+                option = option if asked else f'--no-{name}'
+                parser.error(f'{option} is given, but the network in {args.init} has {"that part" if value else "no such part"}; leave out '
+                             f'{option}, or train without --init')
+            parser.error(f'{option} is {asked or "none"}, but the network in {args.init} has {value or "none"}; leave out {option}, or '
+                         'train without --init')
         setattr(args, name, value)
 
 
