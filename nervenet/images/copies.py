@@ -17,7 +17,7 @@ from .data import resize, resize_mask
 from .samples import some_of
 
 SIDE, SMOOTH = 16, 8            # thumbnails of 16×16 pixels, less what 8×8 pixels show of them
-NEAR = 0.9                      # correlation from which two images are near copies: measured, see README
+NEAR = 0.9                      # correlation from which two images are near copies: different thyroids, on one screen, reach 0.89
 EQUAL = 0.999                   # and from which they are equal but for rounding
 MANY = 0.05                     # share of the images that is worth a word where nobody knows the subjects
 BLOCK = 2**22                   # pairs that are compared at once: 16 MiB
