@@ -19,7 +19,6 @@ from .samples import some_of
 SIDE, SMOOTH = 16, 8            # thumbnails of 16×16 pixels, less what 8×8 pixels show of them
 NEAR = 0.9                      # correlation from which two images are near copies: different thyroids, on one screen, reach 0.89
 EQUAL = 0.999                   # and from which they are equal but for rounding
-MANY = 0.05                     # share of the images that is worth a word where nobody knows the subjects
 BLOCK = 2**22                   # pairs that are compared at once: 16 MiB
 
 
@@ -31,13 +30,6 @@ def copies_warning(samples, reader):
     """
     details = thumbnails(samples, reader)
     return '\n'.join(filter(None, [_across(samples, details), _contradictions(samples, reader, details)]))
-
-
-def many_near_copies(samples, reader):
-    """Return how many of the images are near copies of another, in words, whoever they show; '' if they are few."""
-    correlation, _, _ = nearest(thumbnails(samples, reader), numpy.arange(len(samples)))
-    number = numpy.count_nonzero(correlation >= NEAR)
-    return f'{number} of {len(samples)} images are near copies of another' if number > MANY * len(samples) else ''
 
 
 def thumbnails(samples, reader):
