@@ -312,7 +312,7 @@ def test_blas_returns_to_its_own_number_when_the_last_of_several_callers_is_done
 # Places of products, 'file:function', that need no context; a place is all places that begin so.
 ON_A_GPU = 'convolution/runs.py', 'engine/backend.py:probe_gpu'
 TOO_SMALL_FOR_THREADS = 'images/augment.py:affine', 'study/kfold.py:folds_by_subject'
-ONLY_COMPARED_WITH_A_TOLERANCE = 'gradcheck.py',
+ONLY_COMPARED_WITH_A_TOLERANCE = 'gradcheck.py', 'images/copies.py:_blocks'
 
 
 @pytest.mark.skipif(parallel._blas.set is None, reason='the BLAS behind NumPy cannot be asked for its threads')

@@ -44,7 +44,7 @@ def thumbnails(samples, reader):
 
     rows = numpy.reshape(parallel_for(samples, detail), (len(samples), SIDE**2))
     rows -= rows.mean(axis=1, keepdims=True)
-    length = numpy.linalg.norm(rows, axis=1, keepdims=True)
+    length = numpy.sqrt(numpy.square(rows).sum(axis=1, keepdims=True))
     return rows / numpy.where(length > 1, length, numpy.inf)                # intensities are of 16 bits: below 1 is rounding
 
 
