@@ -42,7 +42,7 @@ from nervenet.metrics import Baselines
 from nervenet.networks import NETWORKS
 from nervenet.optim import ConstantSchedule, CosineSchedule
 from nervenet.study.fit import Interrupted, PlateauSchedule, fit, seconds_of, stopping_on_signals
-from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_image_alone, folds_by_subject, read_split, sides,
+from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, claimed, each_image_alone, folds_by_subject, read_split, sides,
                                   write_split)
 from nervenet.study.options import (LOSSES, OPTIMIZERS, architecture, augmentation, check_memory, default_epochs, describe_need,
                                     options_to_store, parse)
@@ -150,7 +150,8 @@ def cross_validate(args, samples, reader, note):
     text = whole.summarize(args.folds, note)
     print('\n' + (text or 'No fold is complete yet.'))
     if text:
-        write_page(args.out, text.partition('\n\n')[0])
+        with claimed(args.out):                             # other processes may have come to their end too
+            write_page(args.out, text.partition('\n\n')[0], [whole.fold(number) for number in whole.complete(args.folds)])
 
 
 def train(args, path, reader, training_samples, validation_samples, note, fold=None):
@@ -243,8 +244,8 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     draw_learning(run, validation, watched)
     chosen = run.choose_settings(args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
     said = '\n'.join(filter(None, [note, *warnings]))
-    print('\n' + run.summarize(baselines, chosen['last.npz'], said))
     write_page(run.path, said)
+    print('\n' + run.summarize(baselines, chosen['last.npz'], said))               # the sign that the run is complete
 
 
 if __name__ == '__main__':

@@ -109,7 +109,7 @@ def test_names_cannot_run_as_code(evil):
     for path in evil, *(evil / f'fold_{number}' for number in (1, 2, 3)):
         page = Structure(path / 'report.html').check()
         assert EVIL in page.text, 'shown as it is'
-    write_page(evil, f'WARNING: {EVIL} \udcff')             # a name that is no Unicode
+    write_page(evil, f'WARNING: {EVIL} \udcff', [evil / 'fold_1'])             # a name that is no Unicode
     assert EVIL in Structure(evil / 'report.html').check().text
 
 
@@ -124,7 +124,10 @@ def test_a_browser_runs_nothing_and_shows_the_pictures(evil, tmp_path):
 def test_a_file_that_is_missing_is_named(evil):
     (evil / 'fold_2' / 'validation.csv').write_text('image,subject\nx,y\n')
     with pytest.raises(ValueError, match='fold_2/validation.csv: is missing or damaged'):
-        write_page(evil)
+        write_page(evil, folds=[evil / 'fold_1', evil / 'fold_2'])
+    before = (evil / 'report.html').read_bytes()
+    write_page(evil, folds=[evil / 'fold_1', evil / 'fold_3'])
+    assert 'fold_2' not in (evil / 'report.html').read_text() and 'fold_2' in before.decode()
 
 
 # --- How it learnt ----------------------------------------------------------------------------------------------------

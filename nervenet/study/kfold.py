@@ -182,13 +182,17 @@ class CrossValidation:
             epochs = self.config.get('epochs')              # `summarize` tells that this file is missing or damaged
         return (self.fold(number) / 'summary.txt').exists() and epochs == self.config.get('epochs')
 
+    def complete(self, folds):
+        """Return the numbers of those of `folds` folds that are complete."""
+        return [number for number in range(1, folds + 1) if self.is_complete(number)]
+
     def summarize(self, folds, note=''):
         """Write summary.txt and curves.png from the folds that are complete; return the text, None if there are none.
 
         The text begins with `note`, if there is something to be said first, and with which folds are missing.
         """
         with claimed(self.path):
-            complete = [number for number in range(1, folds + 1) if self.is_complete(number)]
+            complete = self.complete(folds)
             if not complete:
                 return None
             missing = ', '.join(str(number) for number in range(1, folds + 1) if number not in complete)

@@ -37,13 +37,14 @@ tr + tr { border-top: 1px solid var(--line) } summary { cursor: pointer }
 SCORES = (('dice_pooled', 'Dice, pooled'), ('dice_per_image', 'Dice, per image'), ('iou_pooled', 'IoU, pooled'), ('accuracy', 'accuracy'))
 
 
-def write_page(folder, note=''):
-    """Write report.html into the folder of a run that came to its end, or of a cross-validation of which a fold did; `note` is said first.
+def write_page(folder, note='', folds=()):
+    """Write report.html into the folder of a run that came to its end; `note` is said first. For a cross-validation, `folds` are the folders of
+    those that did. One process at a time may write into a folder.
 
     Raises ValueError, naming the file, if one of those it is made of is missing or damaged.
     """
     folder = Path(folder)
-    folds = sorted((path.parent for path in folder.glob('fold_*/validation.csv')), key=lambda path: natural_key(path.name)) or [folder]
+    folds = [*folds] or [folder]
     config = json.loads((folder / 'config.json').read_text())
     title = f'{config.get("model", "network")} on {Path(config["data"]).name if config.get("data") else "synthetic ultrasound"}'
     parts = [f'<h1>{e(title)}</h1>', notes(note), scores(folds), pictures(folder, folds), subjects(folds), *data(folds), chosen(folds), settings(config)]
