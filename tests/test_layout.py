@@ -228,7 +228,7 @@ def test_no_pattern_is_proposed_for_a_few_of_many(tmp_path, rng):
 def test_an_image_and_a_mask_of_one_name_are_told_apart_by_a_pattern(tmp_path, rng):
     masks_of_another_format(tmp_path, rng)
     for pattern in None, '{image}*':
-        with pytest.raises(DataError, match=r"0_0.png: 0_0.jpg has the same name; keep one of the two; or if it is the mask: --mask-pattern '\{image\}.png'"):
+        with pytest.raises(DataError, match=r"0_0.png: 0_0.jpg has the same name; keep one of the two; or if one is the mask of the other: --mask-pattern '\{image\}.png' or '\{image\}.jpg'"):
             find_samples(tmp_path, mask_pattern=pattern)
 
 
@@ -270,8 +270,63 @@ def test_masks_in_a_folder_of_any_name_and_inside_that_of_the_images(tmp_path, r
 def test_a_file_without_partner_in_the_folder_of_the_masks_is_named(tmp_path, rng):
     labels_in_a_folder_beside(tmp_path, rng)
     write(tmp_path / 'P2' / 'seg' / '9.png', drawn(rng)[1])
-    with pytest.raises(DataError, match=r'9.png: has no mask; .*1 of 10 images have none: P2/seg/9\)'):
+    with pytest.raises(DataError, match=r'9.png: this mask has no image \(1 of 10 masks have none: 9.png\)'):
         find_samples(tmp_path, mask_pattern='../seg/{image}')
+
+
+def test_a_part_of_images_is_read_with_its_part_of_masks_alone(tmp_path, rng):
+    for part, names in ('train', '123'), ('val', '45'):
+        for name in names:
+            write(tmp_path / 'images' / part / f'{name}.png', drawn(rng)[0])
+            write(tmp_path / 'masks' / part / f'{name}.png', drawn(rng)[1])
+    told = []
+    val = find_samples(tmp_path / 'images' / 'val', tell=told.append)
+    assert [sample.name for sample in val] == ['val/4', 'val/5'] and 'left out' not in told[0] and str(tmp_path / 'masks' / 'val') in told[0]
+    assert find_samples(sorted((tmp_path / 'images' / 'val').iterdir()), masks='optional') == val
+    assert len(find_samples(tmp_path)) == 5 == len(find_samples(tmp_path / 'images'))
+    with pytest.raises(DataError, match='holds the masks of'):
+        find_samples(tmp_path / 'masks' / 'val')
+
+
+def test_a_pattern_with_a_folder_is_for_folders_called_images_too(tmp_path, rng):
+    for name in '12':
+        write(tmp_path / 'images' / f'{name}.png', drawn(rng)[0])
+        write(tmp_path / 'labels' / f'{name}.png', drawn(rng)[1])
+    for folder in tmp_path, tmp_path / 'images':
+        found = find_samples(folder, mask_pattern='../labels/{image}', masks='optional')
+        assert [sample.name.rpartition('/')[2] for sample in found] == ['1', '2']
+    assert len(find_samples(tmp_path, mask_pattern='../labels/{image}')) == 2
+    sample, = find_samples(tmp_path / 'images' / '1.png', mask_pattern='../labels/{image}', masks='optional')
+    assert [path.resolve() for path in sample.mask_paths] == [tmp_path / 'labels' / '1.png']
+
+
+def test_a_file_alone_is_paired_by_what_lies_around_it(tmp_path, rng):
+    for place in '.', 'P1':
+        write(tmp_path / 'scans' / place / 'x.png', drawn(rng)[0])
+        write(tmp_path / 'truth' / place / 'x.png', drawn(rng)[1])
+    (tmp_path / 'scans' / 'other').mkdir()
+    for suffix in 'png', 'bmp':                              # which would be refused
+        write(tmp_path / 'scans' / 'other' / f'y.{suffix}', drawn(rng)[0])
+    for place in '.', 'P1':
+        sample, = find_samples(tmp_path / 'scans' / place / 'x.png', masks='optional', masks_folder=tmp_path / 'truth')
+        assert sample.mask_paths == (tmp_path / 'truth' / place / 'x.png',)
+
+
+def test_masks_elsewhere_are_not_joined_with_masks_beside_the_images(tmp_path, rng):
+    for name in '1_1', '1_1_mask':
+        write(tmp_path / 'images' / f'{name}.png', drawn(rng)[0])
+    write(tmp_path / 'second' / '1_1.png', drawn(rng)[1])
+    told = []
+    sample, = find_samples(tmp_path / 'images', masks_folder=tmp_path / 'second', tell=told.append)
+    assert sample.mask_paths == (tmp_path / 'second' / '1_1.png',) and 'masks beside the images (1_1_mask.png)' in told[0]
+
+
+def test_no_mask_is_dropped_in_silence(tmp_path, rng):
+    """An image that the pattern takes for a mask has masks of its own: whose are they?"""
+    for name in '1', '1-1', '1-2', '1-seg', '1-1-seg', '1-2-seg':
+        write(tmp_path / f'{name}.png', drawn(rng)[0])
+    with pytest.raises(DataError, match='1-1-seg.png: this mask has no image'):
+        find_samples(tmp_path, mask_pattern='{image}-*')
 
 
 def test_links_that_go_round_in_circles_end(tmp_path, rng):

@@ -9,6 +9,7 @@ Whatever is wrong with a folder or a file raises DataError, one line that names 
 """
 
 import fnmatch
+import glob
 import itertools
 import os
 import posixpath
@@ -16,6 +17,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -96,14 +98,17 @@ class Listing:
     left_out: dict = field(default_factory=dict)
     seen: set = field(default_factory=set)
 
-    def add(self, folder, role='either', place='', but=None):
-        """Add what lies in a folder and in the folders inside, but for the folder `but`."""
+    def add(self, folder, role='either', place='', but=None, is_deep=True, plain=True):
+        """Add what lies in a folder and, if `is_deep`, in the folders inside, but for the folder `but`.
+
+        With `plain` a folder that has images/ inside has its images there, and their masks in masks/.
+        """
         real = os.path.realpath(folder)
         if real in self.seen or real == but:                # links may go round in circles
             return self
         self.seen.add(real)
         entries = entries_of(folder)
-        if role == 'either' and (folder / 'images').is_dir():
+        if plain and is_deep and role == 'either' and (folder / 'images').is_dir():
             self.add(folder / 'images', 'image', place).add(folder / 'masks', 'mask', place)
             entries = [entry for entry in entries if entry.name not in ('images', 'masks')]
             self.leave(entries, 'images beside that', lambda entry: entry.suffix.lower() in SUFFIXES and entry.is_file())
@@ -111,7 +116,8 @@ class Listing:
         else:
             for entry in entries:
                 if entry.is_dir():
-                    self.add(entry, role, posixpath.join(place, name_of(entry.name)), but)
+                    if is_deep:
+                        self.add(entry, role, posixpath.join(place, name_of(entry.name)), but, plain=plain)
                 elif entry.suffix.lower() in SUFFIXES and entry.is_file():
                     self.files.append((place, name_of(entry.stem), entry, role))
         self.leave(entries, 'links that lead nowhere', lambda entry: entry.is_symlink() and not entry.exists())
@@ -133,6 +139,7 @@ class Found:
     root       the folder that was read
     is_plain   whether that is one of images/ and masks/
     left_out   {kind: files and folders that were not read}
+    taken      in words, where images and masks were taken from, if not just from the folder that was given
     """
 
     images: dict
@@ -141,6 +148,7 @@ class Found:
     root: Path
     is_plain: bool
     left_out: dict
+    taken: str = ''
     names: dict | None = None
 
     def name_of(self, path):
@@ -161,28 +169,69 @@ def find_pairs(folder, masks_folder=None, mask_pattern=None):
     Raises DataError for two images, or two masks, of one name in one place.
     """
     names = MaskNames(mask_pattern)
+    listing, root, is_plain, taken = Listing(), folder, False, ''
     if masks_folder is not None:
-        root, is_plain = folder, False
         if not masks_folder.is_dir():
             raise DataError(f'{masks_folder}: {"is a file" if masks_folder.exists() else "no such folder"}; expected the folder of masks')
         if masks_folder.samefile(folder):
             raise DataError(f'{folder}: is the folder of the images, and of --masks too; leave out --masks, and say with --mask-pattern what '
                             'masks are called')
-        listing = Listing().add(folder, 'image', but=os.path.realpath(masks_folder))
-        masks = Listing().add(masks_folder, 'mask')
-        listing.files += masks.files
-        listing.left_out = {kind: listing.left_out.get(kind, []) + masks.left_out.get(kind, [])
-                            for kind in {**listing.left_out, **masks.left_out}}
+        listing.add(folder, 'image', but=os.path.realpath(masks_folder)).add(masks_folder, 'mask')
+    elif not names.folder and (inside := _inside_images(folder)):
+        images_there, masks_there, place = inside
+        if masks_there in (folder.absolute(), *folder.absolute().parents):
+            raise DataError(f'{folder}: holds the masks of {images_there}; give the images')
+        root, is_plain = images_there.parent, True
+        listing.add(folder, 'image', place).add(masks_there / place, 'mask', place)
+        taken = f'images are taken from {folder}, masks from {masks_there / place}'
     else:
-        root, is_plain = _root(folder)
-        listing = Listing().add(root)
-        if root != folder and root in folder.parents:       # it is images/ that was given
-            listing.left_out = {}
-        elif root != folder:                                # train/: what lies beside it is not read
+        root = folder / 'train' if (folder / 'train').is_dir() else folder
+        is_plain = not names.folder and (root / 'images').is_dir()
+        listing.add(root, plain=not names.folder)
+        if root != folder:                                  # what lies beside train/ is not read
+            taken = f'images are taken from {root / "images"}, masks from {root / "masks"}' if is_plain else f'images are taken from {root}'
             beside = [entry for entry in entries_of(folder) if entry != root]
             listing.leave(beside, 'folders inside', holds_images)
             listing.leave(beside, 'images beside that', lambda entry: entry.suffix.lower() in SUFFIXES and entry.is_file())
+    return _paired(listing, names, root, is_plain, taken, masks_folder is not None)
 
+
+@lru_cache(64)
+def find_around(folder, masks_folder=None, mask_pattern=None):
+    """Return what Found says of the images that lie in a folder, absolute, itself: all that pairing one of its files takes."""
+    names, listing = MaskNames(mask_pattern), Listing()
+    inside = None if masks_folder or names.folder else _inside_images(folder)
+    if inside:
+        images_there, masks_there, place = inside
+        listing.add(images_there / place, 'image', place, is_deep=False).add(masks_there / place, 'mask', place, is_deep=False)
+    elif masks_folder:
+        place = _place(folder, masks_folder)
+        listing.add(folder, 'image', place, is_deep=False).add(masks_folder / place, 'mask', place, is_deep=False)
+    else:
+        listing.add(folder, is_deep=False)
+        if names.folder:
+            listing.add(folder / names.folder, 'mask', posixpath.normpath(names.folder), is_deep=False)
+    return _paired(listing, names, folder, bool(inside), '', bool(masks_folder) and not inside)
+
+
+def _inside_images(folder):
+    """Return (images/, masks/, place) for a folder that is, or lies in, one of the two beside the other: place is where in it; None for another."""
+    for outer in folder.absolute(), *folder.absolute().parents:
+        pair = outer.parent / 'images', outer.parent / 'masks'
+        if outer in pair and all(part.is_dir() for part in pair):
+            place = folder.absolute().relative_to(outer).as_posix()
+            return *pair, '' if place == '.' else place
+    return None
+
+
+def _place(folder, masks_folder):
+    """Return the end of the path of a folder of images that is a path in the folder of masks too: of several the longest, '' if none is."""
+    ends = [Path(*folder.parts[-count:]) for count in range(len(folder.parts) - 1, 0, -1)]
+    return next((end.as_posix() for end in ends if (masks_folder / end).is_dir()), '')
+
+
+def _paired(listing, names, root, is_plain, taken, is_elsewhere):
+    """Return what Found says of the files listed; with `is_elsewhere` masks lie in a folder of their own, and those beside images are left out."""
     expected = {}                                           # place of masks: {name of an image: [(place, path)]}
     for place, name, path, role in listing.files:
         if role != 'mask':
@@ -197,44 +246,25 @@ def find_pairs(folder, masks_folder=None, mask_pattern=None):
                                role == 'mask')
         if image == name and role == 'either' and not (names.folder or names.suffix):
             image = None
-        if image is not None and not (role == 'image' and (place, name) in named):
+        if image is not None and role == 'image' and is_elsewhere:
+            listing.left_out.setdefault('masks beside the images', []).append(path)
+        elif image is not None and not (role == 'image' and (place, name) in named):
             where = next(where for where, other in around[image] if other != path)
             masks.setdefault(posixpath.join(where, image), []).append(path)
-        elif role == 'mask' or role == 'either' and names.is_likely(name):
-            lost.append(path)
+        elif role == 'mask' or role == 'either' and (names.is_likely(name) or any(where != place for files in around.values() for where, _ in files)):
+            lost.append(path)                               # by its role, its name, or where it lies
         else:
             images.setdefault(posixpath.join(place, name), []).append(path)
     for kind in images, masks:
         for files in kind.values():
             for first, second in itertools.pairwise(files):             # in the order of their names
                 if kind is images or first.parent == second.parent and name_of(first.stem) == name_of(second.stem):
-                    way = f"; or if it is the mask: --mask-pattern '{{image}}{second.suffix}'" if kind is images and first.suffix != second.suffix else ''
+                    way = (f"; or if one is the mask of the other: --mask-pattern '{{image}}{second.suffix}' or '{{image}}{first.suffix}'"
+                           if kind is images and first.suffix != second.suffix else '')
                     raise DataError(f'{second}: {first.name} has the same name; keep one of the two{way}')
-    return Found({name: files[0] for name, files in images.items()}, masks, lost, root, is_plain, listing.left_out)
-
-
-def around(path):
-    """Return the folder that is to be read to find the masks of the image file at `path`."""
-    return _around(path.parent)[0]
-
-
-def _root(folder):
-    """Return (root, is_plain) for a folder of images: where its layout begins, and whether it is `images/` and `masks/`."""
-    root = folder / 'train' if (folder / 'train').is_dir() else folder
-    if (root / 'images').is_dir():
-        return root, True
-    if root is folder and folder.absolute().name == 'masks' and _around(folder)[1]:
-        raise DataError(f'{folder}: holds the masks of {_around(folder)[0] / "images"}; give the images')
-    return _around(folder) if root is folder else (root, False)
-
-
-def _around(folder):
-    """Return (root, is_plain) for the folder that an image lies in: that which holds images/ and masks/, if it is in one of them."""
-    for inner in (folder, *folder.absolute().parents):
-        outer = inner.absolute().parent
-        if inner.absolute().name in ('images', 'masks') and (outer / 'images').is_dir() and (outer / 'masks').is_dir():
-            return (folder.parent if inner is folder and folder.name else outer), True
-    return folder, False
+    for name in masks.keys() - images.keys():               # it is itself a mask
+        lost += masks.pop(name)
+    return Found({name: files[0] for name, files in images.items()}, masks, lost, root, is_plain, listing.left_out, taken)
 
 
 def entries_of(folder):
@@ -274,9 +304,8 @@ def left_out(folder, found):
     """Return in words where the images of `folder` are taken from, and what is left out; '' if there is nothing to say."""
     said = [f'{kind} ({some_of(sorted(path.name for path in paths))})' for kind, paths in found.left_out.items() if paths]
     said = [f'left out are {", ".join(said)}'] if said else []
-    if found.root != folder:
-        said.insert(0, f'images are taken from {found.root / "images"}, masks from {found.root / "masks"}' if found.is_plain
-                    else f'images are taken from {found.root}')
+    if found.taken:
+        said.insert(0, found.taken)
         if (folder / 'test').is_dir() and found.root == folder / 'train':
             said.append(f'to score on {folder / "test"} give it as --test')
     return f'{folder}: {"; ".join(said)}' if said else ''
@@ -324,8 +353,8 @@ def likely_pattern(found):
         name = name_of(path.stem)
         for place in range(1, len(name)):
             if name[:place] in stems and not (name[place - 1].isdigit() and name[place].isdigit()):
-                patterns['{image}' + re.sub(r'\d+', '*', name[place:])] += 1
-            if name[place:] in stems and not re.search(r'\d', name[:place]):
+                patterns['{image}' + re.sub(r'\d+', '*', glob.escape(name[place:]))] += 1
+            if name[place:] in stems and not re.search(r'[\d*?[{]', name[:place]):
                 patterns[name[:place] + '{image}'] += 1
     pattern, number = max(patterns.items(), key=lambda item: item[1], default=('', 0))
     return f"; if masks are called so: --mask-pattern '{pattern}'" if number and 3 * number >= len(bare) else ''

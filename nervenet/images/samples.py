@@ -15,12 +15,11 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy
 
-from .layout import LAYOUTS, DataError, around, check_pairs, find_pairs, left_out, likely_pattern, listing, name_of, natural_key, some_of
+from .layout import LAYOUTS, DataError, check_pairs, find_around, find_pairs, left_out, likely_pattern, listing, name_of, natural_key, some_of
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ def find_samples(folder, subject_pattern=None, masks='required', tell=None, *, m
     if masks not in ('required', 'optional', 'none'):
         raise ValueError(f"masks is {masks!r}; expected 'required', 'optional' or 'none'")
     tell = tell or (lambda line: None)
-    pairs = lru_cache(None)(find_pairs)                     # a shell's pattern names many files of one folder
+    find_around.cache_clear()                               # a shell's pattern names many files of one folder, which is read once
     samples, not_images, copies, unknown = [], [], [], []
     subject_in = _subjects(subject_pattern, subject_from, subjects)
     for path in [Path(folder)] if isinstance(folder, (str, os.PathLike)) else map(Path, folder):
         if path.is_dir():
-            found = pairs(path, masks_folder, mask_pattern)
+            found = find_pairs(path, masks_folder, mask_pattern)
             images = found.images
             if not images or masks == 'required' and not found.masks:
                 missing = 'pairs of image and mask' if masks == 'required' else 'images'
@@ -83,7 +82,7 @@ def find_samples(folder, subject_pattern=None, masks='required', tell=None, *, m
             elif masks == 'optional' and found.lost:
                 tell(f'{path}: left out are masks without image, {some_of(sorted(lost.name for lost in found.lost))}')
         elif path.is_file() and masks != 'required':
-            found = pairs(path.absolute().parent if masks_folder else around(path), masks_folder, mask_pattern)
+            found = find_around(path.absolute().parent, masks_folder and masks_folder.absolute(), mask_pattern)
             name = found.name_of(path)
             if name is None:
                 not_images.append(path.name)
