@@ -18,7 +18,7 @@ import io
 import sys
 from collections import defaultdict
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from nervenet.study import figures
 from nervenet.engine.parallel import number_of_threads
 from nervenet.files import atomic_write, make_folder, refuse_content
 from nervenet.images.data import MaskRule, in_background, mask_oddity, oddity_warning, read_image, read_mask_of, resize_mask, unfitted
+from nervenet.images.layout import name_of
 from nervenet.images.samples import DataError, Sample, find_samples, natural_key, some_of
 from nervenet.metrics import SegmentationScores
 from nervenet.study.segment import READING, describe, intensity_warning, open_segmenter
@@ -48,10 +49,20 @@ def main(arguments=None):
     segmenter, extras = open_segmenter(args)
     args.what = extras[0].get('what') or 'foreground'
     args.rule, finding = how_to_read(args, extras[0].get('reading', {}))
-    samples = find_samples(args.input, masks='optional', tell=print, masks_folder=args.masks, subjects=args.subjects,
-                           no_mask_is_empty=args.no_mask_is_empty, **finding)
+    find = partial(find_samples, args.input, masks='optional', masks_folder=args.masks, subjects=args.subjects,
+                   no_mask_is_empty=args.no_mask_is_empty)
+    samples = find(tell=print, **finding)
+    if finding['mask_pattern'] and not hasattr(args, 'mask_pattern') and not any(sample.mask_paths for sample in samples):
+        usual = find(**{**finding, 'mask_pattern': None})
+        if any(sample.mask_paths for sample in usual):
+            print(f'masks: none are called {finding["mask_pattern"]}, as in training; those with the usual names are taken')
+            samples = usual
+    by_table = extras[0].get('reading', {}).get('subject_from') == 'table' and not args.subjects
+    if by_table and any(sample.mask_paths is not None for sample in samples):
+        print('WARNING: a table said the subjects in training; give it as --subjects, or nobody can say whom the networks have seen.')
+    samples = [recognised(sample, extras, args.held_out) for sample in samples]
     if args.held_out:
-        samples = held_out(samples, extras, args.model)
+        samples = held_out(samples, extras, '--subjects with the table of training' if by_table else 'the images of the training run')
     names = [sample.name for sample in samples]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice:
@@ -163,20 +174,39 @@ def how_to_read(args, stored):
     if args.subjects:
         stored = {key: value for key, value in stored.items() if not key.startswith('subject_')}
     reading = {'subject_from': 'name', **stored, **given}
-    rule = MaskRule(reading.get('mask_threshold'), reading.get('label'), reading.get('fill_outlines') or False)
+    if reading['subject_from'] == 'table':
+        reading['subject_from'] = 'name'
+    rule = MaskRule(reading.get('mask_threshold'), reading.get('label'), reading.get('fill_outlines'))
     return rule, {name: reading.get(name) for name in ('mask_pattern', 'subject_pattern', 'subject_from')}
 
 
-def held_out(samples, extras, paths):
-    """Return those of the samples whose subjects the networks were validated on, and not trained. Raises DataError."""
+def recognised(sample, extras, is_held_out):
+    """Return the sample with the subject that training knew it by, if it was found there from another folder.
+
+    There its name began with more folders, or its subject was one of them; images of a test part of which no subject was known have names
+    that begin with test/.
+    """
+    known = {subject for extra in extras for part in ('training', 'validation') for subject in extra.get(f'{part}_subjects') or ()}
+    if is_held_out and f'test/{sample.name}' in known:
+        return replace(sample, subject=f'test/{sample.name}')
+    if sample.subject in known or not known:
+        return sample
+    folders = [name_of(part) for part in sample.image_path.absolute().parent.parts]
+    names = ['/'.join([*folders[start:], name_of(sample.image_path.stem)]) for start in range(1, len(folders))]
+    by_folder = extras[0].get('reading', {}).get('subject_from') == 'folder'
+    return replace(sample, subject=next((name for name in (folders if by_folder else names) if name in known), sample.subject))
+
+
+def held_out(samples, extras, missing):
+    """Return those of the samples whose subjects the networks were validated on, and not trained. Raises DataError, which asks for what is `missing`."""
     known = [set(extra.get('validation_subjects') or ()) for extra in extras]
     if not all(known):
-        raise DataError(f'{paths[0]}: does not say which subjects its network was validated on; --held-out needs the file of a run on scans, '
-                        'split by subject, that came to its end')
+        raise DataError('--held-out: the model does not say which subjects its network was validated on; give the file of a run on scans, split by '
+                        'subject, that came to its end')
     chosen = [sample for sample in samples if any(sample.subject in subjects for subjects in known)]
     if not chosen:
         raise DataError(f'--held-out: none of the {len(samples)} images shows a subject that was validated on, such as '
-                        f'{some_of(sorted(set.union(*known), key=natural_key))}; give the images of the training run')
+                        f'{some_of(sorted(set.union(*known), key=natural_key))}; give {missing}')
     print(f'held out: {len(chosen)} of {len(samples)} images, of {len({sample.subject for sample in chosen})} subjects that were validated on')
     return chosen
 
@@ -283,8 +313,8 @@ def tell_known(samples, members, networks):
     lost = sum(not unseen for unseen in known)
     if networks == 1 and lost:
         return f'{lost} of {len(samples)} are of subjects, by their names, that the network was trained on: these scores are flattered.'
-    said = ['These scores are flattered where subjects are among them that the settings were chosen on'
-            + (', or the network trained on, under other names.' if networks == 1 else '.')] if lost < len(samples) else []
+    said = ['These scores are flattered where subjects are among them that the settings were chosen on, or a network trained on, under other names.'
+            ] if lost < len(samples) else []
     if len(known) > lost:
         said.append(f'{len(known) - lost} of {len(samples)} images with a mask are of subjects, by their names, that some of the {networks} networks '
                     'were trained on: each was predicted by the others.')

@@ -36,7 +36,8 @@ from nervenet.engine.backend import select_device
 from nervenet.images.augment import median_filter
 from nervenet.images.copies import copies_warning
 from nervenet.images.data import Filtered, Loader, MaskRule, Reader, crop_warning, data_warning, holds_foreground, intensity_statistics
-from nervenet.images.samples import DataError, describe, find_samples, on_both_sides, own_subjects, split_by_subject
+from nervenet.images.samples import (DataError, describe, find_samples, on_both_sides, own_subjects, refuse_common_files,
+                                     split_by_subject)
 from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
 from nervenet.networks import NETWORKS
@@ -76,6 +77,7 @@ def main(arguments=None):
     if args.median_filter:
         reader = Filtered(reader, lambda image: median_filter(image, args.median_filter))
     test = found(args, args.test, args.test_masks, 'test part') if args.test else []
+    refuse_common_files(samples, test)
     how = args.subject_pattern or args.subjects or (args.subject_from if args.subject_from != 'name' else None)
     note = '\n'.join(filter(None, [caveat(samples, args.leaky_split_by_image, how), on_both_sides(samples, test)]))
     if note:
@@ -124,7 +126,7 @@ def noted(args, samples, reader, note):
 def cross_validate(args, samples, reader, note):
     """Train the folds that are not complete yet, or the one that --fold names, and summarise those that are, `note` first."""
     by = BY_IMAGE if args.leaky_split_by_image else BY_SUBJECT
-    if args.split:
+    if args.split and not args.resume:
         given = read_split(args.split, samples, args.folds, by)
     elif not args.resume:                                   # when a run goes on, the split is in its folder
         folds_by_subject(samples, numpy.zeros(len(samples)), args.folds, args.seed)             # refuses too few subjects
@@ -206,15 +208,16 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     warmup = min(steps // 10, len(training))
     schedule = {'cosine': lambda: CosineSchedule(args.learning_rate, steps, warmup),
                 'constant': lambda: ConstantSchedule(args.learning_rate, warmup),
-                'plateau': lambda: PlateauSchedule(args.learning_rate, run.history, warmup)}[args.schedule]()
+                'plateau': lambda: PlateauSchedule(args.learning_rate, run.history, warmup, begun=run.begun)}[args.schedule]()
     print(f'network:     {network.__name__} of {sum(array.size for array in model.parameters().values()):,} parameters, images of '
           f'{args.size[0]}x{args.size[1]}\nrun folder:  {run.path}'
           + (f', going on after epoch {len(run.history)}' if run.history else ''))
     probe = network(**architecture(args), rng=numpy.random.default_rng(0)).to(args.device)
     seconds = seconds_of(probe, LOSSES[args.loss](), OPTIMIZERS[args.optimizer](probe.parameters(), args.learning_rate),
                          (args.batch_size, *args.size, 1), len(training), sum(len(part.samples) for part in scored.values()))
+    del probe                                               # and the memory it takes
     left = args.epochs - len(run.history)
-    print(f'plan:        {left} epochs of {len(training)} steps of {args.batch_size} images, about {in_words(left * seconds)} here'
+    print(f'plan:        {left} epochs of {len(training)} steps of {args.batch_size} images, {in_words(left * seconds)} here'
           + ' for each fold' * bool(args.folds) + '\n')
     if run.begun:
         print(f'Epochs {run.begun + 1} to {args.epochs} were added to a run of {run.begun}: they have a schedule of their own and '

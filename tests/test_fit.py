@@ -213,6 +213,7 @@ def test_the_rate_falls_each_time_that_the_loss_of_the_inner_subjects_has_not_fa
     # After 2.1 three epochs have not been below 2; after the second 1.9 and 1.8 three not below 1.8; then after 1.9, and three later.
     assert rates == pytest.approx([0.1] * 5 + [0.05] * 5 + [0.025] * 4 + [0.0125] * 3)
     assert schedule(1) == pytest.approx(0.05 * 0.0625), 'the warm-up goes on beneath'
+    assert PlateauSchedule(0.1, history, patience=3, begun=len(history))(0) == 0.1, 'epochs that are added have a schedule of their own'
 
 
 def test_the_time_that_is_told_is_that_of_steps_and_leaves_no_trace(rng):

@@ -140,7 +140,7 @@ def test_a_split_needs_no_more_than_folds_of_subjects(tmp_path):
     samples, _ = make({'1': (2, 1), '2': (3, 1), '10': (1, 1)})
     (tmp_path / 'official.json').write_text('{"folds": [{"subjects": [1, "10"]}, {"subjects": ["2"]}]}')
     assert read_split(tmp_path / 'official.json', samples, 2) == [['1', '10'], ['2']]
-    for text in '[]', '{"folds": [1]}', '{"folds": [{"subject": []}]}', '{"by": "subject"}':
+    for text in '[]', '{"folds": [1]}', '{"folds": [{"subject": []}]}', '{"by": "subject"}', '{"folds": [{"subjects": "12"}]}', '{"folds": [{"subjects": []}]}':
         (tmp_path / 'official.json').write_text(text)
         with pytest.raises(DataError, match='expected at least {"folds"'):
             read_split(tmp_path / 'official.json', samples, 2)

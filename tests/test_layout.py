@@ -9,6 +9,7 @@ import numpy
 import pytest
 from PIL import Image
 
+import nervenet
 from helpers import TINY
 from nervenet.images.data import MaskRule, Reader, fill_outlines, holds_foreground, is_outline, read_mask, read_pair
 from nervenet.images.layout import MaskNames
@@ -420,14 +421,78 @@ def test_the_subjects_that_were_held_out_can_be_predicted_alone(tmp_path, rng, m
     options, _ = patients(tmp_path / 'data', rng)
     main(*options, *TINY, '--epochs', 1, '--validation-share', 0.34, '--out', tmp_path / 'run')
     held = json.loads((tmp_path / 'run' / 'config.json').read_text())['validation_subjects']
+    capsys.readouterr()
     assert predict('--model', tmp_path / 'run' / 'last.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'out', '--held-out') == 0
+    assert 'held out: 3 of 9 images, of 1 subjects' in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / 'out' / 'results.csv').read_text().splitlines()))
     assert len(rows) == 3 and {row['image'].partition('/')[0] for row in rows} == set(held)
-    assert 'held out: 3 of 9 images, of 1 subjects' in capsys.readouterr().out
+    # From the folder of one subject, or from single files, its images are known by it too.
+    for number, given in enumerate([[tmp_path / 'data' / held[0]], sorted((tmp_path / 'data' / held[0] / 'left').glob('?.png'))]):
+        assert predict('--model', tmp_path / 'run' / 'last.npz', '--input', *given, '--output', tmp_path / f'one{number}', '--held-out') == 0
+        assert 'held out: 3 of 3 images, of 1 subjects' in capsys.readouterr().out
     with pytest.raises(DataError, match='none of the 3 images shows a subject that was validated on, such as'):
         other = next(name for name in ('P1', 'P2', 'P3') if name not in held)
         predict('--model', tmp_path / 'run' / 'last.npz', '--input', tmp_path / 'data' / other, '--output', tmp_path / 'new', '--held-out',
                 '--subject-from', 'name')
+
+
+def test_who_was_seen_is_known_from_any_folder_and_said_where_a_table_is_missing(tmp_path, rng, main, predict, capsys):
+    lesions(tmp_path / 'data', rng)
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--folds', 2, '--out', tmp_path / 'cv')
+    predict('--model', tmp_path / 'cv', '--input', tmp_path / 'data' / 'benign', '--output', tmp_path / 'out')
+    assert '3 of 3 images with a mask are of subjects, by their names, that some of the 2 networks' in capsys.readouterr().out
+
+    options, _ = table(tmp_path / 'table', rng)
+    main(*options, *TINY, '--epochs', 1, '--out', tmp_path / 'run')
+    model = '--model', tmp_path / 'run' / 'last.npz', '--input', tmp_path / 'table'
+    predict(*model, '--output', tmp_path / 'blind')
+    assert 'WARNING: a table said the subjects in training; give it as --subjects' in capsys.readouterr().out
+    with pytest.raises(DataError, match='give --subjects with the table of training'):
+        predict(*model, '--output', tmp_path / 'new', '--held-out')
+    predict(*model, '--output', tmp_path / 'told', *options[2:], '--held-out')
+    assert 'held out: 3 of 9 images, of 1 subjects' in capsys.readouterr().out
+
+
+def test_an_official_test_part_without_known_subjects_can_be_predicted_alone(tmp_path, rng, main, predict, capsys):
+    data = tmp_path / 'data'
+    for part in 'train', 'test':
+        for name in 'abcd':
+            write(data / part / f'{name}.png', drawn(rng)[0])
+            write(data / part / f'{name}_mask.png', drawn(rng)[1])
+    main('--data', data, '--test', data / 'test', *TINY, '--epochs', 1, '--out', tmp_path / 'run')
+    predict('--model', tmp_path / 'run' / 'last.npz', '--input', data / 'test', '--output', tmp_path / 'out', '--held-out')
+    said = capsys.readouterr().out
+    assert 'held out: 4 of 4 images' in said and 'that the network was trained on: these' not in said
+    (data / 'train').rename(data / 'other')
+    with pytest.raises(DataError, match=r'is in the test part and among the images to train on \(4 of 4 are\)'):
+        main('--data', data, '--test', data / 'test', *TINY, '--out', tmp_path / 'new')
+
+
+def test_masks_are_found_by_their_usual_names_where_those_of_training_are_missing(tmp_path, rng, main, predict, capsys):
+    options, _ = heads(tmp_path / 'heads', rng)
+    main(*options, *TINY, '--epochs', 1, '--out', tmp_path / 'run')
+    patients(tmp_path / 'other', rng)
+    assert predict('--model', tmp_path / 'run' / 'last.npz', '--input', tmp_path / 'other', '--output', tmp_path / 'out', '--no-fill-outlines') == 0
+    assert 'masks: none are called {image}_Annotation, as in training; those with the usual names are taken' in capsys.readouterr().out
+    assert len(list((tmp_path / 'out').rglob('*_mask.png'))) == 9
+
+
+def test_what_is_given_replaces_what_excludes_it_in_the_file(tmp_path, rng, main, predict, capsys):
+    """A label that is given replaces the stored threshold, and files of one class each are told apart in prediction too."""
+    for number, value in enumerate((1, 2, 1, 2)):
+        write(tmp_path / 'data' / f'{number}_1.png', drawn(rng)[0])
+        write(tmp_path / 'data' / f'{number}_1_mask.png', value * drawn(rng)[1])
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--mask-threshold', 1, '--out', tmp_path / 'run')
+    model = '--model', tmp_path / 'run' / 'last.npz', '--input', tmp_path / 'data'
+
+    def accuracy(name, *options):
+        predict(*model, '--output', tmp_path / name, '--threshold', 0.999999, *options)
+        return [float(row['dice']) for row in csv.DictReader((tmp_path / name / 'results.csv').read_text().splitlines())]
+
+    assert accuracy('all') == [0, 0, 0, 0] and accuracy('two', '--label', 2) == [1, 0, 1, 0], 'empty against empty is 1'
+    nervenet.save(tmp_path / 'run' / 'last.npz', *nervenet.load_checkpoint(tmp_path / 'run' / 'last.npz')[:1], size=[16, 24], settings={})
+    assert predict(*model, '--output', tmp_path / 'mixed') == 1
+    assert 'if they are classes, give --label' in capsys.readouterr().err
 
 
 # --- What in a mask is foreground -------------------------------------------------------------------------------------
@@ -481,15 +546,45 @@ def test_outlines_are_filled_or_refused(tmp_path, rng):
     with pytest.raises(DataError, match=r'x.png: is a line around a region, .* times its own area; give --fill-outlines'):
         read_mask(tmp_path / 'x.png')
     numpy.testing.assert_array_equal(read_mask(tmp_path / 'x.png', fill_outlines=True), mask)
+    numpy.testing.assert_array_equal(read_mask(tmp_path / 'x.png', fill_outlines=False), outline(mask))
     solid = mask.astype('uint8')
     numpy.testing.assert_array_equal(fill_outlines(solid), solid)
     assert not is_outline(solid, fill_outlines(solid)) and not is_outline(solid * 0, fill_outlines(solid * 0))
     ring = solid.copy()                                     # a vessel's wall is a ring, and no outline
     ring[numpy.hypot(*(numpy.mgrid[:SIZE[0], :SIZE[1]] - numpy.argwhere(mask).mean(0)[:, None, None])) < 3.5] = 0
     assert 0 < ring.sum() < solid.sum() and fill_outlines(ring).sum() == solid.sum() and not is_outline(ring, fill_outlines(ring))
-    broken = outline(mask)
-    broken[tuple(numpy.argwhere(broken)[0])] = False
-    numpy.testing.assert_array_equal(fill_outlines(broken.astype('uint8')), broken)
+    cut = outline(mask)[:, :round(numpy.argwhere(mask)[:, 1].mean())]                    # by the border
+    for opened in (numpy.where(numpy.arange(outline(mask).size).reshape(SIZE) == numpy.flatnonzero(outline(mask))[0], False, outline(mask)), cut):
+        large = numpy.kron(opened, numpy.ones((2, 2), bool))
+        write(tmp_path / 'open.png', large)
+        with pytest.raises(DataError, match='holds a line that is not closed'):
+            read_mask(tmp_path / 'open.png', fill_outlines=True)
+        numpy.testing.assert_array_equal(read_mask(tmp_path / 'open.png'), large)
+    write(tmp_path / 'solid.png', mask)
+    numpy.testing.assert_array_equal(read_mask(tmp_path / 'solid.png', fill_outlines=True), mask)
+
+
+def test_a_wall_around_another_class_is_no_outline(tmp_path, rng):
+    mask = drawn(rng)[1]
+    wall = outline(mask)
+    write(tmp_path / 'x.png', labelled(wall, mask & ~wall))
+    for fill in None, True, False:
+        numpy.testing.assert_array_equal(read_mask(tmp_path / 'x.png', label=2, fill_outlines=fill), wall)
+
+
+def test_lossy_formats_and_colours_hold_no_classes(tmp_path, rng):
+    mask = drawn(rng)[1]
+    write(tmp_path / 'x.jpg', 2 * mask)
+    with pytest.raises(DataError, match='has a lossy format, which changes numbers, and --label all asks'):
+        read_mask(tmp_path / 'x.jpg', label='all')
+    (tmp_path / 'x.jpg').unlink()
+    for number, colour in enumerate(([255, 0, 0], [0, 255, 0])):
+        write(tmp_path / f'{number}_1.png', drawn(rng)[0])
+        write(tmp_path / f'{number}_1_mask.png', mask[..., None] * numpy.array(colour))
+    samples = find_samples(tmp_path)[:2]
+    with pytest.raises(DataError, match='value colour 150, that of 0_1_mask.png has colour 76; if they are classes, give --mask-threshold 1'):
+        holds_foreground(samples, Reader(SIZE))
+    assert holds_foreground(samples, Reader(SIZE, MaskRule(threshold=1))).all()
 
 
 def test_holes_are_what_no_way_leads_to(rng):

@@ -261,7 +261,7 @@ def test_folds_trained_side_by_side_in_several_processes_equal_those_trained_by_
 
 def test_a_run_that_goes_on_has_the_rate_of_its_plateau(tmp_path, rng, main, monkeypatch):
     """The rate follows from the rows that were stored, and is that of a run that never stopped."""
-    monkeypatch.setattr(PlateauSchedule.__init__, '__defaults__', (0, 0.2, 1))                  # warmup_steps, factor, patience
+    monkeypatch.setattr(PlateauSchedule.__init__, '__defaults__', (0, 0.2, 1, 0))               # warmup_steps, factor, patience, begun
     write_pairs(tmp_path / 'data', rng)
     options = '--data', tmp_path / 'data', *TINY, '--epochs', 8, '--inner-share', 0.5, '--schedule', 'plateau', '--learning-rate', 0.5
     main(*options, '--out', tmp_path / 'whole')
@@ -378,6 +378,7 @@ def test_bad_arguments_give_one_line_and_a_failing_exit_status(arguments, messag
     (['--schedule', 'plateau'], '--schedule plateau needs --inner-share'), (['--label', 1, '--mask-threshold', 9], 'give one of them'),
     (['--label', 0], "'0' is not the number of a class"), (['--test-masks', '.'], '--test-masks has no meaning without --test'),
     (['--test', '.', '--leaky-split-by-image'], '--leaky-split-by-image has no meaning with --test'),
+    (['--folds', 1], '--folds is 1; expected 2 or more'),
     (['--folds', 2, '--fold', 3], '--fold is 3 and --folds 2'), (['--foreground-share', 1.5], 'is not a share between 0 and 1'),
     (['--folds', 2, '--validation-share', 0.5], '--validation-share has no meaning with --folds'),
     (['--folds', 5], '2 subjects cannot be dealt into 5 folds'), (['--rotation-range', -3], 'rotation_range is -3'),

@@ -97,15 +97,16 @@ class MaskRule:
     threshold      values from this one up are foreground, in the file's own units
     label          the values are classes, and this one is foreground; 'all': all but 0 are. The value is what the file stores, of a palette
                    its number: what the description of a data set speaks of
-    fill_outlines  whether to fill closed lines; else a mask that is one is refused
+    fill_outlines  whether closed lines stand for what they enclose, True, or for themselves, False; by default a mask that is one is refused.
+                   What lies inside and is of another class is not enclosed
     """
 
     threshold: float | None = None
     label: int | str | None = None
-    fill_outlines: bool = False
+    fill_outlines: bool | None = None
 
 
-def read_mask(path, threshold=None, label=None, fill_outlines=False):
+def read_mask(path, threshold=None, label=None, fill_outlines=None):
     """Return the mask at `path` as (H, W) uint8: 0 is background, 1 is foreground.
 
     In the file, 0 is background and one other value, any, is foreground: 0/255, 0/1 and black/white are all the same. A
@@ -113,7 +114,7 @@ def read_mask(path, threshold=None, label=None, fill_outlines=False):
     its numbers are the values; where only transparency tells pixels apart, what is opaque is foreground.
 
     Raises DataError for more values, as classes have them and lossy formats make them, unless `label` or `threshold` says which
-    are foreground; and for closed thin lines, unless `fill_outlines`: see MaskRule.
+    are foreground; for closed thin lines, unless `fill_outlines` says what they stand for, and with it for lines that are not closed: see MaskRule.
     """
     return _read_mask(path, MaskRule(threshold, label, fill_outlines))[0]
 
@@ -123,8 +124,9 @@ def _read_mask(path, rule):
     value = None
     (values, _), classes = _read_grey(path, lambda image, kind: (_labels(image, kind), _classes(image, kind)))
     if rule.label is not None:
-        if classes is None:
-            raise DataError(f'{path}: is drawn in colours, and --label {rule.label} asks for numbers; save it as grey or with a palette')
+        if classes is None or path.suffix.lower() in ('.jpg', '.jpeg'):
+            problem = 'is drawn in colours' if classes is None else 'has a lossy format, which changes numbers'
+            raise DataError(f'{path}: {problem}, and --label {rule.label} asks for numbers; save it as grey or with a palette, as PNG')
         mask = classes != 0 if rule.label == 'all' else classes == rule.label
     elif rule.threshold is not None:
         mask = values >= rule.threshold
@@ -132,12 +134,20 @@ def _read_mask(path, rule):
         _check_two_values(path, values, classes)
         mask = values != 0
         if mask.any():
-            value = (values if classes is None else classes)[mask].max().item()
+            value = f'colour {values.max()}' if classes is None else classes[mask].max().item()
     mask = mask.astype(numpy.uint8)
+    if rule.fill_outlines is False:
+        return mask, value
     filled = fill_outlines(mask)
-    if not rule.fill_outlines and is_outline(mask, filled):
+    encloses = (filled > mask).any()
+    if rule.label is not None:
+        filled[(classes != 0) & (mask == 0)] = 0            # another class, and no hole
+    if rule.fill_outlines is None and is_outline(mask, filled):
         raise DataError(f'{path}: is a line around a region, not the region: it encloses {filled.sum() / mask.sum() - 1:.1f} times its own area; give '
-                        '--fill-outlines')
+                        '--fill-outlines, or --no-fill-outlines if the line itself is meant')
+    if rule.fill_outlines and not encloses and is_thin(mask):
+        raise DataError(f'{path}: holds a line that is not closed, so nothing of what it goes around can be filled; close it, at the border of the '
+                        'image too')
     return filled if rule.fill_outlines else mask, value
 
 
@@ -203,6 +213,19 @@ def is_outline(mask, filled):
     return bool(numpy.count_nonzero(filled) > 3 * numpy.count_nonzero(mask))
 
 
+def is_thin(mask):
+    """Return whether a mask (H, W) uint8 0/1 is a long thin line: nowhere wider than a hundredth of its extent, or than two pixels."""
+    rows, columns = (numpy.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return False
+    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+    left = numpy.pad(mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1], 1)
+    for _ in range(max(1, extent // 200)):                  # each takes a pixel from either side
+        inner = left[1:-1, 1:-1] & left[:-2, 1:-1] & left[2:, 1:-1] & left[1:-1, :-2] & left[1:-1, 2:]
+        left = numpy.pad(inner, 1)
+    return bool(extent >= 12 and not left.any())
+
+
 def read_pair(sample, rule=MaskRule(), white=None, seen=None):
     """Return (image (H, W) float32, mask (H, W) uint8) of a sample; see `read_mask_of`. Raises DataError, also if their sizes differ."""
     if sample.mask_paths is None:
@@ -231,8 +254,9 @@ def read_mask_of(sample, image, rule=MaskRule(), seen=None):
         if value is not None and seen is not None:
             first, where = seen.setdefault('first', (value, path))
             if value != first and not {value, first} <= {1, 255, 65535}:
-                raise DataError(f'{path}: its foreground has the value {value:g}, that of {where.name} has {first:g}; if they are classes, '
-                                f'give --label {first:g}, --label {value:g}, or --label all; else save them alike')
+                way = ('--mask-threshold 1 to count all of them, or save them as grey' if isinstance(value, str) or isinstance(first, str) else
+                       f'--label {first:g}, --label {value:g}, or --label all; else save them alike')
+                raise DataError(f'{path}: its foreground has the value {value}, that of {where.name} has {first}; if they are classes, give {way}')
         union |= mask
     return union
 

@@ -243,6 +243,15 @@ def own_subjects(test):
     return [replace(sample, subject=f'test/{sample.name}') if sample.subject == sample.name else sample for sample in test]
 
 
+def refuse_common_files(samples, test):
+    """Raise DataError if an image of the test part is among those of the training part."""
+    files = {sample.image_path.resolve() for sample in samples}
+    common = [sample for sample in test if sample.image_path.resolve() in files]
+    if common:
+        raise DataError(f'{common[0].image_path}: is in the test part and among the images to train on ({len(common)} of {len(test)} are); give --data '
+                        'a folder that --test does not lie in')
+
+
 def on_both_sides(samples, test):
     """Return the warning that subjects of a test part are among those of the training part; '' if none are."""
     common = sorted({sample.subject for sample in samples} & {sample.subject for sample in own_subjects(test)}, key=natural_key)

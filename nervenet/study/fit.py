@@ -50,16 +50,16 @@ class PlateauSchedule(ConstantSchedule):
     """A constant rate, lowered to `factor` times itself each time that the loss of the inner subjects has not fallen for `patience` epochs.
 
     `history` are the rows of the epochs so far, of the run that it is a schedule of: the rate follows from them alone, so a run that goes on
-    has the rate it would have had.
+    has the rate it would have had. Those of the first `begun` epochs had a schedule of their own.
     """
 
-    def __init__(self, base, history, warmup_steps=0, factor=0.2, patience=5):
+    def __init__(self, base, history, warmup_steps=0, factor=0.2, patience=5, begun=0):
         super().__init__(base, warmup_steps)
-        self.history, self.factor, self.patience = history, factor, patience
+        self.history, self.factor, self.patience, self.begun = history, factor, patience, begun
 
     def __call__(self, step):
         least, waited, lowered = math.inf, 0, 0
-        for row in self.history:
+        for row in self.history[self.begun:]:
             waited = 0 if row['inner_loss'] < least else waited + 1
             least = min(least, row['inner_loss'])
             if waited == self.patience:

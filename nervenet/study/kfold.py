@@ -106,6 +106,8 @@ def read_split(path, samples, number, by=BY_SUBJECT):
         split = json.loads(Path(path).read_bytes())
         found, folds = split.get('by', by), [list(map(str, fold['subjects'])) for fold in split['folds']]
         counts = [fold.get('images') for fold in split['folds']]
+        if not all(isinstance(fold['subjects'], list) and fold['subjects'] for fold in split['folds']):
+            raise ValueError('a fold without a list of subjects')
     except FileNotFoundError:
         raise DataError(f'{path}: no such file') from None
     except OSError as error:

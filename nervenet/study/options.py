@@ -74,6 +74,8 @@ def parse(arguments):
         parser.error(f'--depth is {args.depth}; expected at most 12: each level halves the image')
     if args.fold and not args.fold <= (args.folds or 0):
         parser.error(f'--fold is {args.fold} and --folds {args.folds or "not given"}; expected --fold from 1 to --folds')
+    if args.folds == 1:
+        parser.error('--folds is 1; expected 2 or more: one to validate on and the others to train on')
     if args.split and not args.folds:
         parser.error('--split needs --folds, the number of folds in it')
     if args.median_filter and not (3 <= args.median_filter <= LARGEST_FILTER and args.median_filter % 2):
@@ -359,7 +361,8 @@ def add_reading_options(parser, is_stored=False):
                         help='count mask values from N up as foreground, for masks with in-between values')
     parser.add_argument('--label', type=label, metavar='N', **unset,
                         help='masks hold numbers of classes: this one is foreground; all: every one but 0 is')
-    parser.add_argument('--fill-outlines', action='store_true', **unset, help='masks are closed lines: what they enclose is foreground')
+    parser.add_argument('--fill-outlines', action=argparse.BooleanOptionalAction, **unset,
+                        help='masks are closed lines: what they enclose is foreground; with --no- the lines are; default: such masks are refused')
     parser.add_argument('--no-mask-is-empty', action='store_true', help='an image without a mask shows no foreground')
     parser.add_argument('--subject-pattern', metavar='REGEX', **unset,
                         help='regular expression on the name of an image, with its folders, whose first group is the subject, such as '

@@ -64,7 +64,10 @@ def one_of_each_subject(samples, reader, most=4):
 
 
 def draw_learning(run, validation, watched):
-    """Draw learning.gif: what the network made of the validation images with the numbers `watched` after each epoch of the run."""
+    """Draw learning.gif: what the network made of the validation images with the numbers `watched` after each epoch of the run.
+
+    Below stands the pooled hard Dice of all validation images.
+    """
     if not watched:
         return
     images, masks = (array[..., 0] for array in validation.batch(watched, 0))
@@ -75,9 +78,9 @@ def draw_learning(run, validation, watched):
     pictures = []
     for frame in frames:
         row = run.history[frame]
-        said = f'epoch {row["epoch"]} of {epochs}: pooled hard Dice {row["validation_dice_pooled"]:.3f} on all validation images'
+        said = f'epoch {row["epoch"]} of {epochs}: Dice {row["validation_dice_pooled"]:.3f}'
         shown = [figures.overlay(*layers, size=size) for layers in zip(images, learnt[frame], masks)]
-        pictures.append(figures.grid([shown, []], [names, []], ['prediction in orange, truth in blue', said]))
+        pictures.append(figures.grid([shown, []], [names, []], ['prediction orange, truth blue', said]))
     figures.save_animation(pictures, run.path / 'learning.gif')
 
 

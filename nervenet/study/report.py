@@ -109,8 +109,8 @@ def summary(rows, baselines, title='Scores on validation subjects after the last
 
 def in_words(seconds):
     """Return about how long so many seconds are."""
-    return ('less than a minute' if seconds < 55 else 'a minute' if seconds < 90 else f'{seconds / 60:.0f} minutes' if seconds < 5400
-            else f'{seconds / 3600:.1f} hours')
+    return ('less than a minute' if seconds < 55 else 'about a minute' if seconds < 90 else f'about {seconds / 60:.0f} minutes' if seconds < 5400
+            else f'about {seconds / 3600:.1f} hours')
 
 
 def print_header():

@@ -29,7 +29,7 @@ try:
 except ImportError:                     # Windows: there, nobody is kept from training in one folder twice at a time
     fcntl = None
 
-WHERE = 'data', 'masks', 'subjects', 'test', 'test_masks', 'device', 'precision'     # of a config: where the data lie and what computes; a run may go on elsewhere
+WHERE = 'data', 'masks', 'subjects', 'test', 'test_masks', 'split', 'device', 'precision'     # of a config: where the data lie and what computes; a run may go on elsewhere
 
 
 def claim(folder, wait=False):
@@ -188,7 +188,8 @@ class RunFolder:
         row = self.history[-1]
         return {'epoch': row['epoch'], 'size': self.config['size'], 'fit': self.config.get('fit', 'squeeze'),
                 'median_filter': self.config.get('median_filter'),
-                'reading': {name: self.config.get(name) for name in READING}, 'what': self.config.get('what'),
+                'reading': {name: self.config.get(name) for name in READING} | ({'subject_from': 'table'} if self.config.get('subjects') else {}),
+                'what': self.config.get('what'),
                 'scores': {name: value for name, value in row.items() if name.startswith(('validation_', 'inner_'))}}
 
     def finish_model_file(self, path, **extra):
