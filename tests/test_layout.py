@@ -76,22 +76,21 @@ def patients(folder, rng):
     return ['--data', folder, '--subject-from', 'folder'], []
 
 
-def patients_with_images_and_masks(folder, rng):
+def in_two_folders_each(folder, rng, images, masks):
     for patient in 'P1', 'P2', 'P3':
         for number in 1, 2, 3:
             grey, mask = drawn(rng)
-            write(folder / patient / 'images' / f'{number}.png', grey)
-            write(folder / patient / 'masks' / f'{number}.png', mask)
-    return ['--data', folder, '--subject-from', 'folder'], []
+            write(folder / patient / images / f'{number}.png', grey)
+            write(folder / patient / masks / f'{number}.png', mask)
+    return ['--data', folder, '--subject-from', 'folder']
+
+
+def patients_with_images_and_masks(folder, rng):
+    return in_two_folders_each(folder, rng, 'images', 'masks'), []
 
 
 def labels_in_a_folder_beside(folder, rng):
-    for patient in 'P1', 'P2', 'P3':
-        for number in 1, 2, 3:
-            grey, mask = drawn(rng)
-            write(folder / patient / 'us' / f'{number}.png', grey)
-            write(folder / patient / 'seg' / f'{number}.png', mask)
-    return ['--data', folder, '--subject-from', 'folder', '--mask-pattern', '../seg/{image}'], []
+    return [*in_two_folders_each(folder, rng, 'us', 'seg'), '--mask-pattern', '../seg/{image}'], []
 
 
 def heads(folder, rng):
