@@ -582,7 +582,9 @@ def test_lossy_formats_and_colours_hold_no_classes(tmp_path, rng):
         write(tmp_path / f'{number}_1_mask.png', mask[..., None] * numpy.array(colour))
     samples = find_samples(tmp_path)[:2]
     with pytest.raises(DataError, match='value colour 150, that of 0_1_mask.png has colour 76; if they are classes, give --mask-threshold 1'):
-        holds_foreground(samples, Reader(SIZE))
+        reader = Reader(SIZE)
+        for sample in samples:
+            reader.read(sample)
     assert holds_foreground(samples, Reader(SIZE, MaskRule(threshold=1))).all()
 
 
