@@ -489,6 +489,9 @@ def test_what_is_given_replaces_what_excludes_it_in_the_file(tmp_path, rng, main
         return [float(row['dice']) for row in csv.DictReader((tmp_path / name / 'results.csv').read_text().splitlines())]
 
     assert accuracy('all') == [0, 0, 0, 0] and accuracy('two', '--label', 2) == [1, 0, 1, 0], 'empty against empty is 1'
+    network, extra = nervenet.load_checkpoint(tmp_path / 'run' / 'last.npz')
+    nervenet.save(tmp_path / 'run' / 'last.npz', network, **extra | {'reading': extra['reading'] | {'label': 2, 'mask_threshold': None}})
+    assert accuracy('stored') == [1, 0, 1, 0] and accuracy('again', '--mask-threshold', 1) == [0, 0, 0, 0]
     nervenet.save(tmp_path / 'run' / 'last.npz', *nervenet.load_checkpoint(tmp_path / 'run' / 'last.npz')[:1], size=[16, 24], settings={})
     assert predict(*model, '--output', tmp_path / 'mixed') == 1
     assert 'if they are classes, give --label' in capsys.readouterr().err
