@@ -77,7 +77,8 @@ def main(arguments=None):
     if args.median_filter:
         reader = Filtered(reader, lambda image: median_filter(image, args.median_filter))
     test = found(args, args.test, args.test_masks, 'test part') if args.test else []
-    refuse_common_files(samples, test)
+    if test:
+        refuse_common_files(samples, test)
     how = args.subject_pattern or args.subjects or (args.subject_from if args.subject_from != 'name' else None)
     note = '\n'.join(filter(None, [caveat(samples, args.leaky_split_by_image, how), on_both_sides(samples, test)]))
     if note:
