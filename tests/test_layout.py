@@ -76,22 +76,21 @@ def patients(folder, rng):
     return ['--data', folder, '--subject-from', 'folder'], []
 
 
-def patients_with_images_and_masks(folder, rng):
+def in_two_folders_each(folder, rng, images, masks):
     for patient in 'P1', 'P2', 'P3':
         for number in 1, 2, 3:
             grey, mask = drawn(rng)
-            write(folder / patient / 'images' / f'{number}.png', grey)
-            write(folder / patient / 'masks' / f'{number}.png', mask)
-    return ['--data', folder, '--subject-from', 'folder'], []
+            write(folder / patient / images / f'{number}.png', grey)
+            write(folder / patient / masks / f'{number}.png', mask)
+    return ['--data', folder, '--subject-from', 'folder']
+
+
+def patients_with_images_and_masks(folder, rng):
+    return in_two_folders_each(folder, rng, 'images', 'masks'), []
 
 
 def labels_in_a_folder_beside(folder, rng):
-    for patient in 'P1', 'P2', 'P3':
-        for number in 1, 2, 3:
-            grey, mask = drawn(rng)
-            write(folder / patient / 'us' / f'{number}.png', grey)
-            write(folder / patient / 'seg' / f'{number}.png', mask)
-    return ['--data', folder, '--subject-from', 'folder', '--mask-pattern', '../seg/{image}'], []
+    return [*in_two_folders_each(folder, rng, 'us', 'seg'), '--mask-pattern', '../seg/{image}'], []
 
 
 def heads(folder, rng):
@@ -490,6 +489,9 @@ def test_what_is_given_replaces_what_excludes_it_in_the_file(tmp_path, rng, main
         return [float(row['dice']) for row in csv.DictReader((tmp_path / name / 'results.csv').read_text().splitlines())]
 
     assert accuracy('all') == [0, 0, 0, 0] and accuracy('two', '--label', 2) == [1, 0, 1, 0], 'empty against empty is 1'
+    network, extra = nervenet.load_checkpoint(tmp_path / 'run' / 'last.npz')
+    nervenet.save(tmp_path / 'run' / 'last.npz', network, **extra | {'reading': extra['reading'] | {'label': 2, 'mask_threshold': None}})
+    assert accuracy('stored') == [1, 0, 1, 0] and accuracy('again', '--mask-threshold', 1) == [0, 0, 0, 0]
     nervenet.save(tmp_path / 'run' / 'last.npz', *nervenet.load_checkpoint(tmp_path / 'run' / 'last.npz')[:1], size=[16, 24], settings={})
     assert predict(*model, '--output', tmp_path / 'mixed') == 1
     assert 'if they are classes, give --label' in capsys.readouterr().err
@@ -583,7 +585,9 @@ def test_lossy_formats_and_colours_hold_no_classes(tmp_path, rng):
         write(tmp_path / f'{number}_1_mask.png', mask[..., None] * numpy.array(colour))
     samples = find_samples(tmp_path)[:2]
     with pytest.raises(DataError, match='value colour 150, that of 0_1_mask.png has colour 76; if they are classes, give --mask-threshold 1'):
-        holds_foreground(samples, Reader(SIZE))
+        reader = Reader(SIZE)
+        for sample in samples:
+            reader.read(sample)
     assert holds_foreground(samples, Reader(SIZE, MaskRule(threshold=1))).all()
 
 

@@ -134,7 +134,7 @@ def test_a_file_that_is_missing_is_named(evil):
 
 def test_what_is_watched_is_what_the_network_predicts_of_those_images(loaders, tmp_path):
     training, validation = loaders
-    validation.batch_size = 3                               # so that not all are in the first batch
+    validation.batch_size = 2                               # so that not all are in the first batch
     model, watch = UNet(base_channels=3, depth=2, rng=numpy.random.default_rng(1)), [0, 2, 3]
     optimizer, run = Adam(model.parameters(), 0.01), RunFolder(tmp_path / 'run', {'size': [16, 24], 'epochs': 2})
     images = validation.batch(watch, 0)[0]
