@@ -23,7 +23,7 @@ import nervenet
 import nervenet.files
 from nervenet.classical.chains import CLASSIFIERS, KINDS, OPTIONS, Chain
 from nervenet.classical.superpixels import means, slic
-from nervenet.classical.wavelets import TRANSFORMS
+from nervenet.classical.wavelets import TRANSFORMS, feature_names
 from nervenet.images.augment import median_filter
 from nervenet.images.copies import copies_warning
 from nervenet.images.data import FITS, MaskRule, Reader, crop_warning, data_warning, holds_foreground, intensity_statistics
@@ -39,6 +39,7 @@ from nervenet.study.run_folder import RunFolder, room_for_results
 from nervenet.study.segment import READING
 
 STEPS = 'region', 'parts', 'probability', 'mask'
+SHOWN = {'mean of horizontal 1': 'fine detail across', 'mean of vertical 2': 'coarser, down', 'mean of coarse': 'shade'}        # of the features
 
 
 def main(arguments=None):
@@ -212,15 +213,14 @@ def draw(chain, reader, validation, scores, path):
             edge |= numpy.diff(parts.labels, axis=axis, append=parts.labels.take([-1], axis)) != 0
         row = [figures.overlay(image, numpy.zeros_like(mask), truth, size), figures.overlay(image, region, truth, size),
                figures.picture(numpy.where(edge, 1, image), size)]
-        # The first columns may be the logarithm of the area; then mean and deviation of 'horizontal 1', 'vertical 1', 'diagonal 1', 'horizontal 2'
-        first = parts.features.shape[1] % 2
-        for column in first, first + 8, first + 18:
-            values = parts.features[:, column] - parts.features[:, column].min() if len(parts.features) else numpy.zeros(0)
-            row.append(figures.picture(numpy.append(values / (values.max(initial=0) or 1), 0)[parts.labels], size))
+        for name in SHOWN:
+            values = parts.features[:, feature_names().index(name) + (chain.options['kind'] == 'superpixels')]     # after the area
+            low, high = numpy.quantile(values, (0.02, 0.95)) if len(values) else (0, 1)
+            row.append(figures.picture(numpy.append(((values - low) / (high - low or 1)).clip(0.1, 1), 0)[parts.labels], size))
         rows.append([*row, figures.heat(image, p**2, size, largest=1), figures.overlay(image, mask, truth, size)])
         titles.append(f'{label} · {sample.name} · Dice {dice[chosen[place]]:.3f}')
     columns = ['image and truth', 'region to look in', 'superpixels' if chain.options['kind'] == 'superpixels' else 'points, 4 pixels apart',
-               'fine detail across', 'coarser, down', 'shade', 'probability', 'mask and truth']
+               *SHOWN.values(), 'probability', 'mask and truth']
     figures.save(figures.grid(rows, row_titles=titles, column_titles=columns, title=f'{chain.options["kind"]} chain'), path)
 
 

@@ -236,7 +236,7 @@ class Chain:
             raise ValueError(f'{path}: is no chain that can be used, as examples/classical.py writes it ({said})') from error
 
     def _restore(self, about, arrays):
-        self.extra = {**about['extra'], **{name[6:]: value for name, value in arrays.items() if name.startswith('extra_')}}
+        self.extra = {**dict(about['extra']), **{name[6:]: value for name, value in arrays.items() if name.startswith('extra_')}}
         shift, (*choice,), (*outline,) = (about['chosen'][name] for name in ('shift', 'region', 'mask'))
         numbers = [shift, about['variance'], *choice, *outline]
         if not (len(choice) == 3 and len(outline) == 4 and numpy.isfinite(numbers).all() and 0 < outline[1] < 1 and choice[0] >= 0 <= outline[0]
