@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import numpy
 
+from ..checks import positive
 from ..engine.parallel import parallel_for
 from ..files import atomic_write
 from ..images.augment import median_filter
@@ -64,6 +65,8 @@ class Chain:
     """
 
     def __init__(self, **options):
+        if unknown := options.keys() - OPTIONS.keys():
+            raise ValueError(f'unknown option {min(unknown)!r}; expected some of {", ".join(OPTIONS)}')
         self.options = {**OPTIONS, **options}
         self.options['size'] = [*map(int, self.options['size'])]
         for name, known in ('kind', KINDS), ('wavelet', TRANSFORMS), ('classifier', CLASSIFIERS), ('fit', ('squeeze', 'pad', 'crop')):
@@ -71,6 +74,8 @@ class Chain:
                 raise ValueError(f'{name} is {self.options[name]!r}; expected one of {", ".join(known)}')
         if len(self.size) != 2 or min(self.size) < 16 or any(side % 2 for side in self.size):
             raise ValueError(f'size is {self.size}; expected two even numbers from 16 up')
+        for name in 'step', 'examples':
+            positive(self.options[name], name, 2)
         self.classifier, self.chosen, self.extra = CLASSIFIERS[self.options['classifier']](), {}, {}
 
     @property
@@ -128,12 +133,12 @@ class Chain:
         odds = numpy.log(clipped / (1 - clipped)) - math.log(threshold / (1 - threshold))
         if self.options['kind'] == 'graph-cut':
             return doubled(minimise_on_grid(*unaries(halved(odds)), scaled(smoothness * contrast_weights(median_filter(halved(image), 5))))[0])
-        labels = parts.labels + 1                                      # 0 is all that lies outside the region
+        labels = parts.labels + 1                                      # 0 is all that lies outside the region, and may be empty
         edges, lengths = adjacency(labels)
         difference = numpy.diff(means(image, labels)[edges], axis=1)[:, 0]**2
         weights = lengths / self.options['step'] * numpy.exp(-difference / (2 * difference.mean() + 1e-9)) if len(edges) else lengths
         area = numpy.bincount(labels.ravel()) / self.options['step']**2
-        return minimise_on_graph(*unaries(means(odds, labels) * area), edges, scaled(smoothness * weights))[0][labels]
+        return minimise_on_graph(*unaries(numpy.nan_to_num(means(odds, labels)) * area), edges, scaled(smoothness * weights))[0][labels]
 
     # --- Together
 
