@@ -105,7 +105,7 @@ def run(args, path, reader, training, validation, note):
     began = time.process_time()
     chain.fit_region(images, masks, subjects, args.seed, tell)
     tell(f'             {time.process_time() - began:.0f} s of computing')
-    tell(ceilings(chain, reader, validation))
+    tell(ceilings(chain, reader, some_of_each_subject(validation, args.images_per_subject)))
     began = time.process_time()
     chain.fit_classifier(images, masks, subjects, args.seed, tell)
     tell(f'             {time.process_time() - began:.0f} s of computing, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most')
@@ -233,7 +233,8 @@ def parse(arguments):
     add_reading_options(data)
     data.add_argument('--what', metavar='WORD', help='what the masks show; default: foreground, of synthetic ultrasound nerve')
     data.add_argument('--validation-share', type=share, default=0.2, metavar='SHARE', help='share of the images set aside, by whole subjects')
-    data.add_argument('--images-per-subject', type=whole, default=12, metavar='N', help='how many training images of each subject are learnt from, at most')
+    data.add_argument('--images-per-subject', type=whole, default=12, metavar='N', help='how many training images of each subject are learnt from, at most, and '
+                      'how many validation images the ceilings are measured on; all of them are scored')
     folds.add_argument('--folds', type=whole, metavar='N', help='deal the subjects into so many folds, and validate on each in turn')
     folds.add_argument('--fold', type=whole, metavar='K', help='this fold only')
     folds.add_argument('--split', type=Path, metavar='FILE', help='split.json of another cross-validation, such as that of a network')

@@ -14,6 +14,7 @@ from nervenet.classical.wavelets import TRANSFORMS, box_features, region_feature
 from nervenet.engine.parallel import set_threads
 from nervenet.images.augment import median_filter
 from nervenet.metrics import ratio
+from nervenet.study.checkpoint import CheckpointError
 
 SIZE = 40, 56
 every_kind = pytest.mark.parametrize('kind', KINDS)
@@ -394,10 +395,17 @@ def test_what_the_script_cannot_do_is_one_line(tmp_path, options, said):
 
 
 def test_a_forged_chain_is_one_line_in_predict(data, chain, tmp_path):
-    for name, extra in (('mean', dict(mean_training_mask=numpy.zeros(3))), ('grey', dict(intensity=[0.3, 'x'])), ('who', dict(training_subjects='all'))):
-        chain.save(tmp_path / f'{name}.npz', **extra)
-        process = run_example('predict.py', '--model', tmp_path / f'{name}.npz', '--input', data, '--output', tmp_path / 'out')
-        assert process.returncode and len(process.stderr.splitlines()) == 1 and f'predict.py: {tmp_path / name}.npz' in process.stderr
+    def refused(*models):
+        with pytest.raises(CheckpointError) as error:
+            example('predict').main([str(word) for word in ['--model', *models, '--input', data, '--output', tmp_path / 'out']])
+        assert '\n' not in str(error.value) and str(error.value).startswith(str(models[0]))
+        return str(error.value)
+    for extra, said in ((dict(mean_training_mask=numpy.zeros(3)), 'mean training mask is not an array (40, 56)'),
+                        (dict(intensity=[0.3, 'x']), 'as mean and deviation'), (dict(training_subjects='all'), 'its subjects are no list of names')):
+        chain.save(tmp_path / 'forged.npz', **extra)
+        assert said in refused(tmp_path / 'forged.npz')
     chain.save(tmp_path / 'chain.npz')
-    process = run_example('predict.py', '--model', tmp_path / 'chain.npz', tmp_path / 'mean.npz', '--input', data, '--output', tmp_path / 'out')
-    assert process.returncode and 'predicts alone' in process.stderr
+    assert 'predicts alone' in refused(tmp_path / 'chain.npz', tmp_path / 'forged.npz')
+    forge(tmp_path / 'chain.npz', scale=numpy.zeros(25))
+    process = run_example('predict.py', '--model', tmp_path / 'chain.npz', '--input', data, '--output', tmp_path / 'out')
+    assert process.returncode and len(process.stderr.splitlines()) == 1 and process.stderr.startswith(f'predict.py: {tmp_path / "chain.npz"}: is no chain')
