@@ -21,7 +21,7 @@ BELOW = {
     'gradcheck': {'checks', 'layers', 'losses', 'networks', 'resampling', 'engine'},
     'images': {'checks', 'engine', 'files'},
     'classical': {'checks', 'engine', 'files', 'images', 'optim'},
-    'study': {'checks', 'engine', 'files', 'images', 'layers', 'losses', 'metrics', 'networks', 'optim', 'train'},
+    'study': {'checks', 'classical', 'engine', 'files', 'images', 'layers', 'losses', 'metrics', 'networks', 'optim', 'train'},
     'phantom': {'files', 'images', 'study'},
 }
 CORE = 'layers.py', 'convolution/plain.py', 'losses.py', 'optim.py', 'train.py', 'networks/blocks.py', 'networks/unet.py'

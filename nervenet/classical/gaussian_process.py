@@ -6,8 +6,7 @@ landscape f there, of which is believed only that near points have similar heigh
     cov(f(x), f(x′)) = k(x, x′) = σ² exp(−½ Σ_d (x_d − x′_d)² / ℓ_d²)              p = s(f(x))
 
 Picture a rubber sheet: each example of class 1 pulls it up where it lies, each of class 0 down. σ says how far it can be pulled, the length
-scale ℓ_d how far along feature d a pull is felt: a feature that does not matter gets a long one. Far from all examples the sheet lies at
-height 0, p = ½, and is as uncertain as before: it knows what it does not know.
+scale ℓ_d how far along feature d a pull is felt. Far from all examples the sheet lies at height 0, p = ½: it knows what it does not know.
 
 What is known of f after n examples is no Gaussian. Laplace's approximation puts one on its peak f̂, as wide as the curvature there says:
 
@@ -17,16 +16,15 @@ and the volume under it approximates the evidence q(classes | σ², ℓ): high f
 explain anything. So q chooses σ² and ℓ, and no validation set is needed.
 
 Source: Rasmussen & Williams 2006, "Gaussian Processes for Machine Learning": Algorithms 3.1 (`laplace`), 3.2 (`predict`), 5.1 (`evidence`).
-The work is n³ and the memory n² numbers for n examples: take a thousand or two.
-
-Our choice, where the book leaves it open: Newton's step is halved until it does not go down; the mean probability is a Gauss-Hermite sum of
-32 points; how σ² and ℓ are searched (`GaussianProcess.fit`). K needs no jitter, since only B = I + W^½ K W^½ is factored, whose eigenvalues
-are 1 and more. NumPy solves no triangular systems, so the Cholesky factor L of B is inverted.
+The work is n³ and the memory n² numbers: take a thousand examples or two. Our choice: Newton's step is halved until it does not go down; the
+mean probability is a Gauss-Hermite sum of 32 points; how σ² and ℓ are searched (`GaussianProcess.fit`). K needs no jitter, since only
+B = I + W^½ K W^½ is factored, whose eigenvalues are 1 and more; NumPy solves no triangular systems, so its Cholesky factor L is inverted.
 
 All is computed in float64. Shapes: x (n, D), n points of D features; target (n,), their classes, 0 or 1.
 """
 
 import math
+from collections import namedtuple
 from typing import NamedTuple
 
 import numpy
@@ -53,10 +51,7 @@ def squared_exponential(a, b, variance=1.0):
 
 
 def maximise(objective, newton_step, place):
-    """Return where a concave function is largest, by Newton's method: a step is halved until it does not go down.
-
-    A function that is curved unlike a parabola makes Newton overshoot, to a place from where it may overshoot back for ever.
-    """
+    """Return where a concave function is largest, by Newton's method: a step is halved until it does not go down, or it might overshoot for ever."""
     value = objective(place)
     for _ in range(100):
         step, share = newton_step(place), 1.0
@@ -65,11 +60,8 @@ def maximise(objective, newton_step, place):
         place, gain, value = place + share * step, found - value, found
         if share == 1 and gain < TOLERANCE:
             return place
-    raise RuntimeError(f"Newton's method has not come to rest after 100 steps, at a value of {value}; are there values of very different "
-                       'size among the features?')
+    raise RuntimeError(f"Newton's method has not come to rest after 100 steps, at a value of {value}; are there values of very different size?")
 
-
-# --- Laplace's approximation ------------------------------------------------------------------------------------------
 
 class Posterior(NamedTuple):
     """What is known of f at n examples: N(f, (K⁻¹ + W)⁻¹)."""
@@ -154,15 +146,8 @@ def evidence(x, target, log_variance, log_length_scales, start=None):
     by_length = 2 * ((z * z).T @ G.sum(1) - (z * (G @ z)).sum(0))
     return {'log_variance': G.sum(keepdims=True)[0], 'log_length_scales': by_length}, posterior
 
-
-# --- The classifiers --------------------------------------------------------------------------------------------------
-
-class Prediction(NamedTuple):
-    """For each point, (n,): the mean and the variance of f there, and the probability of class 1, averaged over both."""
-
-    mean: numpy.ndarray
-    variance: numpy.ndarray
-    probability: numpy.ndarray
+# For each point, (n,): the mean and the variance of f there, and the probability of class 1, averaged over both.
+Prediction = namedtuple('Prediction', 'mean variance probability')
 
 
 class Classifier:
@@ -172,7 +157,7 @@ class Classifier:
         self.centre, self.scale, self.features = 0.0, 1.0, None
 
     def examples(self, x, target, standardise=True):
-        """Return (x, target), float64, scaled. Raises ValueError for what are no such examples."""
+        """Return (x, target), float64, scaled, or raise ValueError."""
         x, target = checked_points(x), numpy.asarray(target)
         if target.shape != x.shape[:1] or target.dtype.kind not in 'biuf' or not ((target == 0) | (target == 1)).all():
             raise ValueError(f'target has shape {target.shape} and dtype {target.dtype}; expected {x.shape[:1]}, of 0 and 1 alone')
@@ -203,27 +188,23 @@ def checked_points(x):
 
 
 class GaussianProcess(Classifier):
-    """The classifier. `fit` finds the hyperparameters `variance`, σ², and `length_scales`, ℓ (D,); `condition` takes those that are there.
-
-    A number for `length_scales` stands for all features. After `fit` they are in units of the scaled features, before it in those of x.
-    """
+    """`fit` finds σ², `variance`, and ℓ, `length_scales`, (D,) or one for all, of scaled features; `condition` takes those that are there."""
 
     def __init__(self, variance=1.0, length_scales=1.0):
         super().__init__()
         self.variance, self.length_scales = variance, length_scales
 
     def condition(self, x, target):
-        """Learn from the examples x (n, D) and target (n,) with the hyperparameters and the scaling as they are. Returns the classifier."""
+        """Learn from the examples x (n, D) and target (n,), hyperparameters and scaling as they are. Returns the classifier."""
         return self._learn(*self.examples(x, target, standardise=False))
 
     def fit(self, x, target, steps=80, starts=2, seed=0):
         """Find scaling and hyperparameters, and learn from the examples. Returns the classifier.
 
         Maximises log q plus the logarithm of a prior by Adam, with a rate of 0.1 that falls to 0 over half a cosine, and takes the best of
-        all steps of all `starts`. All of this is our choice, for features of deviation 1: log ℓ_d ~ N(½ log D, 1), since distances in D
-        dimensions grow as √D; no prior for σ²; ℓ within LENGTH_SCALES, σ² within VARIANCES. The first start is σ² = 1 and the mean of the
-        prior, the others are drawn: log ℓ from the prior, log σ² from N(0, 1). They run on all cores, and the result does not depend on
-        how many there are.
+        all steps of all `starts`. Our choice, for features of deviation 1: log ℓ_d ~ N(½ log D, 1), since distances in D dimensions grow as
+        √D; no prior for σ²; ℓ within LENGTH_SCALES, σ² within VARIANCES. The first start is σ² = 1 and the mean of the prior, the others are
+        drawn: log ℓ from the prior, log σ² from N(0, 1). The result does not depend on the number of cores, on all of which they run.
         """
         steps, starts, rng = positive(steps, 'steps'), positive(starts, 'starts'), numpy.random.default_rng(seed)
         x, target = self.examples(x, target)
@@ -245,16 +226,10 @@ class GaussianProcess(Classifier):
         self.features = x.shape[1]
         return self
 
-    @property
-    def log_evidence(self):
-        """log q of the examples."""
-        return self.posterior.log_evidence
+    log_evidence = property(lambda self: self.posterior.log_evidence, doc='log q of the examples')
 
     def predict(self, x, shift=0.0):
-        """Return the Prediction for points x (n, D). `shift` is added to f: see `odds_shift`.
-
-        The mean is Σ_i k(x, x_i) (target_i − π_i), the sum of all pulls. From the variance σ² the examples take what they tell.
-        """
+        """Return the Prediction for points x (n, D), `shift` added to f (`odds_shift`): the mean is Σ_i k(x, x_i) (target_i − π_i), all pulls."""
         z = self.points(x) / self.length_scales
         parts = parallel_for(cut(len(z), POINTS), lambda some: self._moments(z[some]))
         mean, variance = (numpy.concatenate(part) for part in zip(*parts))
@@ -286,18 +261,15 @@ def climb(x, target, steps, noise):
 
 
 def mean_probability(mean, variance):
-    """Return ∫ s(f) N(f | mean, variance) df, (n,): f = mean + √(2·variance)·z turns it into an integral over exp(−z²).
-
-    For a variance of 4 it is off by 2e-7 at most, of 25 by 1e-3, and by 0.05 of any: then s is a step between two nodes.
-    """
+    """Return ∫ s(f) N(f | mean, variance) df, (n,), to 2e-7 for variances up to 4, 1e-3 up to 25, and 0.05 for any."""
     f = mean[:, None] + numpy.sqrt(2 * variance)[:, None] * NODES                          # (n, 32)
     return (sigmoid(f) * WEIGHTS).sum(1) / math.sqrt(math.pi)
 
 
 def odds_shift(share, sampled_share):
-    """Return what to add to f where class 1 is the `share` of all points and was `sampled_share` of the examples: log-odds apart.
+    """Return what to add to f where class 1 is the `share` of all points and was `sampled_share` of the examples: a difference of log-odds.
 
-    Source: King & Zeng 2001, "Logistic regression in rare events data", for the b of a logistic regression; for a GP it is our choice.
+    Source: King & Zeng 2001, for the b of a logistic regression; for a GP it is our choice.
     """
     for name, value in ('share', share), ('sampled_share', sampled_share):
         if not 0 < value < 1:
@@ -306,10 +278,7 @@ def odds_shift(share, sampled_share):
 
 
 class LogisticRegression(Classifier):
-    """The linear control, p = s(w·x + b): maximises Σ log s(±f) − ½ ridge·|w|² over the examples, by Newton's method.
-
-    The ridge keeps w finite where a plane parts the classes; b is free. The variance of a prediction is 0: one plane, and no doubt.
-    """
+    """The linear control: maximises Σ log s(±f) − ½ ridge·|w|². The ridge keeps w finite where a plane parts the classes; variances are 0."""
 
     def __init__(self, ridge=1.0):
         super().__init__()

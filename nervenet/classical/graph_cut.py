@@ -12,16 +12,13 @@ D_p(1), and neighbours to each other by pipes of width w_pq. Cut pipes until no 
 what hangs on the sink is background, and the total width of what was cut is E. So the best mask is the cheapest cut; and the cheapest cut
 is as wide as the most water that gets through, for somewhere the pipes are full (Ford and Fulkerson 1956). No search over masks is needed.
 
-**The flow in arrays** (push-relabel: Goldberg and Tarjan 1988, "A new approach to the maximum-flow problem"). Flood every pixel from the
-source, then let each pixel push what it has too much of one step downhill, where the height of a pixel is a lower bound of its distance to
-the sink through pipes with room left. A pixel that has water and nobody below it is lifted just above its lowest neighbour. Water
-that cannot reach the sink any more stays where it is. All pixels do each step at once, so a step is a few array operations.
-
-Among several masks of least energy, the one with the most object pixels is returned: it contains all others.
+**The flow in arrays** (push-relabel: Goldberg and Tarjan 1988). Flood every pixel from the source, then let each push what it has too much
+of one step downhill, where the height of a pixel is a lower bound of its distance to the sink through pipes with room left. A pixel
+that has water and nobody below it is lifted just above its lowest neighbour; water that cannot reach the sink stays where it is. All pixels
+do each step at once. Among several masks of least energy, the one with the most object pixels is returned: it contains all others.
 
 Sources: Greig, Porteous and Seheult 1989, "Exact maximum a posteriori estimation for binary images"; Boykov and Jolly 2001, "Interactive
-graph cuts for optimal boundary and region segmentation of objects in N-D images"; for small graphs Dinic 1970, "Algorithm for solution of a
-problem of maximum flow in networks with power estimation".
+graph cuts for optimal boundary and region segmentation of objects in N-D images"; for small graphs Dinic 1970.
 """
 
 import itertools
@@ -30,6 +27,7 @@ import math
 import numpy
 
 from ..checks import positive
+from ..images import data
 
 # The way (down, right) from a pixel to those neighbours that come after it, so that each pair of neighbours is named once.
 NEIGHBOURS = {4: ((0, 1), (1, 0)), 8: ((0, 1), (1, 0), (1, 1), (1, -1))}
@@ -37,13 +35,8 @@ ROUNDS = 20                     # between two measurements of the true distances
 LARGEST = 2**62                 # of all sums of energies: what int64 holds, with room
 
 
-# --- The energy -------------------------------------------------------------------------------------------------------
-
 def scaled(values, factor=100):
-    """Return round(factor · values) as int64: energies in hundredths, in which a flow adds up exactly and a minimum is a minimum.
-
-    Raises ValueError for what is not finite, or beyond ±2^40.
-    """
+    """Return round(factor · values) as int64, in which a flow adds up exactly. Raises ValueError for what is not finite or beyond ±2^40."""
     values = numpy.rint(factor * numpy.asarray(values, numpy.float64))
     if not (abs(values) <= 2.0**40).all():                               # also for NaN
         raise ValueError(f'energies times {factor} reach from {values.min()} to {values.max()}; expected finite ones within ±2^40: keep '
@@ -57,17 +50,15 @@ def contrast_weights(image, neighbours=4):
         w_pq = exp(−(I_p − I_q)² / 2σ²) / dist(p, q),   dist 1, or √2 along a diagonal
 
     The paper leaves σ open. Here σ² is the mean of (I_p − I_q)² over all neighbours, so that weights do not depend on the image's contrast.
-    `image` (H, W) holds numbers, best without speckle. λ, the weight of the outline, is a factor: `scaled(λ * w)`. Raises ValueError.
     """
     image, ways = numpy.asarray(image), _ways(neighbours)
     if image.ndim != 2 or image.dtype.kind not in 'buif' or not numpy.isfinite(image).all():
         raise ValueError(f'image has shape {image.shape} and dtype {image.dtype}; expected (H, W) of finite numbers')
     image = image.astype(numpy.float64)                                  # differences of unsigned levels would wrap around
     squares = numpy.stack([(image - _beyond(image, way, numpy.nan))**2 for way in ways])          # (directions, H, W)
-    there = numpy.isfinite(squares)
-    variance = squares[there].sum() / max(1, there.sum()) or 1.0         # in an image of one grey, all squares are 0
+    variance = numpy.nansum(squares) / max(1, numpy.isfinite(squares).sum()) or 1.0               # in an image of one grey, all squares are 0
     distance = numpy.array([math.hypot(*way) for way in ways])[:, None, None]
-    return numpy.where(there, numpy.exp(-squares / (2 * variance)) / distance, 0.0)
+    return numpy.nan_to_num(numpy.exp(-squares / (2 * variance)) / distance)
 
 
 def energy(labels, unary0, unary1, weights, neighbours=4):
@@ -118,17 +109,12 @@ def _checked(unary0, unary1, weights, axes):
     return [array.astype(numpy.int64) for array in given.values()]
 
 
-# --- The minimum on the pixel grid ------------------------------------------------------------------------------------
-
 def minimise_on_grid(unary0, unary1, weights, neighbours=4):
-    """Return (labels, energy): the mask (H, W), bool, of least energy, exactly, and its energy, an int.
+    """Return (labels, energy): the mask (H, W), bool, of least energy, exactly, and its energy, an int. Raises ValueError.
 
     unary0, unary1  (H, W) integers: what a pixel pays as background, and as object; negative ones are fine; see `scaled`
-    weights         integers ≥ 0 of the shape that `contrast_weights` gives, (directions, H, W), or what broadcasts to it, such as one
-                    number for all; those that lead out of the image count for nothing
+    weights         integers ≥ 0, (directions, H, W) as of `contrast_weights`, or what broadcasts to it; those out of the image do not count
     neighbours      4, or 8 with diagonals, along which outlines are less jagged
-
-    Raises ValueError.
     """
     unary0, unary1, weights = _checked(unary0, unary1, weights, ('H', 'W'))
     ways, (H, W) = _ways(neighbours), unary0.shape
@@ -186,13 +172,8 @@ def minimise_on_grid(unary0, unary1, weights, neighbours=4):
     return labels.reshape(H + 2, W + 2)[1:1 + H, 1:1 + W], flow
 
 
-# --- The minimum on any small graph -----------------------------------------------------------------------------------
-
 def minimise_on_graph(unary0, unary1, edges, weights):
-    """Return (labels, energy): the labels (nodes,), bool, of least energy, exactly, and its energy, an int. For hundreds of nodes.
-
-    unary0, unary1 (nodes,) and weights (edges,) are integers as for `minimise_on_grid`; edges (edges, 2) are pairs of nodes from 0 up.
-    Raises ValueError.
+    """Return (labels, energy) as `minimise_on_grid`, labels (nodes,), for hundreds of nodes: edges (edges, 2) are pairs of nodes from 0 up.
 
     Dinic's algorithm: measure all distances to the sink, then send water along shortest ways only, until these are full; the next
     shortest are longer, so this is done fewer times than there are nodes.
@@ -204,18 +185,14 @@ def minimise_on_graph(unary0, unary1, edges, weights):
                          f'for each of the weights {weights.shape}')
     source, sink, both = nodes, nodes + 1, numpy.minimum(unary0, unary1)
     head, room, pipes = [], [], [[] for _ in range(nodes + 2)]           # pipe i leads to head[i]; i ^ 1 is the same one backwards
-
-    def lay(a, b, there, back):
+    every = range(nodes)
+    for a, b, there, back in itertools.chain(zip([source] * nodes, every, (unary0 - both).tolist(), [0] * nodes),
+                                             zip(every, [sink] * nodes, (unary1 - both).tolist(), [0] * nodes),
+                                             zip(*edges.T.tolist(), weights.tolist(), weights.tolist())):
         pipes[a].append(len(head))
         pipes[b].append(len(head) + 1)
-        head.extend((b, a))
-        room.extend((there, back))
-
-    for node, (surplus, drain) in enumerate(zip((unary0 - both).tolist(), (unary1 - both).tolist())):
-        lay(source, node, surplus, 0)
-        lay(node, sink, drain, 0)
-    for (a, b), weight in zip(edges.tolist(), weights.tolist()):
-        lay(a, b, weight, weight)
+        head += b, a
+        room += there, back
 
     def distances():
         distance, queue = [math.inf] * (nodes + 2), [sink]
@@ -249,8 +226,6 @@ def minimise_on_graph(unary0, unary1, edges, weights):
     return numpy.array(distances()[:nodes]) == math.inf, flow
 
 
-# --- Masks ------------------------------------------------------------------------------------------------------------
-
 def regions(labels):
     """Return (H, W) int64: the number, from 0 up in reading order, of the 4-connected region of equal values that a pixel is in.
 
@@ -260,8 +235,8 @@ def regions(labels):
     labels = numpy.asarray(labels)
     if labels.ndim != 2:
         raise ValueError(f'labels or mask has shape {labels.shape}; expected (H, W)')
-    begins = numpy.ones(labels.shape, bool)
-    begins[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    begins = numpy.diff(labels, axis=1, prepend=labels[:, :1]) != 0
+    begins[:, 0] = True
     run = (numpy.cumsum(begins) - 1).reshape(labels.shape)
     touching = labels[1:] == labels[:-1]
     upper, lower = run[:-1][touching], run[1:][touching]
@@ -284,20 +259,16 @@ def components(mask):
 
 def fill_holes(mask):
     """Return `mask` (H, W) and all background that no 4-connected way joins to the image's edge."""
-    mask = _mask(mask)
-    region = regions(mask)
-    outside = numpy.concatenate([region[[0, -1]].ravel(), region[:, [0, -1]].ravel()])
-    return mask | ~numpy.isin(region, outside)
+    return data.fill_outlines(_mask(mask).astype('uint8')) > 0
 
 
 def dilate(mask, radius):
     """Return all pixels (H, W) that are at most `radius`, a whole number, from one of `mask`, centre to centre: it grows by a disc."""
     mask, radius = _mask(mask), positive(radius, 'radius', 0)
     (H, W), framed, grown = mask.shape, numpy.pad(mask, radius), numpy.zeros_like(mask)
-    for down in range(-radius, radius + 1):
-        half = math.isqrt(radius**2 - down**2)
-        for right in range(-half, half + 1):
-            grown |= framed[radius + down:radius + down + H, radius + right:radius + right + W]
+    for down, right in numpy.ndindex(2 * radius + 1, 2 * radius + 1):
+        if (down - radius)**2 + (right - radius)**2 <= radius**2:
+            grown |= framed[down:down + H, right:right + W]
     return grown
 
 

@@ -8,13 +8,12 @@ cells S pixels wide, each pixel p joins the centre with the least
 and each centre moves to the mean of its pixels; and so on. Both steps lower the sum of all D², or leave it. The compactness m is the
 exchange rate: m grey levels are worth a whole step S of way. Large m gives squares, small m follows edges.
 
-**In words.** Lay a net over the image and let go. Each mesh creeps up to the edges near it, and no further, for going far costs.
+Lay a net over the image and let go: each mesh creeps up to the edges near it, and no further, for going far costs.
 
-Achanta, Shaji, Smith, Lucchi, Fua and Süsstrunk 2012, "SLIC superpixels compared to state-of-the-art superpixel methods". They compare
-colours of CIELAB; grey levels here are in percent, 0 … 100, the range of its lightness, so that their m, from 1 to 40, means the same. They
-let each centre search its surroundings, 2S × 2S pixels. Here each *pixel* looks at nine centres, those of the grid cell in which it lies
-and of the eight around it, which never change: an iteration is nine operations on whole images, and as every pixel may keep the centre that
-it has, the objective provably never rises. What becomes of stray pixels (`joined`), the paper does not say in full; the rule is our choice.
+Source: Achanta, Shaji, Smith, Lucchi, Fua and Süsstrunk 2012, "SLIC superpixels compared to state-of-the-art superpixel methods". Grey levels
+are in percent, as the lightness of CIELAB that they compare, so that their m, from 1 to 40, means the same. They let each centre search
+2S × 2S pixels. Here each *pixel* looks at nine centres, those of the grid cell it lies in and of the eight around it, which never change:
+nine operations on whole images, and the objective provably never rises. What becomes of stray pixels (`joined`) is our choice.
 """
 
 import math
@@ -34,10 +33,7 @@ def slic(image, step=12, compactness=10.0, iterations=10):
 
 
 def clusters(image, step, compactness, iterations):
-    """Return (labels, objectives): labels (H, W), not connected yet, numbers of grid cells in reading order; and ΣD² of each iteration.
-
-    The grid has round(H / step) × round(W / step) cells, S² is the pixels per cell. Arguments and errors as for `slic`.
-    """
+    """Return (labels, objectives): labels (H, W), not connected yet, numbers of grid cells in reading order; and ΣD² of each iteration."""
     image, step, iterations = numpy.asarray(image), positive(step, 'step', 2), positive(iterations, 'iterations')
     if image.ndim != 2 or image.dtype.kind != 'f' or image.size == 0:
         raise ValueError(f'image has shape {image.shape} and dtype {image.dtype}; expected (H, W) of floats: divide grey levels by 255')
@@ -72,10 +68,7 @@ def clusters(image, step, compactness, iterations):
 
 
 def _beginning(grey, row, column):
-    """Return the first centres (3, rows, columns): the middles of the cells, moved off edges.
-
-    A middle moves to the pixel with the smallest gradient among the 3×3 around it, if that is smaller than its own.
-    """
+    """Return the first centres (3, rows, columns): middles of cells, moved to the smallest gradient of the 3×3 around, off edges."""
     middles = [numpy.array([numpy.flatnonzero(cell.ravel() == k).mean() for k in range(cell.max() + 1)]) for cell in (row, column)]
     y, x = numpy.meshgrid(*middles, indexing='ij')                       # (rows, columns)
     framed = numpy.pad(grey, 1, mode='edge')
@@ -93,8 +86,7 @@ def _beginning(grey, row, column):
 def joined(labels, smallest):
     """Return the 4-connected regions of `labels` (H, W), numbered 0 … K − 1 in reading order, without any below `smallest` pixels.
 
-    A smaller one goes to the neighbour with which it shares the longest border; the smallest goes first. A piece of a cluster that is large
-    enough becomes a superpixel of its own.
+    A smaller one goes to the neighbour with which it shares the longest border; the smallest goes first.
     """
     region = regions(labels)
     areas, into = numpy.bincount(region.ravel()).tolist(), numpy.arange(region.max() + 1)
@@ -116,17 +108,11 @@ def joined(labels, smallest):
 
 
 def adjacency(labels):
-    """Return (edges, lengths) of `labels` (H, W), whole numbers from 0 up: pairs (edges, 2), a < b, in order, and their borders' lengths.
-
-    A border's length is the number of pairs of neighbouring pixels, side by side or one above the other, that it separates.
-    """
+    """Return (edges, lengths): the pairs (edges, 2), a < b, of `labels` (H, W) that touch, and how many pairs of pixels each border parts."""
     labels = _labels(labels)
     sides = numpy.concatenate([numpy.stack([labels[:, :-1].ravel(), labels[:, 1:].ravel()], -1),
                                numpy.stack([labels[:-1].ravel(), labels[1:].ravel()], -1)])       # (pairs, 2)
-    sides = numpy.sort(sides[sides[:, 0] != sides[:, 1]], axis=1)
-    count = labels.max() + 1
-    pairs, lengths = numpy.unique(sides[:, 0] * count + sides[:, 1], return_counts=True)
-    return numpy.stack([pairs // count, pairs % count], -1), lengths
+    return numpy.unique(numpy.sort(sides[sides[:, 0] != sides[:, 1]], axis=1), axis=0, return_counts=True)
 
 
 def means(values, labels):

@@ -8,26 +8,17 @@ Take the image in squares of 2×2 pixels,  a b / c d.  Four numbers say the same
     coarse      s = (a + b + c + d) / 2            Haar:                linear and orthonormal
                 s = min(a, b, c, d)                morphological Haar:  the darkest pixel is kept, and kept sharp
 
-The coarse image, half as high and wide, is decomposed in its turn, and so on: a level for each scale. Picture a pyramid of ever smaller
-images: on top one thumbnail, and below it, on each storey, three maps of edges.
-
-    ┌─────┬─────┬───────────┐
-    │ s₂  │ h₂  │           │        Fine grain is in the maps of the first storeys, what is larger in the next ones, shade in the
-    ├─────┼─────┤    h₁     │        thumbnail. So the strength of the maps around a place is a description of its
-    │ v₂  │ g₂  │           │        texture: `region_features`, `box_features`.
-    ├─────┴─────┼───────────┤
-    │    v₁     │    g₁     │
-    └───────────┴───────────┘
-
-The median decomposition keeps the size: with the median M_r along rows and M_c along columns, of 3, 5, 9, … pixels,
+The coarse image, half as high and wide, is decomposed in its turn: a level for each scale. Fine grain is in the maps of the first levels,
+what is larger in the next ones, shade in the last coarse image: their strength around a place describes its texture. The median
+decomposition keeps the size: with the median M_r along rows and M_c along columns, of 3, 5, 9, … pixels,
 
     s = M_c M_r x,    v = M_r x − M_c M_r x,    h = M_c(x − M_r x),    g = (x − M_r x) − M_c(x − M_r x),       x = s + v + h + g
 
 A median passes straight edges as they are and no lone bright grain, where a mean smears both: the grain falls wholly into the details.
 
-Sources: Haar 1910; Heijmans & Goutsias 2000, "Nonlinear multiresolution signal decomposition schemes, part II: morphological wavelets"
-(IEEE TIP); Asghar & Barner 2001 (IEEE TVCG 7:76–93) as a handbook describes it, in the form that halves nothing, the only one that can be
-undone. Our choice: the windows of 2ʲ + 1 pixels, and that beyond the edge its pixels are repeated.
+Sources: Haar 1910; Heijmans & Goutsias 2000, "Nonlinear multiresolution signal decomposition schemes, part II: morphological wavelets";
+Asghar & Barner 2001 (IEEE TVCG 7:76–93) as a handbook describes it, in the form that halves nothing, the only one that can be undone.
+Our choice: the windows of 2ʲ + 1 pixels, that beyond the edge its pixels are repeated, and what a region is described by.
 """
 
 from typing import NamedTuple
@@ -41,10 +32,7 @@ SUBBANDS = 'horizontal', 'vertical', 'diagonal'
 
 
 class Coefficients(NamedTuple):
-    """A decomposed image of `size` (H, W): the `coarse` image of the last level, and `details` (3, H_j, W_j) of all levels, finest first.
-
-    H_j and W_j are H and W, halved j times and rounded up, or H and W themselves if the transform keeps the size.
-    """
+    """A decomposed image of `size` (H, W): the `coarse` image of the last level, and `details` (3, H_j, W_j) of all levels, finest first."""
 
     coarse: numpy.ndarray
     details: list
@@ -61,13 +49,10 @@ class Coefficients(NamedTuple):
 
 
 class Transform:
-    """What the three share: levels. Each says by `split` how an image becomes (coarse, details), and by `join` how it comes back."""
+    """Levels: `split` says how an image becomes (coarse, details), and `join` how it comes back."""
 
     def decompose(self, image, levels=3):
-        """Return the Coefficients of an image (H, W), of any size. Integers are computed in float64, floats in their own dtype.
-
-        Raises ValueError for what is no such image, or holds NaN or infinite values.
-        """
+        """Return the Coefficients of an image (H, W), of any size: of integers in float64, of floats in their dtype. Raises ValueError."""
         coarse, details = checked_image(image), []
         for level in range(1, positive(levels, 'levels') + 1):
             coarse, detail = self.split(coarse, level)
@@ -84,10 +69,7 @@ class Transform:
 
 
 class Haar(Transform):
-    """The linear control. s² + h² + v² + g² = a² + b² + c² + d²: an image of even height and width keeps its energy.
-
-    An odd row or column at the end is doubled, and cut off again when the image is put together.
-    """
+    """The linear control: s² + h² + v² + g² = a² + b² + c² + d². An odd row or column at the end is doubled, and cut off again by `join`."""
 
     def split(self, image, level):
         x = numpy.pad(image, [(0, length % 2) for length in image.shape], 'edge')
@@ -107,15 +89,11 @@ class Haar(Transform):
         return (a + b + c + d) / 2
 
     def mean(self, coarse, *parts):
-        """Return the mean of each square, given the coarse image and how far a, b, c and d are from the mean."""
         return coarse / 2
 
 
 class MorphologicalHaar(Haar):
-    """As Haar, with the minimum for the sum. It commutes with adding a constant, and with any rise in contrast; it keeps no energy.
-
-    The inverse: the details say how far each pixel is from the mean of its square, so the smallest of these is where the minimum was.
-    """
+    """As Haar, with the minimum for the sum. The details say how far each pixel is from the mean, the smallest of these where the minimum was."""
 
     def coarse(self, a, b, c, d):
         return numpy.minimum(numpy.minimum(a, b), numpy.minimum(c, d))
@@ -125,7 +103,7 @@ class MorphologicalHaar(Haar):
 
 
 class MedianDecomposition(Transform):
-    """Nothing is halved: level j takes medians of 2ʲ + 1 pixels, and every map has the size of the image."""
+    """Nothing is halved: level j takes medians of 2ʲ + 1 pixels."""
 
     def split(self, image, level):
         window = 2**level + 1
@@ -158,10 +136,8 @@ def checked_image(image):
     return image if image.dtype.kind == 'f' else image.astype(numpy.float64)
 
 
-# --- Features ---------------------------------------------------------------------------------------------------------
-
 def feature_names(levels=3):
-    """Return the names of the 6·levels + 6 features, in order: the last two are the place, which `features[:, :-2]` does without."""
+    """Return the names of the 6·levels + 6 features, in order: the last two are the place."""
     names = [f'{subband} {level}' for level in range(1, levels + 1) for subband in SUBBANDS] + ['coarse', 'image']
     return [f'{what} of {name}' for name in names for what in ('mean', 'deviation')] + ['row', 'column']
 
@@ -169,9 +145,8 @@ def feature_names(levels=3):
 def region_features(coefficients, image, labels):
     """Return (regions, 6·levels + 6): a row for each region, which are the pixels of `labels` (H, W) with one number, 0, 1, 2, …
 
-    For each level and subband the mean of |coefficient| and the standard deviation of the coefficients; then mean and deviation of the
-    coarse image and of the image itself; then the region's mean row and column, from 0 at one edge of the image to 1 at the other. What to
-    describe a region by is our choice. Raises ValueError for labels of another size, that are no whole numbers from 0, or that skip one.
+    For each level and subband the mean of |coefficient| and the deviation of the coefficients; then mean and deviation of the coarse image
+    and of the image; then the mean row and column, from 0 at one edge to 1 at the other. Raises ValueError for labels that do not fit.
     """
     labels = numpy.asarray(labels)
     if labels.shape != coefficients.size or labels.dtype.kind not in 'iu' or labels.min() < 0:
@@ -187,10 +162,7 @@ def region_features(coefficients, image, labels):
 
 
 def box_features(coefficients, image, points, side=17):
-    """Return (number, 6·levels + 6): as `region_features`, for the side×side box around each of `points` (number, 2), row and column.
-
-    Of a box that reaches beyond the image counts what is inside; the place is the point. Raises ValueError for an even side and for points
-    that are no pixels of the image.
+    """Return (number, 6·levels + 6): as `region_features`, for what of the side×side box around each of `points` (number, 2) is in the image.
 
     With S(y, x), the sum of all pixels above row y and left of column x, the sum over any box is S at its four corners,
     S(bottom, right) − S(top, right) − S(bottom, left) + S(top, left): what it costs does not depend on the side (Crow 1984).
@@ -214,7 +186,7 @@ def box_features(coefficients, image, points, side=17):
 
 
 def _features(coefficients, image, mean, place):
-    """Return the features, (regions, 6·levels + 6), given what takes the mean of a map over each region, and their rows and columns."""
+    """Return the features, given what takes the mean of a map over each region, and their rows and columns."""
     image, columns = checked_image(image), []
     if image.shape != coefficients.size:
         raise ValueError(f'the image has shape {image.shape} and the coefficients are of one of {coefficients.size}')

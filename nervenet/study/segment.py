@@ -11,11 +11,13 @@ probabilities become a mask is chosen from what each said of the subjects that i
 import json
 import math
 import re
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy
 
+from ..classical.chains import Chain
 from ..engine.backend import move, select_device, to_cpu
 from ..images.augment import median_filter
 from ..images.data import FITS, as_intensities, fitted, intensity_oddity, oddity_warning, places, unfitted, white_of
@@ -154,6 +156,11 @@ class Segmenter:
             drawn += [to_cpu(predict(model, x)), to_cpu(predict(model, x[:, :, ::-1])[:, :, ::-1])]
         return [*numpy.stack(drawn, axis=1)[..., 0].astype('float32', copy=False)]                  # N of (T, h, w)
 
+    @property
+    def intensities(self):
+        """(mean, deviation) of the intensities of training; (0, 1) if unknown."""
+        return self.model.config['input_mean'], self.model.config['input_std']
+
     def _members(self, members):
         return self.models if members is None else [self.models[number] for number in members]
 
@@ -166,8 +173,55 @@ class Segmenter:
         `shape` (H, W) is that of the image before, by default the network's: the black around a padded one does not count, as in
         `intensity_statistics`.
         """
-        mean, std = self.model.config['input_mean'], self.model.config['input_std']
+        mean, std = self.intensities
         return '' if (mean, std) == (0, 1) else intensity_oddity(prepared[places(shape or self.size, self.size, self.fit)[1]], mean, std)
+
+
+class ChainSegmenter(Segmenter):
+    """A chain from before deep networks, `classical.chains`, used as a network is."""
+
+    def __init__(self, chain, settings=Settings()):
+        super().__init__([], chain.size, settings, fit=chain.options['fit'])
+        self.models = [chain]
+
+    def maps(self, prepared, members=None):
+        flip = self.settings.flip_average
+        return [(sum(self._both(image)) / 2) if flip else self.model.map(image) for image in prepared]
+
+    def samples(self, prepared, members=None):
+        return [numpy.stack(self._both(image)) for image in prepared]
+
+    def _both(self, image):
+        return self.model.map(image), self.model.map(image[:, ::-1])[:, ::-1]
+
+    @property
+    def intensities(self):
+        return tuple(self.model.extra.get('intensity', (0, 1)))
+
+
+def is_chain(path):
+    """Return whether the file holds a chain; False too if it cannot be opened, which whoever reads it then says."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return 'chain.npy' in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def read_chain(path):
+    """Return (chain, extra) of a file that `classical.py` wrote, `extra` as `read_network` has it. Raises CheckpointError."""
+    try:
+        chain = Chain.load(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    extra, mask = {**chain.extra, 'fit': chain.options['fit'], 'size': [*chain.size]}, chain.extra.get('mean_training_mask')
+    mean, *std = extra.get('intensity', (0, 1))
+    if not (all(isinstance(number, float | int) for number in (mean, *std)) and len(std) == 1 and std[0] > 0):
+        raise CheckpointError(f'{path}: gives {extra["intensity"]!r} as mean and deviation of the intensities of training')
+    if mask is not None and getattr(mask, 'shape', None) != chain.size:
+        raise CheckpointError(f'{path}: its mean training mask is not an array {chain.size}')
+    check_what_was_seen(path, extra)
+    return chain, extra
 
 
 def read_network(path):
@@ -253,9 +307,15 @@ def open_segmenter(args):
 
     Raises CheckpointError, or RuntimeError if the device does not work.
     """
-    device, _, reason = select_device(args.device, args.precision)
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
     files = model_files(args.model)
+    if chains := [path for path in files if is_chain(path)]:
+        if len(files) > 1:
+            raise CheckpointError(f'{chains[0]}: is a chain, which predicts alone; give no other model')
+        chain, extra = read_chain(files[0])
+        print(f'model:    {files[0]}, {chain.options["kind"]} chain, {chain.size[0]}x{chain.size[1]}, fit {extra["fit"]}; it is computed on the CPU')
+        return ChainSegmenter(chain, Settings(**given)), [extra]
+    device, _, reason = select_device(args.device, args.precision)
     segmenter, extras = Segmenter.from_files(files, **given)
     for model in segmenter.models:
         model.to(device)
