@@ -82,6 +82,7 @@ class Finder(importlib.abc.MetaPathFinder):
 def run():
     """Use the library as training and prediction do, in one thread at a time, so that nothing hides behind another thread's setting."""
     from nervenet import Adam, BCEWithLogitsLoss, Conv2D, DiceLoss, RefineNet, UNet, WeightedSum, optim, plain
+    from nervenet.classical.chains import log_odds
     from nervenet.classical.gaussian_process import GaussianProcess, LogisticRegression
     from nervenet.engine import parallel
     from nervenet.images.augment import ULTRASOUND
@@ -116,6 +117,7 @@ def run():
     x = rng.standard_normal((70, 3))
     for classifier in GaussianProcess().fit(x, x[:, 0] > 0, steps=1), LogisticRegression().fit(x, x[:, 0] > 0):
         classifier.predict(x)
+    log_odds(rng.random((2, 32, 48), dtype='float32'), rng.random((2, 32, 48)) < 0.3)
     with plain():
         layer.backward(layer.forward(rng.random((2, 33, 50, 4), dtype='float32')))
 

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy
 
 from ..checks import positive
-from ..engine.parallel import parallel_for
+from ..engine.parallel import one_thread_per_product, parallel_for
 from ..files import atomic_write
 from ..images.augment import median_filter
 from ..images.data import as_intensities, fitted, resize, unfitted
@@ -296,6 +296,7 @@ def unaries(odds):
     return scaled(odds.clip(0, None)), scaled((-odds).clip(0, None))
 
 
+@one_thread_per_product()
 def log_odds(images, masks):
     """Return (levels (LEVELS,), place (H/2, W/2)): log h₁/h₀ of grey levels, and the log-odds of π; h₁ and h₀ begin with one in each bin."""
     inside, outside, total, count = numpy.ones(LEVELS), numpy.ones(LEVELS), 0, 0
