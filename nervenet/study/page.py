@@ -87,7 +87,7 @@ def scores(folds):
 
     head = ['after the last epoch', *(title for _, title in SCORES)]
     rows = [[kind, *(shown([values[name] for values in each]) for name, _ in SCORES)] for kind, each in kinds.items()]
-    text = '<h2>Scores on subjects that the network has not seen</h2>' + table(head, rows)
+    text = '<h2>Scores in validation</h2>' + table(head, rows)
     if len(folds) > 1:
         text += ('<p class="faint">Mean ± population standard deviation of the folds.</p>'
                  + table(head, [[fold.name, *(f'{values[name]:.3f}' for name, _ in SCORES)] for fold, values in zip(folds, last)]))
