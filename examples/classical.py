@@ -25,10 +25,9 @@ from nervenet.classical.chains import CLASSIFIERS, KINDS, OPTIONS, Chain
 from nervenet.classical.superpixels import means, slic
 from nervenet.classical.wavelets import TRANSFORMS, feature_names
 from nervenet.images.augment import median_filter
-from nervenet.images.copies import copies_warning
-from nervenet.images.data import FITS, MaskRule, Reader, crop_warning, data_warning, holds_foreground, intensity_statistics
+from nervenet.images.data import FITS, data_warning, holds_foreground, intensity_statistics
 from nervenet.images.phantom import Phantom
-from nervenet.images.samples import describe, find_samples, split_by_subject
+from nervenet.images.samples import split_by_subject
 from nervenet.metrics import Baselines, SegmentationScores
 from nervenet.study import figures
 from nervenet.study.kfold import CrossValidation, folds_by_subject, read_split, sides, write_split
@@ -36,7 +35,8 @@ from nervenet.study.options import HelpFormatter, add_reading_options, check_dat
 from nervenet.study.pictures import write_cases
 from nervenet.study.report import caveat, print_whatever_comes, progress, without_foreground
 from nervenet.study.run_folder import RunFolder, room_for_results
-from nervenet.study.segment import READING
+from nervenet.study.scans import found, noted, open_reader, subjects_by
+from nervenet.study.segment import reading_of
 
 STEPS = 'region', 'parts', 'probability', 'mask'
 SHOWN = {'mean of horizontal 1': 'fine detail across', 'mean of vertical 2': 'coarser, down', 'mean of coarse': 'shade'}        # of the features
@@ -49,11 +49,8 @@ def main(arguments=None):
         samples = reader.samples
         print('data:        synthetic ultrasound; give --data DIR for scans')
     else:
-        reader = Reader(args.size, MaskRule(args.mask_threshold, args.label, args.fill_outlines), fit=args.fit)
-        samples = find_samples(args.data, args.subject_pattern, tell=print, masks_folder=args.masks, mask_pattern=args.mask_pattern,
-                               subject_from=args.subject_from, subjects=args.subjects, no_mask_is_empty=args.no_mask_is_empty)
-        print('found:       ' + '\n             '.join(describe(samples)))
-    note = caveat(samples, False, args.subject_pattern or args.subjects or (args.subject_from if args.subject_from != 'name' else None))
+        reader, samples = open_reader(args), found(args, args.data, args.masks, 'found')
+    note = caveat(samples, False, subjects_by(args))
     given = read_split(args.split, samples, args.folds) if args.split else None
     if args.folds and not given:                            # refuse too few subjects before anything is read
         folds_by_subject(samples, numpy.zeros(len(samples)), args.folds, args.seed)
@@ -62,9 +59,9 @@ def main(arguments=None):
     with room_for_results(args.out, joins=bool(args.folds)) as args.out:
         print('reading:     all images once', flush=True)
         positive = holds_foreground(samples, reader)
-        note = '\n'.join(filter(None, [note, copies_warning(samples, reader), crop_warning(samples, reader) if args.fit == 'crop' else '']))
         if note:
             print(note)
+        note = noted(args, samples, reader, note)
         if not args.folds:
             run(args, args.out, reader, *split_by_subject(samples, args.validation_share, args.seed, positive), note)
             return
@@ -111,8 +108,7 @@ def run(args, path, reader, training, validation, note):
     tell(f'             {time.process_time() - began:.0f} s of computing, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most')
     del images, masks
     known = {} if args.data is None else {name: folder.config[name] for name in ('training_subjects', 'validation_subjects')}
-    chain.save(path / 'chain.npz', reading={name: getattr(args, name) for name in READING} | ({'subject_from': 'table'} if args.subjects else {}),
-               what=args.what, intensity=statistics, mean_training_mask=counted.mean_mask()[:, :, 0].astype('uint8'), **known)
+    chain.save(path / 'chain.npz', reading=reading_of(vars(args)), what=args.what, intensity=statistics, mean_training_mask=counted.mean_mask()[:, :, 0].astype('uint8'), **known)
 
     scores, seconds = SegmentationScores(), dict.fromkeys(STEPS, 0.0)
     for sample in progress(validation, len(validation), 'scoring', unit='images'):

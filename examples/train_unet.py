@@ -34,10 +34,8 @@ import numpy
 import nervenet
 from nervenet.engine.backend import select_device
 from nervenet.images.augment import median_filter
-from nervenet.images.copies import copies_warning
-from nervenet.images.data import Filtered, Loader, MaskRule, Reader, crop_warning, data_warning, holds_foreground, intensity_statistics
-from nervenet.images.samples import (DataError, describe, find_samples, on_both_sides, own_subjects, refuse_common_files,
-                                     split_by_subject)
+from nervenet.images.data import Filtered, Loader, data_warning, holds_foreground, intensity_statistics
+from nervenet.images.samples import DataError, on_both_sides, own_subjects, refuse_common_files, split_by_subject
 from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
 from nervenet.networks import NETWORKS
@@ -51,6 +49,7 @@ from nervenet.study.page import write_page
 from nervenet.study.pictures import draw_learning, draw_run, one_of_each_subject, preview_augmentation
 from nervenet.study.report import caveat, in_words, print_epoch, print_header, print_scores, print_whatever_comes, without_foreground
 from nervenet.study.run_folder import RunFolder, read_config, room_for_results, seen_before
+from nervenet.study.scans import found, noted, open_reader, subjects_by
 
 
 def main(arguments=None):
@@ -69,7 +68,7 @@ def main(arguments=None):
         samples = reader.samples
         print('data:        synthetic ultrasound; give --data DIR for scans')
     else:
-        reader = Reader(args.size, MaskRule(args.mask_threshold, args.label, args.fill_outlines), fit=args.fit)
+        reader = open_reader(args)
         if args.resume and not args.data.exists():
             raise DataError(f'{args.data}: no such folder; if the images lie elsewhere now: --resume {args.resume} --data DIR')
         samples = found(args, args.data, args.masks, 'found')
@@ -79,8 +78,7 @@ def main(arguments=None):
     test = found(args, args.test, args.test_masks, 'test part') if args.test else []
     if test:
         refuse_common_files(samples, test)
-    how = args.subject_pattern or args.subjects or (args.subject_from if args.subject_from != 'name' else None)
-    note = '\n'.join(filter(None, [caveat(samples, args.leaky_split_by_image, how), on_both_sides(samples, test)]))
+    note = '\n'.join(filter(None, [caveat(samples, args.leaky_split_by_image, subjects_by(args)), on_both_sides(samples, test)]))
     if note:
         print(note)
     if args.leaky_split_by_image:
@@ -104,24 +102,6 @@ def main(arguments=None):
             positive = holds_foreground(samples, reader)
             two_sides = split_by_subject(samples, args.validation_share, args.seed, positive, 2 if args.inner_share else 1)
             train(args, args.out, reader, *two_sides, noted(args, samples, reader, note))
-
-
-def found(args, folder, masks, label):
-    """Return the samples in a folder, found as `args` say; print what was found."""
-    samples = find_samples(folder, args.subject_pattern, tell=print, masks_folder=masks, mask_pattern=args.mask_pattern,
-                           subject_from=args.subject_from, subjects=args.subjects, no_mask_is_empty=args.no_mask_is_empty)
-    for line in describe(samples):
-        print(f'{label + ":" if label else "":12} {line}')
-        label = ''
-    return samples
-
-
-def noted(args, samples, reader, note):
-    """Return `note` with what is to be said of all images together, once they are read; print that."""
-    said = [copies_warning(samples, reader), crop_warning(samples, reader) if args.fit == 'crop' else '']
-    for line in filter(None, said):
-        print(line)
-    return '\n'.join(filter(None, [note, *said]))
 
 
 def cross_validate(args, samples, reader, note):

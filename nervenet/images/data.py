@@ -182,10 +182,9 @@ def fill_outlines(mask):
     The outside is what can be reached. Each sweep carries it along all rows and columns as far as no foreground is in the way, and sweeps
     go on until one changes nothing: for outlines of few bends that is soon.
     """
-    rows, columns = (numpy.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
+    if not mask.any():
         return mask
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    box = _box(mask)
     free = numpy.pad(mask[box] == 0, 1, constant_values=True)
     outside = numpy.zeros_like(free)
     outside[0] = True
@@ -205,6 +204,11 @@ def fill_outlines(mask):
     return filled
 
 
+def _box(mask):
+    """Return slices (rows, columns): the smallest box that holds all of a mask (H, W) that is not empty."""
+    return tuple(slice(places[0], places[-1] + 1) for places in (numpy.flatnonzero(mask.any(axis=axis)) for axis in (1, 0)))
+
+
 def is_outline(mask, filled):
     """Return whether a mask (H, W) uint8 0/1 is a thin closed line: what it encloses is more than twice its own area.
 
@@ -215,11 +219,10 @@ def is_outline(mask, filled):
 
 def is_thin(mask):
     """Return whether a mask (H, W) uint8 0/1 is a long thin line: nowhere wider than a hundredth of its extent, or than two pixels."""
-    rows, columns = (numpy.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
+    if not mask.any():
         return False
-    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
-    left = numpy.pad(mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1], 1)
+    inside = mask[_box(mask)]
+    extent, left = max(inside.shape), numpy.pad(inside, 1)
     for _ in range(max(1, extent // 200)):                  # each takes a pixel from either side
         inner = left[1:-1, 1:-1] & left[:-2, 1:-1] & left[2:, 1:-1] & left[1:-1, :-2] & left[1:-1, 2:]
         left = numpy.pad(inner, 1)

@@ -22,7 +22,7 @@ from ..files import atomic_write, make_folder, refuse_content
 from ..train import generator_states, set_generator_states
 from .checkpoint import load_checkpoint, save
 from .report import best_row, summaries
-from .segment import READING, Settings, choose_from, count_masks, score
+from .segment import Settings, choose_from, count_masks, reading_of, score
 
 try:
     import fcntl
@@ -188,8 +188,7 @@ class RunFolder:
         row = self.history[-1]
         return {'epoch': row['epoch'], 'size': self.config['size'], 'fit': self.config.get('fit', 'squeeze'),
                 'median_filter': self.config.get('median_filter'),
-                'reading': {name: self.config.get(name) for name in READING} | ({'subject_from': 'table'} if self.config.get('subjects') else {}),
-                'what': self.config.get('what'),
+                'reading': reading_of(self.config), 'what': self.config.get('what'),
                 'scores': {name: value for name, value in row.items() if name.startswith(('validation_', 'inner_'))}}
 
     def finish_model_file(self, path, **extra):

@@ -30,6 +30,11 @@ READING = 'mask_pattern', 'mask_threshold', 'label', 'fill_outlines', 'subject_p
 THRESHOLDS, AREAS = numpy.arange(0.1, 0.91, 0.05), (0, 0.0025, 0.005, 0.01, 0.015, 0.02)        # what settings are chosen among
 
 
+def reading_of(settings):
+    """Return what a model file says of how masks and subjects were found, READING, from the settings of its run; 'table' if a table said subjects."""
+    return {name: settings.get(name) for name in READING} | ({'subject_from': 'table'} if settings.get('subjects') else {})
+
+
 @dataclass(frozen=True)
 class Settings:
     """How probabilities become a mask.
