@@ -33,9 +33,9 @@ from nervenet.images.layout import name_of
 from nervenet.images.samples import DataError, Sample, find_samples, natural_key, some_of
 from nervenet.metrics import SegmentationScores
 from nervenet.study.segment import READING, describe, intensity_warning, open_segmenter
-from nervenet.study.uncertainty import Calibration, band, decompose, risk_coverage, sureness
+from nervenet.study.uncertainty import Assessment, decompose, near_truth, sureness
 from nervenet.study.submission import TEST_HEADER, encode, write_submission
-from nervenet.study.options import HelpFormatter, add_prediction_options, add_reading_options
+from nervenet.study.options import HelpFormatter, add_prediction_options, add_reading_options, natural
 from nervenet.study.report import print_whatever_comes, progress
 
 CLEAR_LINE = '\r\x1b[K'               # a progress bar may stand there
@@ -47,6 +47,9 @@ COVERAGES = 1, 0.9, 0.8, 0.5          # shares of the images that stay when the 
 def main(arguments=None):
     args = parse(arguments)
     segmenter, extras = open_segmenter(args)
+    if args.dropout_samples and not all(getattr(model, 'config', {}).get('dropout') for model in segmenter.models):
+        raise DataError(f'--dropout-samples: a model of {some_of([str(path) for path in args.model])} was trained without dropout, so there is none '
+                        'to keep on; train with --dropout 0.2 or so, or leave --dropout-samples out')
     args.what = extras[0].get('what') or 'foreground'
     args.rule, finding = how_to_read(args, extras[0].get('reading', {}))
     find = partial(find_samples, args.input, masks='optional', masks_folder=args.masks, subjects=args.subjects,
@@ -77,7 +80,7 @@ def main(arguments=None):
         make_folder(args.submission.absolute().parent, '--submission')
 
     members = {sample.name: unseen_by(sample, extras) for sample in samples}
-    results, judged, failed, runs, odd_images, odd_masks, calibration = [], [], [], [], {}, [], Calibration()
+    results, judged, failed, runs, odd_images, odd_masks, assessment = [], [], [], [], {}, [], Assessment()
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
     read, write = partial(read_frame, args, segmenter, members), partial(write_frame, args, segmenter, mean_mask_at(extras[0]))
     # Files are read and written on all cores while the network computes; of the images themselves few are held at a time.
@@ -99,7 +102,8 @@ def main(arguments=None):
                 for name, counted in frame.scores.items():
                     scores[name].counts += counted.counts
                 if frame.near:
-                    calibration.update(*frame.near)
+                    dice, = frame.scores['network'].dice_of_images()
+                    assessment.update(frame.sample.subject, frame.result['sureness'], dice, frame.near)
 
     if judged:
         for result, dice in zip(judged, scores['network'].dice_of_images()):
@@ -118,8 +122,10 @@ def main(arguments=None):
     with_mask = [sample for sample in samples if sample.mask_paths is not None]
     if with_mask:
         print_scores(scores, tell_known(with_mask, members, len(extras)))
-    if args.uncertainty and judged:
-        print_uncertainty(calibration, judged)
+    if assessment.images:
+        draw_calibration(args.output / 'calibration.png', assessment)
+        print('', *assessment.lines(COVERAGES), sep='\n')
+        print(f'Calibration and ROC are of the pixels within {MARGIN} of mask or truth; reliability diagrams are in {args.output / "calibration.png"}')
     if judged and len(judged) < len(samples):
         missing = {'have no mask': len(samples) - len(with_mask), 'have one and are not scored': len(with_mask) - len(judged)}
         print(f'These scores cover {len(judged)} of {len(samples)} images: '
@@ -145,7 +151,7 @@ class Frame:
     scores      {name: SegmentationScores of this image}, where there is a truth
     members     numbers of the networks that predict it
     samples     (T, h, w): what each of them makes of it, and of its mirror image
-    near        probabilities and truth of the pixels where calibration is measured
+    near        what `near_truth` says of the pixels where uncertainty is judged
     """
 
     sample: Sample
@@ -162,7 +168,7 @@ class Frame:
     scores: dict | None = None
     members: tuple = ()
     samples: numpy.ndarray | None = None
-    near: tuple | None = None
+    near: dict | None = None
 
 
 def how_to_read(args, stored):
@@ -252,7 +258,7 @@ def predicted(args, segmenter, frames):
             for frame, probabilities in zip(group, segmenter.maps(prepared, members)):
                 frame.probabilities, frame.prepared = probabilities, None
             if args.uncertainty:
-                for frame, samples in zip(group, segmenter.samples(prepared, members)):
+                for frame, samples in zip(group, segmenter.samples(prepared, members, args.dropout_samples)):
                     frame.samples = samples
         yield from batch
 
@@ -274,14 +280,13 @@ def write_frame(args, segmenter, mean_mask, frame):
     frame.result = {'image': frame.sample.name, **describe(mask, probability), 'dice': ''}
     if args.uncertainty:
         frame.result['sureness'] = round(sureness(frame.samples, segmenter.settings.mask), 4)
-        _, total, _, disagreement = (segmenter.restore(values.astype('float32'), frame.size) for values in decompose(frame.samples))
+        mean, total, _, disagreement = (segmenter.restore(values.astype('float32'), frame.size) for values in decompose(frame.samples))
         pictures = [figures.overlay(frame.picture, mask, frame.truth), *(figures.heat(frame.picture, values.clip(0), largest=numpy.log(2))
                                                                          for values in (total, disagreement))]
         figures.save(figures.grid([pictures], column_titles=['prediction', 'not sure: entropy', 'disagreement: mutual information']),
                      args.output / f'{frame.sample.name}_uncertainty.png', durable=False, compress_level=1)
         if frame.truth is not None:
-            near = band(mask, frame.truth, MARGIN)
-            frame.near = probability[near], frame.truth[near]
+            frame.near = near_truth(mask, frame.truth, MARGIN, probability=probability, mean=mean, total=total, information=disagreement)
     if args.submission:
         frame.run_lengths = encode(mask)
     if frame.truth is not None:
@@ -334,16 +339,9 @@ def print_scores(scores, known):
     print(known)
 
 
-def print_uncertainty(calibration, judged):
-    """Print how far probabilities are what they say, and what Dice the surer images have."""
-    sure, dice = ([result[name] for result in judged] for name in ('sureness', 'dice'))
-    curve = risk_coverage(sure, dice, COVERAGES)
-    print(f'\n{"Dice per image of the surest":30}' + ''.join(f'{coverage:>9.0%}' for coverage in COVERAGES))
-    for name, said in (('score', 'by agreement of masks'), ('oracle', 'if one knew'), ('random', 'by chance')):
-        print(f'{said:30}' + ''.join(f'{value:9.3f}' for value in curve[name]['dice']))
-    found = calibration.compute()
-    print(f'calibration within {MARGIN} pixels of mask or truth: expected calibration error {found["ece"]:.3f}, Brier score {found["brier"]:.3f}, '
-          f'negative log-likelihood {found["nll"]:.3f}')
+def draw_calibration(path, assessment):
+    """Draw how often pixels of each probability are foreground: of the prediction, and of the mean of the samples."""
+    figures.save(figures.reliability({'prediction': assessment.prediction.compute(), 'mean of samples': assessment.mean.compute()}), path)
 
 
 def parse(arguments):
@@ -356,6 +354,8 @@ def parse(arguments):
     parser.add_argument('--overlays', action='store_true', help='also draw each mask on its image, which takes longer than all the rest')
     parser.add_argument('--probabilities', action='store_true', help='also write {name}_probability.png, grey, 16 bits: 65535 is certain')
     parser.add_argument('--uncertainty', action='store_true', help='also draw where the prediction is not sure, and say how sure it is of each image')
+    parser.add_argument('--dropout-samples', type=natural, default=0, metavar='N',
+                        help='with --uncertainty: ask each network N times with dropout kept on, instead of it and its view of the mirrored image')
     parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='images predicted at once')
     add_prediction_options(parser)
     add_reading_options(parser.add_argument_group('where masks are there to compare with', 'What in them is foreground, and whom an image shows, '
@@ -364,6 +364,10 @@ def parse(arguments):
     args = parser.parse_args(arguments)
     if args.batch_size < 1:
         parser.error(f'--batch-size is {args.batch_size}; expected 1 or more')
+    if args.dropout_samples and not args.uncertainty:
+        parser.error('--dropout-samples has no meaning without --uncertainty')
+    if args.dropout_samples == 1:
+        parser.error('--dropout-samples is 1; expected 2 or more: one alone cannot disagree')
     if hasattr(args, 'label') and hasattr(args, 'mask_threshold'):
         parser.error('--label and --mask-threshold both say what is foreground; give one of them')
     return args

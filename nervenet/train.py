@@ -27,10 +27,10 @@ def train_step(model, loss, optimizer, x, target, max_norm=None, observe=None):
     return value
 
 
-def predict(model, x):
-    """Return the foreground probabilities (N, H, W, C_out), in [0, 1], of the images x (N, H, W, C_in) in inference mode."""
+def predict(model, x, temperature=1.0):
+    """Return the foreground probabilities σ(logits / temperature), (N, H, W, C_out), of images x (N, H, W, C_in) in inference mode."""
     with inference(), planned(model, 'inference', x.shape):
-        return sigmoid(model.forward(x))
+        return sigmoid(model.forward(x) / temperature)
 
 
 def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):

@@ -1,6 +1,7 @@
 """How images of other shapes come to the network's size, and how what it says comes back: --fit."""
 
 import json
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -198,7 +199,7 @@ def test_a_run_is_what_its_fit_is_from_training_to_prediction(tmp_path, data, ma
                              '--uncertainty', '--threshold', '0.3'])
     said = capsys.readouterr().out
     assert '16x24, fit pad' in said and 'mean training mask' in said
-    segmenter.settings = Settings(0.3, segmenter.settings.minimal_area, segmenter.settings.flip_average)
+    segmenter.settings = replace(segmenter.settings, threshold=0.3)
     for name in '1_1', '2_1':
         image = numpy.array(Image.open(data / f'{name}.png'))
         probability, = segmenter.probabilities([image])
@@ -258,7 +259,7 @@ def test_the_minimal_area_is_a_share_of_what_the_network_sees(fit, shape, seen):
 
 def test_files_say_the_fit_and_those_of_before_were_squeezed(tmp_path, rng):
     model = UNet(base_channels=2, depth=1, rng=rng)
-    counts = {'thresholds': numpy.array([0.5]), 'pixels': 384, 'counts': numpy.zeros((2, 1, 3, 1), 'int32')}
+    counts = {'thresholds': numpy.array([0.5]), 'pixels': 384, 'counts': numpy.zeros((2, 2, 1, 3, 1), 'int32')}
     for name, extra in (('before', {}), ('squeeze', {'fit': 'squeeze'}), ('pad', {'fit': 'pad'}), ('odd', {'fit': 'stretch'}), ('number', {'fit': 3})):
         nervenet.save(tmp_path / f'{name}.npz', model, size=[16, 24], held_out=counts, **extra)
     assert Segmenter.from_file(tmp_path / 'before.npz')[0].fit == 'squeeze' and Segmenter.from_file(tmp_path / 'pad.npz')[0].fit == 'pad'

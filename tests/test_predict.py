@@ -236,7 +236,10 @@ def test_uncertainty_is_drawn_told_and_judged(job, data, rng, capsys):
     folder = ensemble(data, rng, ['3'], ['4'])
     rows = list(run_with(job, data, folder, 'out', '--uncertainty'))
     said = capsys.readouterr().out
-    assert 'Dice per image of the surest       100%' in said and 'by agreement of masks' in said and 'expected calibration error' in said
+    assert 'Dice per image of the surest         100%' in said and 'by agreement of masks' in said and 'mean of samples: expected calibration error' in said
+    assert 'area under the ROC for wrong pixels there: entropy' in said and 'least sure of: subject' in said
+    with Image.open(data.parent / 'out' / 'calibration.png') as shown:
+        assert shown.width > 700
     segmenter, _ = Segmenter.from_files(sorted(folder.glob('*/last.npz')))
     for row in rows:
         samples = segmenter.samples([segmenter.prepare(read_image(data / f'{row["image"]}.png'))])[0]
@@ -245,3 +248,21 @@ def test_uncertainty_is_drawn_told_and_judged(job, data, rng, capsys):
     (data / '1_1_mask.png').unlink(), (data / '1_2_mask.png').unlink(), (data / '2_1_mask.png').unlink()
     rows = list(run_with(job, data, folder / 'fold_1' / 'last.npz', 'one', '--uncertainty'))
     assert all(0 <= float(row['sureness']) <= 1 and not row['dice'] for row in rows) and 'surest' not in capsys.readouterr().out
+    assert not (data.parent / 'one' / 'calibration.png').exists()
+
+
+def test_dropout_is_kept_on_only_where_there_is_some(job, data, rng, tmp_path, capsys):
+    settings = dict(size=[16, 24], settings={'temperature': 1.5})
+    for p in (0.0, 0.5):
+        nervenet.save(tmp_path / f'{p}.npz', nervenet.UNet(base_channels=2, depth=1, dropout=p, rng=rng), **settings)
+    with pytest.raises(DataError, match='0.0.npz was trained without dropout, so there is none to keep on; train with --dropout'):
+        run_with(job, data, tmp_path / '0.0.npz', 'none', '--uncertainty', '--dropout-samples', 4)
+    assert not (tmp_path / 'none').exists()
+    row, *_ = run_with(job, data, tmp_path / '0.5.npz', 'some', '--uncertainty', '--dropout-samples', 4)
+    segmenter, _ = Segmenter.from_file(tmp_path / '0.5.npz')
+    samples, = segmenter.samples([segmenter.prepare(read_image(data / f'{row["image"]}.png'))], dropout_samples=4)
+    assert float(row['sureness']) == round(sureness(samples, segmenter.settings.mask), 4) and len(samples) == 4
+    for options, said in ((['--dropout-samples', 4], 'no meaning without --uncertainty'), (['--uncertainty', '--dropout-samples', 1], 'expected 2 or more')):
+        with pytest.raises(SystemExit):
+            run_with(job, data, tmp_path / '0.5.npz', 'not', *options)
+        assert said in capsys.readouterr().err

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy
@@ -15,6 +16,7 @@ from nervenet.images.data import Loader
 from nervenet.optim import Adam
 from nervenet.study.checkpoint import CheckpointError
 from nervenet.study.run_folder import RunFolder, check_resumable, claim, read_config, room_for_results
+from nervenet.study.segment import Settings
 
 
 def test_a_run_folder_is_never_written_over(tmp_path):
@@ -242,6 +244,6 @@ def test_where_there_is_no_foreground_to_choose_on_nothing_is_chosen(loaders, tm
         _, run, _ = train((training, validation if inner else empty), tmp_path / name, epochs=1, inner=inner)
         chosen = run.choose_settings('cpu', validation if inner else empty, inner, numpy.zeros((16, 24), 'uint8'))
         stored = nervenet.load_checkpoint(run.best)[1]['settings']
-        assert stored == chosen['best.npz']['settings'] == {'threshold': 0.5, 'minimal_area': 0.0, 'flip_average': False}
+        assert stored == chosen['best.npz']['settings'] == asdict(Settings())
         assert chosen['last.npz']['chosen on'] == 'nothing'
         assert f'on the {name} subjects, who have no foreground to choose on' in capsys.readouterr().out

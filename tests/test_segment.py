@@ -7,7 +7,7 @@ import nervenet
 from nervenet import CheckpointError, UNet
 from nervenet.images.augment import median_filter
 from nervenet.study.checkpoint import load_checkpoint
-from nervenet.study.segment import Segmenter, Settings, choose_from, choose_settings, count_masks, describe, model_files, score
+from nervenet.study.segment import Segmenter, Settings, choose_from, choose_settings, choose_temperature, count_masks, describe, model_files, score
 from nervenet.train import predict
 
 
@@ -72,6 +72,23 @@ def test_mask_is_cut_at_the_threshold_and_empty_below_the_minimal_area():
     assert not Settings(minimal_area=0.03).mask(probability).any()
 
 
+def test_only_the_largest_component_is_kept_and_its_area_counts():
+    probability = numpy.zeros((10, 10))
+    probability[2:4, 5], probability[7, 1:5], probability[8, 5] = 0.9, 0.6, 0.9        # pieces of 2, 4 and 1 pixels, the last at a corner
+    mask = Settings(largest_component=True).mask(probability)
+    assert mask.sum() == 4 and mask[7, 1:5].all()
+    assert Settings(minimal_area=0.05).mask(probability).any()
+    assert not Settings(minimal_area=0.05, largest_component=True).mask(probability).any()
+    assert Settings(threshold=0.7, largest_component=True).mask(probability).sum() == 2
+    assert not Settings(threshold=0.95, largest_component=True).mask(probability).any()
+
+
+@pytest.mark.parametrize('wrong', [0, -1.0, float('nan'), float('inf')])
+def test_a_temperature_out_of_range_is_refused(wrong):
+    with pytest.raises(ValueError, match='temperature is .*; expected a number above 0'):
+        Settings(temperature=wrong)
+
+
 @pytest.mark.parametrize('wrong', [dict(threshold=1.0), dict(threshold=-0.1), dict(minimal_area=1), dict(threshold=float('nan'))])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match='expected a number from 0'):
@@ -80,6 +97,8 @@ def test_settings_out_of_range_are_refused(wrong):
 
 class Fixed(nervenet.Layer):
     """A network whose logits are the image itself."""
+
+    dtype = numpy.dtype('float32')
 
     def __init__(self):
         super().__init__()
@@ -111,6 +130,45 @@ def test_a_candidate_must_be_better_by_a_margin(rng):
         settings, score = choose_settings(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)],
                                           thresholds=numpy.array([0.35, 0.5]))
         assert settings.threshold == expected and (score == 1) == (expected == 0.35)
+
+
+def test_the_largest_component_is_chosen_where_it_helps():
+    """A second piece, as sure as the first and too large for a minimal area to drop, is a false alarm in every image."""
+    masks = numpy.zeros((3, 20, 30, 1), 'float32')
+    masks[:, 4:12, 6:14] = 1
+    p = numpy.where(masks > 0, 0.9, 0.1)
+    p[:, 15:19, 20:26] = 0.9                                       # 24 pixels of 600
+    settings, score = choose_settings(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)])
+    assert settings.largest_component and score == 1 and settings.minimal_area == 0
+    p[:, 15:19, 20:26] = 0.1
+    assert not choose_settings(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)])[0].largest_component
+
+
+@pytest.mark.parametrize('true', [0.5, 3.0])
+def test_the_temperature_makes_probabilities_what_they_say(rng, true):
+    """Masks are drawn from probabilities σ(x / T), and the network says x; far from them all it says is 0 with certainty."""
+    logits = rng.normal(0, 3, (6, 40, 60, 1)).astype('float32')
+    masks = (rng.random(logits.shape) < 1 / (1 + numpy.exp(-logits / true))).astype('float32')
+    logits[:, :, 30:], masks[:, :, 30:] = -30, 0
+    batches = [(logits[:4], masks[:4]), (logits[4:], masks[4:])]
+    assert choose_temperature(Fixed(), batches) == pytest.approx(true, rel=0.08)
+    assert choose_temperature(Fixed(), [(logits, 0 * masks)]) == 1
+
+
+def test_temperature_acts_on_every_prediction(rng):
+    image = rng.normal(0, 2, (16, 24)).astype('float32')
+    image = (image - image.min()) / numpy.ptp(image)                # as intensities; its values are the logits
+    cold = Segmenter(Fixed(), (16, 24), Settings(temperature=0.5))
+    expected = 1 / (1 + numpy.exp(-2 * image))
+    numpy.testing.assert_allclose(cold.maps([image])[0], expected, rtol=1e-5)
+    numpy.testing.assert_allclose(cold.samples([image])[0], [expected, expected], rtol=1e-5)
+    averaged = Segmenter(Fixed(), (16, 24), Settings(temperature=0.5, flip_average=True)).maps([image])[0]
+    numpy.testing.assert_allclose(averaged, expected, rtol=1e-5)
+    masks = (rng.random((1, 16, 24, 1)) < 0.5).astype('float32')
+    counts = count_masks(Fixed(), lambda: [(image[None, ..., None], masks)], thresholds=numpy.array([0.7]), temperature=0.5)['counts']
+    assert (counts[:, 0, 0, 1] == (expected > 0.7).sum()).all() and 0 < (expected > 0.7).sum() != (image > numpy.log(0.7 / 0.3)).sum()
+    found = score(Fixed(), [(image[None, ..., None], masks)], Settings(threshold=0.7, temperature=0.5))
+    assert found['accuracy'] == pytest.approx(((expected > 0.7) == (masks[0, ..., 0] > 0)).mean())
 
 
 def test_score_averages_over_flips_if_the_settings_say_so(model, rng):
@@ -200,6 +258,22 @@ def test_several_networks_predict_by_the_mean_of_their_probabilities(files, rng)
         numpy.testing.assert_allclose(drawn[number], expected, atol=1e-6)
 
 
+def test_with_dropout_each_sample_is_another_and_all_can_be_repeated(rng):
+    model, image = UNet(base_channels=4, depth=2, dropout=0.5, rng=rng), rng.random((16, 24), dtype='float32')
+    model.parameters()['head.weight'][...] *= 20
+    segmenter = Segmenter(model, (16, 24), Settings(temperature=2.0))
+    own = model.dropout.rng
+    drawn, = segmenter.samples([image], dropout_samples=30)
+    assert drawn.shape == (30, 16, 24) and len(numpy.unique(drawn[:, 8, 8])) == 30
+    numpy.testing.assert_array_equal(drawn, segmenter.samples([image], dropout_samples=30)[0])
+    assert model.dropout.rng is own and not model.dropout.training
+    once = segmenter.maps([image])[0]
+    assert numpy.corrcoef(drawn.mean(axis=0).ravel(), once.ravel())[0, 1] > 0.8, 'around what is said without dropout'
+    numpy.testing.assert_array_equal(once, segmenter.maps([image])[0])
+    model.dropout.p = 0.0
+    numpy.testing.assert_allclose(segmenter.samples([image], dropout_samples=2)[0], [once, once], rtol=1e-4)
+
+
 def test_settings_of_several_are_chosen_from_what_each_made_of_its_own_part(files, rng):
     paths, models = files
     together = choose_from([load_checkpoint(path)[1]['held_out'] for path in paths])
@@ -209,13 +283,20 @@ def test_settings_of_several_are_chosen_from_what_each_made_of_its_own_part(file
     whole = choose_settings(models[0], lambda: [(images, masks)])
     parts = [count_masks(models[0], lambda part=part: [(images[part], masks[part])]) for part in (slice(0, 2), slice(2, 6))]
     assert choose_from(parts) == whole, 'a part at a time, as if at once'
+    warm = [{**load_checkpoint(path)[1], 'settings': {'temperature': T}} for path, T in zip(paths, (1.0, 2.0, 4.0))]
+    for path, model, extra in zip(paths, models, warm):
+        nervenet.save(path, model, **extra)
+    assert Segmenter.from_files(paths)[0].settings.temperature == 2
     with pytest.raises(CheckpointError, match='at different thresholds or sizes'):
         choose_from([parts[0], {**parts[1], 'pixels': 7}])
 
 
 @pytest.mark.parametrize('change, message', [(dict(size=[16, 32]), r'1.npz: its size is \[16, 32\], that of .*0.npz is \[16, 24\]'),
                                              (dict(median_filter=3), '1.npz: its median_filter is 3, that of .* is None'),
-                                             (dict(held_out=None), '1.npz: does not say what its network made of subjects it had not seen')])
+                                             (dict(held_out=None), '1.npz: does not say what its network made of subjects it had not seen'),
+                                             (dict(held_out={'thresholds': [1]}), '1.npz: does not say what'),
+                                             (dict(held_out={'thresholds': numpy.array([.5]), 'pixels': 384, 'counts': numpy.zeros((2, 1, 3, 4), int)}),
+                                              '1.npz: does not say what')])
 def test_networks_that_do_not_go_together_are_refused(files, change, message, rng):
     (first, second, _), models = files
     extra = {name: value for name, value in counted(models[1], rng, **change).items() if value is not None}
@@ -240,8 +321,7 @@ def test_a_folder_stands_for_the_last_networks_of_its_folds(tmp_path):
 
 
 @pytest.mark.parametrize('extra, message', [(dict(reading={'subject_pattern': '('}), 'no regular expression with a group'), (dict(reading={'subject_pattern': '1'}), 'with a group'),
-                                            (dict(reading={'subject_pattern': 5}), 'of the masks'), (dict(reading={'label': []}), 'of the masks'), (dict(reading=3), 'of the masks'), (dict(training_subjects=5), 'no list of names'),
-                                            (dict(held_out=3), 'not of the form'), (dict(held_out={'thresholds': [1]}), 'not of the form')])
+                                            (dict(reading={'subject_pattern': 5}), 'of the masks'), (dict(reading={'label': []}), 'of the masks'), (dict(reading=3), 'of the masks'), (dict(training_subjects=5), 'no list of names')])
 def test_what_a_file_says_of_its_training_is_checked_before_it_is_believed(model, tmp_path, extra, message):
     nervenet.save(tmp_path / 'm.npz', model, size=[16, 24], settings={}, **extra)
     with pytest.raises(CheckpointError, match=message):

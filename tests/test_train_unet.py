@@ -567,7 +567,7 @@ def test_the_networks_of_a_cross_validation_predict_together(tmp_path, rng, main
     for fold in 1, 2, 3:
         _, extra = nervenet.load_checkpoint(tmp_path / 'run' / f'fold_{fold}' / 'last.npz')
         subjects = read_config(tmp_path / 'run' / f'fold_{fold}')
-        assert extra['training_subjects'] == subjects['training_subjects'] and extra['held_out']['counts'].shape[::3] == (2, 4)
+        assert extra['training_subjects'] == subjects['training_subjects'] and extra['held_out']['counts'].shape[::4] == (2, 4)
         assert 'held_out' not in nervenet.load_checkpoint(tmp_path / 'run' / f'fold_{fold}' / 'best.npz')[1]
 
 

@@ -5,8 +5,8 @@ import numpy
 import pytest
 
 from nervenet.study.segment import Settings
-from nervenet.study.uncertainty import (Calibration, band, decompose, entropy, mean_information, risk_coverage, roc_area, spearman,
-                                        sureness, temperature, with_temperature)
+from nervenet.study.uncertainty import (Assessment, Calibration, band, decompose, entropy, mean_information, near_truth, risk_coverage,
+                                        roc_area, spearman, sureness, temperature, with_temperature)
 
 LN2 = math.log(2)
 
@@ -317,6 +317,34 @@ def test_what_has_no_answer_is_refused(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert '\n' not in str(caught.value)
+
+
+def test_an_assessment_by_hand():
+    """Two subjects of two images each; of the first image two of four pixels are foreground, and one is wrong."""
+    truth, mask = numpy.array([[1, 1, 0, 0]]), numpy.array([[1, 0, 0, 0]]) > 0
+    p = numpy.array([[0.9, 0.4, 0.1, 0.1]])
+    near = near_truth(mask, truth, 0, probability=p, mean=p / 2, total=entropy(p), information=-p)
+    assert near['truth'].tolist() == [1, 1] and near['wrong'].tolist() == [False, True] and near['probability'].tolist() == [0.9, 0.4]
+    near = near_truth(mask, truth, 9, probability=p, mean=p / 2, total=entropy(p), information=-p)
+    assessment = Assessment()
+    for subject, sure, dice in ('a', 0.9, 0.8), ('a', 0.5, 0.6), ('b', 0.4, 0.2), ('b', 0.6, 0.1):
+        assessment.update(subject, sure, dice, near)
+    said = assessment.lines((1, 0.5))
+    assert said[1].split() == ['by', 'agreement', 'of', 'masks', '0.425', '0.450'] and said[2].split()[-1] == '0.700' and said[3].split()[-1] == '0.425'
+    assert said[4] == 'rank correlation of agreement and Dice, 4 images: 0.40' and said[5].endswith('2 subjects: 1.00')
+    assert said[6] == 'least sure of: subject b (agreement 0.50, Dice 0.15), subject a (agreement 0.70, Dice 0.70); lowest Dice: subject b (0.15)'
+    assert said[7].startswith('prediction:      expected calibration error 0.225,'), '(0.1 + 0.6 + 0.1 + 0.1) / 4'
+    assert said[8].startswith('mean of samples: expected calibration error 0.363,'), '(0.55 + 0.8 + 0.05 + 0.05) / 4'
+    assert said[9] == 'area under the ROC for wrong pixels there: entropy 1.000, mutual information 0.333'
+
+
+def test_an_assessment_keeps_few_pixels_and_tells_what_it_can():
+    mask = numpy.ones((50, 101), bool)
+    near = near_truth(mask, mask.astype('uint8'), 0, probability=mask * 0.9, mean=mask * 0.9, total=mask * 0.1, information=mask * 0.1)
+    assessment = Assessment()
+    assessment.update('a', 0.9, 1.0, near)
+    assert assessment.pixels[0].shape == (3, 842) and assessment.prediction.compute()['count'].sum() == 5050
+    assert not any('ROC' in line or 'rank' in line for line in assessment.lines((1, 0.5))), 'nothing is wrong, and there is one image'
 
 
 def test_probabilities_beyond_one_by_the_rounding_of_float32_are_taken():

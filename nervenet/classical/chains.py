@@ -37,7 +37,7 @@ from ..files import atomic_write
 from ..images.augment import median_filter
 from ..images.data import as_intensities, fitted, resize, unfitted
 from .gaussian_process import GaussianProcess, LogisticRegression, odds_shift
-from .graph_cut import components, contrast_weights, dilate, fill_holes, minimise_on_graph, minimise_on_grid, scaled
+from .graph_cut import components, contrast_weights, dilate, fill_holes, largest_component, minimise_on_graph, minimise_on_grid, scaled
 from .superpixels import adjacency, means, slic
 from .wavelets import TRANSFORMS, box_features, region_features
 
@@ -327,6 +327,5 @@ def evenly(target, who, number, rng):
 
 def kept(mask, p, area, least):
     """Return the largest piece of a mask (H, W), its holes filled; none if it is below a share `area` of all pixels, or p nowhere `least`."""
-    piece = components(mask)
-    mask = fill_holes(piece == 1 + numpy.bincount(piece.ravel())[1:].argmax()) if mask.any() else mask
+    mask = fill_holes(largest_component(mask))
     return mask if mask.any() and mask.mean() >= area and p[mask].max() >= least else numpy.zeros_like(mask)

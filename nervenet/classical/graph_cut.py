@@ -257,6 +257,12 @@ def components(mask):
     return numbers
 
 
+def largest_component(mask):
+    """Return the largest 4-connected component of `mask` (H, W), bool; of equals the first in reading order, and none of an empty mask."""
+    numbers = components(mask)
+    return numbers == 1 + numpy.bincount(numbers.ravel())[1:].argmax() if mask.any() else mask
+
+
 def fill_holes(mask):
     """Return `mask` (H, W) and all background that no 4-connected way joins to the image's edge."""
     return data.fill_outlines(_mask(mask).astype('uint8')) > 0

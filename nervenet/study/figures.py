@@ -299,6 +299,37 @@ def _curve(fine, x, y, colour, thickness):
                 fine.ellipse((a - radius, b - radius, a + radius, b + radius), colour)
 
 
+def reliability(calibrations):
+    """Return reliability diagrams side by side, one of each of {title: what `uncertainty.Calibration.compute` returned}.
+
+    A bar for each bin of probabilities is as high as the share of its pixels that are foreground: on the diagonal, probabilities are what
+    they say; below it, the network is too sure. The darker a bar, the more pixels it stands for. The error is the expected one.
+    """
+    side, left, top = 330, 66, 78
+    cells = []
+    for title, found in calibrations.items():
+        cell = Image.new('RGB', (left + side + GAP, top + side + 64), PAPER)
+        draw, plot = ImageDraw.Draw(cell), Image.new('RGB', (side * FINE, side * FINE), PAPER)
+        fine, bins = ImageDraw.Draw(plot), len(found['count'])
+        _write(draw, (left, 0), title, HEADING, width=side)
+        _write(draw, (left, 34), f'calibration error {found["ece"]:.3f}', colour=FAINT, width=side)
+        for tick in (0, 0.25, 0.5, 0.75, 1):
+            y = round((1 - tick) * (side * FINE - FINE))
+            fine.rectangle((0, y, side * FINE, y + FINE - 1), LINE)
+            _write(draw, (left - 10, top + (1 - tick) * side), f'{tick:g}', anchor='rm')
+            _write(draw, (left + tick * side, top + side + 10), f'{tick:g}', anchor='ma')
+        for number, (count, share) in enumerate(zip(found['count'], found['share'])):
+            if count:
+                shade = 0.25 + 0.75 * (count / found['count'].max())**0.5
+                edges = (number / bins * side * FINE + FINE, (1 - share) * side * FINE, (number + 1) / bins * side * FINE - FINE, side * FINE)
+                fine.rectangle(edges, tuple(round(255 - shade * (255 - c)) for c in BLUE))
+        fine.line((0, side * FINE, side * FINE, 0), VERMILLION, 2 * FINE)
+        cell.paste(plot.reduce(FINE), (left, top))
+        _write(draw, (left + side / 2, top + side + 34), 'probability', colour=FAINT, anchor='ma')
+        cells.append(cell)
+    return grid([cells])
+
+
 # Images and masks
 
 def display_size(size, longest):

@@ -389,6 +389,10 @@ def add_prediction_options(parser):
                         help='a mask that covers less than this share of the image, as the network sees it, counts as empty')
     stored.add_argument('--flip-average', action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                         help='average with the prediction of the mirrored image')
+    stored.add_argument('--largest-component', action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                        help='keep only the largest connected piece of a mask')
+    stored.add_argument('--temperature', type=positive, metavar='T', default=argparse.SUPPRESS,
+                        help='what logits are divided by, so that probabilities are what they say: above 1 makes them less sure')
 
 
 # --- Types of options

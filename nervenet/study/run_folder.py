@@ -13,7 +13,7 @@ import json
 import math
 import os
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy
@@ -22,7 +22,7 @@ from ..files import atomic_write, make_folder, refuse_content
 from ..train import generator_states, set_generator_states
 from .checkpoint import load_checkpoint, save
 from .report import best_row, summaries
-from .segment import Settings, choose_from, count_masks, reading_of, score
+from .segment import Settings, choose_from, choose_temperature, count_masks, reading_of, score
 
 try:
     import fcntl
@@ -212,14 +212,17 @@ class RunFolder:
             network, extra = load_checkpoint(path)
             epoch, network = extra['epoch'], network.to(device)
             if epoch not in found:                              # the last epoch may be the best
-                counts = count_masks(network, lambda: part.epoch(0))
-                found[epoch] = (counts, *(choose_from([counts]) if there_is_foreground
-                                          else (Settings(), score(network, part.epoch(0), Settings())['dice_per_image'])))
+                temperature = choose_temperature(network, part.epoch(0))
+                counts = count_masks(network, lambda: part.epoch(0), temperature=temperature)
+                settings, there = (choose_from([counts]) if there_is_foreground
+                                   else (Settings(), score(network, part.epoch(0), Settings())['dice_per_image']))
+                found[epoch] = counts, replace(settings, temperature=temperature), there
             counts, settings, there = found[epoch]
             # What a network said of strangers is known only where subjects are, and where it did not start from one that may have seen them.
             seen, strangers = {}, not (self.config.get('leaky_split_by_image') or self.config.get('init'))
             if path == self.last and strangers:
-                seen['held_out'] = counts if part is validation else count_masks(network, lambda: validation.epoch(0))
+                seen['held_out'] = counts if part is validation else count_masks(network, lambda: validation.epoch(0),
+                                                                                temperature=settings.temperature)
             if self.config.get('data') and strangers:           # subjects of synthetic images have names that others have too
                 seen |= {name: self.config.get(name) for name in ('training_subjects', 'validation_subjects')}
             self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask, **seen)
@@ -227,7 +230,8 @@ class RunFolder:
                                  'chosen on': f'{where} subjects' if there_is_foreground else 'nothing',
                                  'dice per image there': there}
             print(f'{path}: epoch {extra["epoch"]}, threshold {settings.threshold:g}, minimal area {settings.minimal_area:.2%}, '
-                  f'flip average {"on" if settings.flip_average else "off"}: Dice per image {there:.4f} on the {where} subjects, '
+                  f'flip average {"on" if settings.flip_average else "off"}, largest component {"on" if settings.largest_component else "off"}, '
+                  f'temperature {settings.temperature:.2f}: Dice per image {there:.4f} on the {where} subjects, '
                   + ('flattered, since chosen there' if there_is_foreground else 'who have no foreground to choose on'))
             if inner is not None:
                 honest = chosen[path.name]['validation'] = score(network, validation.epoch(0), settings)

@@ -13,17 +13,23 @@ import math
 import re
 import zipfile
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 
 import numpy
 
 from ..classical.chains import Chain
+from ..classical.graph_cut import largest_component
 from ..engine.backend import move, select_device, to_cpu
+from ..engine.plan import planned
 from ..images.augment import median_filter
 from ..images.data import FITS, as_intensities, fitted, intensity_oddity, oddity_warning, places, unfitted, white_of
+from ..layers import Dropout, sigmoid
 from ..metrics import SegmentationScores, ratio
 from ..train import predict
 from .checkpoint import CheckpointError, load_checkpoint
+from .uncertainty import band, with_temperature
+from .uncertainty import temperature as fitted_temperature
 
 LARGEST_FILTER = 99                     # window of a median filter, in pixels
 READING = 'mask_pattern', 'mask_threshold', 'label', 'fill_outlines', 'subject_pattern', 'subject_from'     # how masks and subjects were found
@@ -42,29 +48,59 @@ class Settings:
     threshold     a pixel is foreground where its probability is above it, in [0, 1)
     minimal_area  share of what the network sees, in [0, 1), below which a mask counts as empty: a nerve is never that small
     flip_average  whether to average the prediction with that of the mirrored image, left and right exchanged
+    largest_component   whether to keep only the largest connected piece of a mask; its area is the one that counts then
+    temperature   what the network's logits are divided by, above 0, so that of all pixels with probability p a share of p is
+                  foreground: above 1 it was too sure (see `uncertainty.temperature`). The threshold is one of the probabilities after that
     """
 
     threshold: float = 0.5
     minimal_area: float = 0.0
     flip_average: bool = False
+    largest_component: bool = False
+    temperature: float = 1.0
 
     def __post_init__(self):
         for name in ('threshold', 'minimal_area'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; expected a number from 0 up to, not including, 1')
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f'temperature is {self.temperature}; expected a number above 0')
 
     def mask(self, probability, seen=None):
         """Return the mask (H, W), bool, of a map of probabilities (H, W); `seen` is how many of its pixels the network sees, default all."""
         mask = probability > self.threshold
+        mask = largest_component(mask) if self.largest_component else mask
         return mask if numpy.count_nonzero(mask) / (seen or mask.size) >= self.minimal_area else numpy.zeros_like(mask)
 
 
-def predict_flips(model, x, flip_average):
+def predict_flips(model, x, flip_average, temperature=1.0):
     """Return probabilities (N, H, W, C) of x (N, H, W, C_in), averaged with those of the mirrored images if `flip_average`."""
-    probabilities = predict(model, x)
+    probabilities = predict(model, x, temperature)
     if flip_average:
-        probabilities = (probabilities + predict(model, x[:, :, ::-1])[:, :, ::-1]) / 2
+        probabilities = (probabilities + predict(model, x[:, :, ::-1], temperature)[:, :, ::-1]) / 2
     return probabilities
+
+
+def with_dropout(model, x, number, temperature=1.0, seed=0):
+    """Return `number` probabilities (N, H, W, C) of x (N, H, W, C_in), on the CPU, all layers in inference mode but for dropout.
+
+    Each is the answer of another thinned network: samples of what training left open (Gal & Ghahramani 2016, arXiv:1506.02142). `seed`
+    decides what is dropped, the same for every image, whatever images are beside it. Meanwhile nobody else may use the model.
+    """
+    dropouts = [layer for _, layer in model.eval().layers() if isinstance(layer, Dropout)]
+    before, drawn = [layer.rng for layer in dropouts], numpy.empty((number, *x.shape[:3], model.config['out_channels']), 'float32')
+    try:
+        for n, row in numpy.ndindex(len(x), number):
+            if row == 0:
+                rng = numpy.random.default_rng(seed)
+                for layer in dropouts:
+                    layer.training, layer.rng = True, rng
+            with planned(model, 'sampling', x[:1].shape):
+                drawn[row, n] = to_cpu(sigmoid(model.forward(x[n:n + 1]) / temperature))[0]
+        return list(drawn)
+    finally:
+        for layer, own in zip(dropouts, before):
+            layer.training, layer.rng = False, own
 
 
 class Segmenter:
@@ -96,7 +132,8 @@ class Segmenter:
     def from_files(cls, paths, **overrides):
         """Return (segmenter, extras) of model files that predict together; else as `from_file`.
 
-        The settings of several are chosen from what each said of its validation subjects. Raises CheckpointError also if the files
+        The settings of several are chosen from what each said of its validation subjects; their temperature is the geometric mean of
+        theirs, since no subject is one that none of them has seen. Raises CheckpointError also if the files
         are for images of different sizes, fits or filters, or if one does not hold what settings are chosen from.
         """
         models, extras = zip(*(read_network(path) for path in paths))
@@ -107,11 +144,12 @@ class Segmenter:
                                           'predict together if they see the same')
         settings = extras[0].get('settings', {})
         if len(paths) > 1:
-            lacking = [path for path, extra in zip(paths, extras) if 'held_out' not in extra]
+            lacking = [path for path, extra in zip(paths, extras) if not is_count(extra.get('held_out'))]
             if lacking:
                 raise CheckpointError(f'{lacking[0]}: does not say what its network made of subjects it had not seen; several predict together '
                                       'if each is the last.npz of a run that came to its end with this version')
-            settings = asdict(choose_from([extra['held_out'] for extra in extras])[0])
+            warmth = numpy.exp(numpy.mean([numpy.log(extra.get('settings', {}).get('temperature', 1)) for extra in extras]))
+            settings = asdict(choose_from([extra['held_out'] for extra in extras])[0]) | {'temperature': round(float(warmth), 4)}
         try:
             settings = Settings(**{**settings, **overrides})
         except TypeError as error:
@@ -150,15 +188,20 @@ class Segmenter:
         if not prepared:
             return []
         models = self._members(members)
-        p = sum(predict_flips(model, self._batch(prepared, model), self.settings.flip_average) for model in models) / len(models)
+        flip, temperature = self.settings.flip_average, self.settings.temperature
+        p = sum(predict_flips(model, self._batch(prepared, model), flip, temperature) for model in models) / len(models)
         return list(to_cpu(p)[..., 0].astype('float32', copy=False))                                # (N, h, w)
 
-    def samples(self, prepared, members=None):
-        """Return what each of the models makes of each image, and of the mirrored image: a list of (T, h, w), T two for each model."""
+    def samples(self, prepared, members=None, dropout_samples=0):
+        """Return what each of the models makes of each image, and of the mirrored image: a list of (T, h, w), T two for each model.
+
+        With `dropout_samples`, T is that many for each model, asked with dropout kept on instead: see `with_dropout`.
+        """
         drawn = []
         for model in self._members(members):
-            x = self._batch(prepared, model)
-            drawn += [to_cpu(predict(model, x)), to_cpu(predict(model, x[:, :, ::-1])[:, :, ::-1])]
+            x, temperature = self._batch(prepared, model), self.settings.temperature
+            drawn += (with_dropout(model, x, dropout_samples, temperature) if dropout_samples else
+                      [to_cpu(predict(model, x, temperature)), to_cpu(predict(model, x[:, :, ::-1], temperature)[:, :, ::-1])])
         return [*numpy.stack(drawn, axis=1)[..., 0].astype('float32', copy=False)]                  # N of (T, h, w)
 
     @property
@@ -191,13 +234,13 @@ class ChainSegmenter(Segmenter):
 
     def maps(self, prepared, members=None):
         flip = self.settings.flip_average
-        return [(sum(self._both(image)) / 2) if flip else self.model.map(image) for image in prepared]
+        return [((sum(both) / 2) if flip else both[0]).astype('float32') for both in map(self._both, prepared)]
 
-    def samples(self, prepared, members=None):
+    def samples(self, prepared, members=None, dropout_samples=0):
         return [numpy.stack(self._both(image)) for image in prepared]
 
     def _both(self, image):
-        return self.model.map(image), self.model.map(image[:, ::-1])[:, ::-1]
+        return [with_temperature(p, self.settings.temperature) for p in (self.model.map(image), self.model.map(image[:, ::-1])[:, ::-1])]
 
     @property
     def intensities(self):
@@ -253,7 +296,7 @@ def read_network(path):
 
 def check_what_was_seen(path, extra):
     """Raise CheckpointError unless what the file says of the subjects of its training has the form that `RunFolder` writes."""
-    seen, held_out, reading = extra.get('training_subjects'), extra.get('held_out'), extra.get('reading', {})
+    seen, reading = extra.get('training_subjects'), extra.get('reading', {})
     for subjects in seen, extra.get('validation_subjects'):
         if not (subjects is None or isinstance(subjects, list) and all(isinstance(subject, str) for subject in subjects)):
             raise CheckpointError(f'{path}: its subjects are no list of names')
@@ -268,14 +311,15 @@ def check_what_was_seen(path, extra):
         has_group = False
     if not has_group:
         raise CheckpointError(f'{path}: its subject pattern {pattern!r} is no regular expression with a group')
-    if held_out is not None:
-        try:
-            thresholds, pixels, counts = (held_out[name] for name in ('thresholds', 'pixels', 'counts'))
-            fits = isinstance(pixels, int) and counts.dtype.kind == 'i' and counts.shape[:3] == (2, *thresholds.shape, 3) and counts.ndim == 4
-        except (TypeError, KeyError, AttributeError):
-            fits = False
-        if not fits:
-            raise CheckpointError(f'{path}: what it says of subjects that its network had not seen is not of the form of this version')
+
+
+def is_count(held_out):
+    """Return whether what a file says of subjects that its network had not seen is of the form of `count_masks`: older ones differ."""
+    try:
+        thresholds, pixels, counts = (held_out[name] for name in ('thresholds', 'pixels', 'counts'))
+        return isinstance(pixels, int) and counts.dtype.kind == 'i' and counts.shape[:4] == (2, 2, *thresholds.shape, 3) and counts.ndim == 5
+    except (TypeError, KeyError, AttributeError):
+        return False
 
 
 def model_files(paths):
@@ -354,19 +398,37 @@ def choose_settings(model, batches, thresholds=THRESHOLDS, areas=AREAS):
     return choose_from([count_masks(model, batches, thresholds)], areas)
 
 
-def count_masks(model, batches, thresholds=THRESHOLDS):
+def choose_temperature(model, batches, margin=0.05):
+    """Return the temperature at which the probabilities of (images, masks) of `batches` fit the masks best; 1 without any foreground.
+
+    Only pixels near foreground count (`uncertainty.band`), `margin` is a share of the shorter side: elsewhere all is sure, and right.
+    """
+    probabilities, truths = [], []
+    for images, masks in batches:
+        for p, y in zip(to_cpu(predict(model, move(images, model.device)))[..., 0], masks[..., 0] > 0):
+            near = band(p > 0.5, y, round(margin * min(y.shape)))
+            probabilities.append(p[near].astype('float32'))
+            truths.append(y[near])
+    truths = numpy.concatenate(truths)
+    return round(fitted_temperature(numpy.concatenate(probabilities), truths), 4) if truths.any() else 1.0
+
+
+def count_masks(model, batches, thresholds=THRESHOLDS, temperature=1.0):
     """Return what settings are chosen from: of each image, what its mask at each threshold has in common with the true one.
 
-    A dict of 'thresholds' (T,), 'pixels' of an image, and 'counts' (2, T, 3, N): without and with averaging over flips, at each threshold,
-    the pixels of overlap, of the mask and of the truth, of each image. For `batches` see `choose_settings`.
+    A dict of 'thresholds' (T,), 'pixels' of an image, and 'counts' (2, 2, T, 3, N): without and with averaging over flips, of the whole
+    mask and of its largest component, at each threshold, the pixels of overlap, of the mask and of the truth, of each image. For `batches` see
+    `choose_settings`; the thresholds are those of probabilities at this `temperature`.
     """
     counts, device = [], model.device
     for flip_average in (False, True):
-        of_batches = []                                         # of each batch, (thresholds, 3, N)
+        of_batches = []                                         # of each batch, (2, thresholds, 3, N)
         for images, masks in batches():
-            p, y = to_cpu(predict_flips(model, move(images, device), flip_average)), masks > 0
-            of_batches.append([[pixels.sum(axis=(1, 2, 3)) for pixels in (m & y, m, y)] for m in (p > level for level in thresholds)])
-        counts.append(numpy.concatenate(of_batches, axis=2))
+            p, y = to_cpu(predict_flips(model, move(images, device), flip_average, temperature))[..., 0], masks[..., 0] > 0
+            whole = [p > level for level in thresholds]
+            largest = [numpy.stack([*map(largest_component, cut)]) for cut in whole]
+            of_batches.append([[[pixels.sum(axis=(1, 2)) for pixels in (cut & y, cut, y)] for cut in kind] for kind in (whole, largest)])
+        counts.append(numpy.concatenate(of_batches, axis=3))
     return {'thresholds': numpy.array(thresholds), 'pixels': int(y[0].size), 'counts': numpy.array(counts, 'int32')}
 
 
@@ -379,17 +441,16 @@ def choose_from(several, areas=AREAS):
     first, best, best_score = several[0], Settings(), None
     if not all(numpy.array_equal(one['thresholds'], first['thresholds']) and one['pixels'] == first['pixels'] for one in several):
         raise CheckpointError('the networks were judged at different thresholds or sizes, so no settings can be chosen for them together')
-    thresholds, all_counts = first['thresholds'], numpy.concatenate([one['counts'] for one in several], axis=3)
-    for flip_average, counts in zip((False, True), all_counts):
-        overlap, predicted, true = counts.swapaxes(0, 1)        # (thresholds, images) each
-        for area in areas:
-            kept = predicted >= area * first['pixels']
-            scores = ratio(2 * overlap * kept, predicted * kept + true).mean(axis=1)
-            if best_score is None:
-                best_score = scores[abs(thresholds - best.threshold).argmin()]
-            if scores.max() > best_score + 0.002:
-                best = Settings(round(float(thresholds[scores.argmax()]), 4), area, flip_average)
-                best_score = scores.max()
+    thresholds, all_counts = first['thresholds'], numpy.concatenate([one['counts'] for one in several], axis=4)
+    for flip_average, largest, area in product((False, True), (False, True), areas):
+        overlap, predicted, true = all_counts[int(flip_average), int(largest)].swapaxes(0, 1)       # (thresholds, images) each
+        kept = predicted >= area * first['pixels']
+        scores = ratio(2 * overlap * kept, predicted * kept + true).mean(axis=1)
+        if best_score is None:
+            best_score = scores[abs(thresholds - best.threshold).argmin()]
+        if scores.max() > best_score + 0.002:
+            best = Settings(round(float(thresholds[scores.argmax()]), 4), area, flip_average, largest)
+            best_score = scores.max()
     return best, float(best_score)
 
 
@@ -398,8 +459,8 @@ def score(model, batches, settings):
     that are of masks, so not the soft ones, which are of probabilities."""
     scores, device = SegmentationScores(), model.device
     for images, masks in batches:
-        probabilities = to_cpu(predict_flips(model, move(images, device), settings.flip_average))
-        predicted = numpy.stack([settings.mask(probability) for probability in probabilities])
+        probabilities = to_cpu(predict_flips(model, move(images, device), settings.flip_average, settings.temperature))[..., 0]
+        predicted = numpy.stack([settings.mask(probability) for probability in probabilities])[..., None]
         scores.update(predicted.astype(masks.dtype), masks)
     return {name: value for name, value in scores.compute().items() if not name.startswith('soft_')}
 

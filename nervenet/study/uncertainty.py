@@ -195,6 +195,57 @@ def risk_coverage(score, dice, coverages=(1, .9, .8, .7, .6, .5)):
     return result
 
 
+class Assessment:
+    """What uncertainty is worth, over images with masks that come one after another: each is given to `update`, `lines` says what came out.
+
+    Calibration counts all pixels that it is given, the ROC at most 1,000 of an image, evenly spread.
+    """
+
+    def __init__(self):
+        self.prediction, self.mean, self.pixels, self.images = Calibration(), Calibration(), [], []
+
+    def update(self, subject, sureness, dice, near):
+        """Count an image: its subject, how sure the network is of it, its Dice, and `near`, what `near_truth` returned."""
+        self.prediction.update(near['probability'], near['truth'])
+        self.mean.update(near['mean'], near['truth'])
+        step = -(-len(near['wrong']) // 1000)
+        self.pixels.append(numpy.stack([near[name][::step] for name in ('wrong', 'total', 'information')]))
+        self.images.append((subject, sureness, dice))
+
+    def lines(self, coverages):
+        """Return in words, a list of lines: calibration, how well errors are found, and Dice when the least sure go to a human."""
+        subjects, sure, dice = map(numpy.array, zip(*self.images))
+        said, curve = [f'{"Dice per image of the surest":32}' + ''.join(f'{coverage:>9.0%}' for coverage in coverages)], risk_coverage(sure, dice, coverages)
+        for name, words in (('score', 'by agreement of masks'), ('oracle', 'if one knew'), ('random', 'by chance')):
+            said.append(f'{words:32}' + ''.join(f'{value:9.3f}' for value in curve[name]['dice']))
+        names = numpy.unique(subjects)
+        of_subjects = [numpy.array([values[subjects == name].mean() for name in names]) for values in (sure, dice)]
+        for kind, (a, b) in (('images', (sure, dice)), ('subjects', of_subjects)):
+            if numpy.ptp(a) and numpy.ptp(b):
+                said.append(f'rank correlation of agreement and Dice, {len(a)} {kind}: {spearman(a, b):.2f}')
+        least = numpy.argsort(of_subjects[0], kind='stable')[:3]
+        said.append('least sure of: ' + ', '.join(f'subject {names[n]} (agreement {of_subjects[0][n]:.2f}, Dice {of_subjects[1][n]:.2f})' for n in least)
+                    + f'; lowest Dice: subject {names[of_subjects[1].argmin()]} ({of_subjects[1].min():.2f})')
+        for words, calibration in (('prediction', self.prediction), ('mean of samples', self.mean)):
+            found = calibration.compute()
+            said.append(f'{words + ":":17}expected calibration error {found["ece"]:.3f}, Brier score {found["brier"]:.3f}, '
+                        f'negative log-likelihood {found["nll"]:.3f}')
+        wrong, total, information = numpy.concatenate(self.pixels, axis=1)
+        if wrong.any() and not wrong.all():
+            said.append(f'area under the ROC for wrong pixels there: entropy {roc_area(total, wrong):.3f}, mutual information '
+                        f'{roc_area(information, wrong):.3f}')
+        return said
+
+
+def near_truth(mask, truth, margin, **maps):
+    """Return what `Assessment.update` needs of the pixels near a mask or the truth, see `band`: a dict of arrays (pixels,).
+
+    Of mask and truth (H, W) it holds 'truth' and 'wrong', and of `maps`, (H, W) each, the same names: probability, mean, total, information.
+    """
+    near = band(mask, truth, margin)
+    return {'truth': truth[near], 'wrong': (mask != 0)[near] != (truth != 0)[near], **{name: values[near] for name, values in maps.items()}}
+
+
 # --- What is given ----------------------------------------------------------------------------------------------------
 
 def _probabilities(p):
