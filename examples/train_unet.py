@@ -40,7 +40,7 @@ from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
 from nervenet.networks import NETWORKS
 from nervenet.optim import ConstantSchedule, CosineSchedule
-from nervenet.study.fit import Interrupted, PlateauSchedule, fit, seconds_of, stopping_on_signals
+from nervenet.study.fit import Interrupted, PlateauSchedule, WeightAverage, fit, seconds_of, stopping_on_signals
 from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, claimed, each_image_alone, folds_by_subject, read_split, sides,
                                   write_split)
 from nervenet.study.options import (LOSSES, OPTIMIZERS, architecture, augmentation, check_memory, default_epochs, describe_need,
@@ -96,6 +96,10 @@ def main(arguments=None):
             test = own_subjects(test)
             holds_foreground(samples + test, reader)
             train(args, args.out, reader, samples, test, noted(args, samples + test, reader, note))
+        elif not args.validation_share:
+            print('reading:     all images once', flush=True)
+            holds_foreground(samples, reader)
+            train(args, args.out, reader, samples, [], noted(args, samples, reader, note))
         else:
             split_by_subject(samples, args.validation_share, args.seed)         # refuses too few subjects
             print('reading:     all images once', flush=True)
@@ -139,7 +143,7 @@ def cross_validate(args, samples, reader, note):
 
 def train(args, path, reader, training_samples, validation_samples, note, fold=None):
     """Train one network in the run folder `path`, or go on with it, and write down what came out, `note` first."""
-    parts = {'training': training_samples, 'validation': validation_samples}
+    parts = {'training': training_samples} | ({'validation': validation_samples} if validation_samples else {})
     if args.inner_share:
         positive = holds_foreground(training_samples, reader)
         parts['training'], parts['inner'] = split_by_subject(training_samples, args.inner_share, args.seed, positive)
@@ -158,7 +162,7 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     for warning in warnings:
         print(warning)
     in_order = {part: Loader(chosen, reader, args.batch_size) for part, chosen in parts.items()}
-    validation, inner = in_order['validation'], in_order.get('inner')
+    validation, inner = in_order.get('validation'), in_order.get('inner')
     training = Loader(parts['training'], reader, args.batch_size, seed=args.seed, shuffle=True,
                       positive_share=args.foreground_share, transform=augmentation(args), device=args.device)
     # What the network is scored on after each epoch goes where it computes; baselines, choices and pictures are made here.
@@ -169,7 +173,7 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
         counted.update(masks)
     if not counted.total.any():
         raise DataError('no training mask holds any foreground at this size: look at the masks, --mask-threshold, --label and --size')
-    baselines = counted.compute(masks for _, masks in validation.epoch(0))
+    baselines = counted.compute(masks for _, masks in validation.epoch(0)) if validation else {}
 
     # The network, what it minimises, and how.
     rng = numpy.random.default_rng(args.seed)
@@ -177,12 +181,13 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     model = network(**architecture(args), input_mean=input_mean, input_std=input_std, rng=rng).to(args.device)
     loss = LOSSES[args.loss]()
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), args.learning_rate)
+    average = WeightAverage(model, args.average_weights) if args.average_weights else None
 
     config = {**options_to_store(args), 'fold': fold, 'nervenet': nervenet.__version__, 'numpy': numpy.__version__}
     for part, chosen in parts.items():
         config |= {f'{part}_subjects': sorted({sample.subject for sample in chosen}), f'{part}_images': len(chosen)}
     run = RunFolder(path, config | {'baselines': baselines}, resume=args.resume is not None)
-    run.restore(model, optimizer)
+    run.restore(model, optimizer, average)
     if args.init and not run.history:
         model.load_state_dict(nervenet.load(args.init).state_dict())
     steps = (args.epochs - run.begun) * len(training)
@@ -204,14 +209,14 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
         print(f'Epochs {run.begun + 1} to {args.epochs} were added to a run of {run.begun}: they have a schedule of their own and '
               f'an optimizer that began anew, so this is not bit for bit a run of {args.epochs} epochs.\n')
 
-    watched = one_of_each_subject(parts['validation'], reader)
+    watched = one_of_each_subject(validation_samples, reader)
     print_header()
     for name, scores in baselines.items():
         print_scores('', name, {f'validation_{key}': value for key, value in scores.items()}, 'validation')
     try:
         with stopping_on_signals() as stop:
-            for _ in fit(model, loss, optimizer, training, scored['validation'], args.epochs, run, schedule, args.clip_norm,
-                         scored.get('inner'), args.patience, stop, watched):
+            for _ in fit(model, loss, optimizer, training, scored.get('validation'), args.epochs, run, schedule, args.clip_norm,
+                         scored.get('inner'), args.patience, stop, watched, average):
                 print_epoch(run.history, args.epochs)
     except Interrupted:
         done = len(run.history)
@@ -224,7 +229,7 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     if len(run.history) < args.epochs:
         print(f'stopped early: no better epoch on the inner subjects for {args.patience} epochs')
 
-    draw_run(run, model, validation, baselines)
+    draw_run(run, average.averaged if average else model, validation, baselines)
     draw_learning(run, validation, watched)
     chosen = run.choose_settings(args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
     said = '\n'.join(filter(None, [note, *warnings]))

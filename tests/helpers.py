@@ -22,7 +22,7 @@ from nervenet import UNet
 from nervenet.images.samples import Sample
 from nervenet.losses import DiceLoss
 from nervenet.optim import Adam
-from nervenet.study.fit import fit
+from nervenet.study.fit import WeightAverage, fit
 from nervenet.study.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -42,12 +42,13 @@ def write_pairs(folder, rng, subjects=3, images=4, size=(24, 36)):
             Image.fromarray((255 * mask).astype('uint8')).save(folder / f'{subject}_{image}_mask.tif')
 
 
-def train(loaders, folder, seed=1, epochs=3, resume=False, norm='batch', **options):
+def train(loaders, folder, seed=1, epochs=3, resume=False, norm='batch', share=0, **options):
     model = UNet(base_channels=3, depth=2, norm=norm, dropout=0.1, rng=numpy.random.default_rng(seed))
     optimizer = Adam(model.parameters(), 0.01)
     run = RunFolder(folder, {'size': [16, 24], 'norm': norm, 'epochs': epochs}, resume)
-    run.restore(model, optimizer)
-    rows = list(fit(model, DiceLoss(), optimizer, *loaders, epochs, run, lambda step: 0.01 / (1 + step), **options))
+    average = WeightAverage(model, share) if share else None
+    run.restore(model, optimizer, average)
+    rows = list(fit(model, DiceLoss(), optimizer, *loaders, epochs, run, lambda step: 0.01 / (1 + step), average=average, **options))
     return model, run, rows
 
 

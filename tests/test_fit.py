@@ -15,9 +15,9 @@ from nervenet.images.augment import ULTRASOUND
 from nervenet.images.data import Loader
 from nervenet.losses import BCEWithLogitsLoss, DiceLoss
 from nervenet.optim import SGD, Adam
-from nervenet.study.fit import Interrupted, PlateauSchedule, fit, seconds_of, stopping_on_signals
+from nervenet.study.fit import Interrupted, PlateauSchedule, WeightAverage, fit, seconds_of, stopping_on_signals
 from nervenet.study.run_folder import RunFolder
-from nervenet.train import train_epoch
+from nervenet.train import evaluate, train_epoch
 
 
 def test_fit_records_the_run(loaders, tmp_path):
@@ -40,13 +40,49 @@ def test_a_seed_reproduces_a_run_bit_for_bit(loaders, tmp_path):
     assert any((states[0][name] != states[2][name]).any() for name in states[0])
 
 
+def test_the_mean_of_the_weights_is_of_a_certain_age(rng):
+    """The weights after step k are k; late ones count in proportion to k^(γ−1), whether taken in at each step or not."""
+    model, share = UNet(base_channels=2, depth=1, rng=rng), 0.2
+    at_each, at_some = (WeightAverage(model, share) for _ in range(2))
+    for step in range(1, 2001):
+        for array in model.state_dict().values():
+            array[...] = step
+        at_each.update(step)
+        if step % 8 == 0:
+            at_some.update(step)
+    steps = numpy.arange(1, 2001)
+    expected = (steps * numpy.diff(numpy.arange(2001.0)**4)).sum() / 2000**4
+    assert expected == pytest.approx(0.8 * 2000, rel=1e-3), 'the mean age is a fifth of all steps'
+    for average, tolerance in (at_each, 1e-3), (at_some, 5e-3):
+        state = average.averaged.state_dict()
+        assert state.keys() == model.state_dict().keys() and any('running' in name for name in state)
+        for name, array in state.items():
+            numpy.testing.assert_allclose(array, expected, rtol=tolerance, err_msg=name)
+    for wrong in -0.1, 1.0:
+        with pytest.raises(ValueError, match='share is .*; expected'):
+            WeightAverage(model, wrong)
+
+
+def test_what_is_scored_and_kept_is_the_mean_of_the_weights(loaders, tmp_path):
+    plain, _, rows = train(loaders, tmp_path / 'plain')
+    model, run, averaged_rows = train(loaders, tmp_path / 'averaged', share=0.5)
+    for name, array in model.state_dict().items():
+        numpy.testing.assert_array_equal(array, plain.state_dict()[name], err_msg='training itself is as without')
+    last = nervenet.load(run.last)
+    assert all((array != plain.state_dict()[name]).any() for name, array in last.state_dict().items() if name.endswith('weight'))
+    assert [row['train_loss'] for row in rows] == [row['train_loss'] for row in averaged_rows]
+    assert rows[-1]['validation_loss'] != averaged_rows[-1]['validation_loss'] == pytest.approx(
+        evaluate(last, DiceLoss(), loaders[1].epoch(0))['loss'])
+
+
+@pytest.mark.parametrize('share', [0, 0.3])
 @pytest.mark.parametrize('norm', ['batch', None])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, loaders, norm):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, loaders, norm, share):
     """Stopped in the middle of an epoch, with dropout, augmentation, sampling, a schedule and running averages on the way."""
     training, validation = loaders
     training = Loader(training.samples, training.reader, 3, seed=4, shuffle=True, positive_share=1.0 if norm else None,
                       transform=ULTRASOUND)
-    whole, run, _ = train((training, validation), tmp_path / 'whole', epochs=5, norm=norm)
+    whole, run, _ = train((training, validation), tmp_path / 'whole', epochs=5, norm=norm, share=share)
     for stop_after in (1, 9, 12):                         # batches, of three and two in an epoch
         folder, asked = tmp_path / f'{stop_after}', []
 
@@ -55,8 +91,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, loaders
             return len(asked) == stop_after
 
         with pytest.raises(Interrupted):
-            train((training, validation), folder, epochs=5, norm=norm, stop=stop)
-        model, resumed, rows = train((training, validation), folder, epochs=5, norm=norm, resume=True)
+            train((training, validation), folder, epochs=5, norm=norm, stop=stop, share=share)
+        model, resumed, rows = train((training, validation), folder, epochs=5, norm=norm, resume=True, share=share)
         assert len(rows) == 5 - (stop_after - 1) // 5 and len(resumed.history) == 5
         assert_same_run(folder, tmp_path / 'whole')
         resumed.release()

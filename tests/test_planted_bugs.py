@@ -320,14 +320,14 @@ bug('records come before the network', RUN, '        self.history.append(row)\n'
     '        self.history.append(row)\n        self.write_records(model)\n', check_records_follow_the_network)
 bug('the last row of the history is dropped', RUN, 'writer.writerows(self.history)', 'writer.writerows(self.history[:-1])',
     check_records_follow_the_network)
-bug('the best file is that of the last epoch', RUN, 'if best_row(self.history) is self.history[-1]:', 'if True:',
+bug('the best file is that of the last epoch', RUN, 'if best_row(self.history) is self.history[-1] and self.is_scored:', 'if True:',
     check_the_best_file_is_that_of_the_best_epoch)
 bug('the optimizer is not restored', RUN, "optimizer.load_state_dict(extra['state']['optimizer'])", "extra['state']['optimizer']",
     check_a_resumed_run_goes_on_bit_for_bit)
 bug('the generators are not restored', RUN, "set_generator_states(model, extra['state']['generators'])", "extra['state']['generators']",
     check_a_resumed_run_goes_on_bit_for_bit)
 
-bug('epochs count from 0', FIT, 'training.epoch(epoch)), len', 'training.epoch(epoch - 1)), len', check_epochs_count_from_one)
+bug('epochs count from 0', FIT, 'training.epoch(epoch))), len', 'training.epoch(epoch - 1))), len', check_epochs_count_from_one)
 bug('signal handlers are not put back', FIT, '    finally:\n        set_handlers(before)', '    finally:\n        before',
     check_signals_are_given_back)
 bug('the second signal asks again', FIT, '        set_handlers(before)\n        os.write', '        os.write', check_signals_are_given_back)

@@ -6,13 +6,14 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 
 import numpy
 import pytest
 from PIL import Image
 
 import nervenet
-from helpers import TINY, assert_same_run, example, run_example, start_example, stopped_after, write_pairs
+from helpers import TINY, assert_same_run, content, example, run_example, start_example, stopped_after, write_pairs
 from nervenet import UNet
 from nervenet.images.data import Loader, Reader
 from nervenet.images.samples import find_samples
@@ -360,8 +361,8 @@ def test_out_of_memory_says_how_much_is_needed_and_what_lowers_it(tmp_path, rng,
 @pytest.mark.parametrize('arguments, message', [
     (['--data', 'MISSING'], 'no such folder'), (['--data', 'DATA', '--size', '96'], 'not of the form HxW'),
     (['--data', 'DATA', '--epochs', '0'], 'whole number of at least 1'), (['--data', 'DATA', '--learning-rate', 'nan'], 'positive'),
-    (['--data', 'DATA', '--dropout', '1.5'], 'is not a probability from 0 up to, not including, 1'), (['--data', 'DATA', '--out', 'DATA'], 'choose another --out'),
-    (['--data', 'DATA', '--validation-share', '2'], 'share between 0 and 1'), (['--data', 'DATA', '--seed=-1'], 'whole number of at least 0'),
+    (['--data', 'DATA', '--dropout', '1.5'], 'is not a number from 0 up to, not including, 1'), (['--data', 'DATA', '--out', 'DATA'], 'choose another --out'),
+    (['--data', 'DATA', '--validation-share', '2'], 'is not a number from 0 up to, not including, 1'), (['--data', 'DATA', '--seed=-1'], 'whole number of at least 0'),
     (['--data', 'DATA', '--depth', '60'], '--depth is 60; expected at most 12'),
     (['--data', 'DATA', '--mask-threshold', '999'], 'no training mask holds any foreground')])
 def test_bad_arguments_give_one_line_and_a_failing_exit_status(arguments, message, tmp_path, rng):
@@ -398,7 +399,7 @@ def no_image_is_read(monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--out', 'TAKEN'], 'choose another --out'), (['--dropout', '1.5'], 'is not a probability'),
+    (['--out', 'TAKEN'], 'choose another --out'), (['--dropout', '1.5'], 'is not a number from 0'),
     (['--size', '99999x99999'], 'GiB are free'), (['--resume', 'FOREIGN'], 'no run to resume'),
     (['--out', 'FILE/run'], 'cannot be made a folder'), (['--folds', 9], '3 subjects cannot be dealt into 9 folds'),
     (['--folds', 2, '--split', 'FILE'], 'is not a split'), (['--folds', 2, '--out', 'TAKEN'], 'choose another --out'),
@@ -582,3 +583,39 @@ def test_networks_that_may_have_seen_anybody_do_not_claim_to_know_strangers(tmp_
         assert ('held_out' in extra) == ('training_subjects' in extra) == knows
     with pytest.raises(nervenet.CheckpointError, match='does not say what its network made of subjects it had not seen'):
         example('predict').main([*map(str, ['--model', tmp_path / 'leaky', '--input', tmp_path / 'data', '--output', tmp_path / 'masks'])])
+
+
+def test_once_the_recipe_is_settled_all_subjects_are_trained_on(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng)
+    options = ['--data', tmp_path / 'data', *TINY, '--epochs', 4, '--validation-share', 0]
+    main(*options, '--out', tmp_path / 'run')
+    said = capsys.readouterr().out
+    assert 'training:    12 images of 3 subjects\n' in said and 'validation:' not in said and 'baseline' not in said
+    files = {path.name for path in (tmp_path / 'run').iterdir()}
+    assert files >= {'last.npz', 'history.csv', 'summary.txt', 'curves.png', 'report.html', 'settings.json'}
+    assert files.isdisjoint({'best.npz', 'predictions.png', 'learning.gif', 'validation.csv'})
+    assert (tmp_path / 'run' / 'summary.txt').read_text().startswith('All subjects were trained on, so nobody is left to score')
+    assert 'so nobody is left to score' in (tmp_path / 'run' / 'report.html').read_text()
+    _, extra = nervenet.load_checkpoint(tmp_path / 'run' / 'last.npz')
+    assert extra['settings'] == asdict(Settings()) and extra['training_subjects'] == ['1', '2', '3'] and 'state' not in extra
+
+    example('predict').main([*map(str, ['--model', tmp_path / 'run' / 'last.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'masks'])])
+    assert '12 of 12 are of subjects, by their names, that the network was trained on: these scores are flattered' in capsys.readouterr().out
+
+    main(*options, '--inner-share', 0.4, '--out', tmp_path / 'inner')
+    chosen = json.loads((tmp_path / 'inner' / 'settings.json').read_text())
+    assert chosen['last.npz']['chosen on'] == 'inner subjects' and 'validation' not in chosen['last.npz'] and (tmp_path / 'inner' / 'best.npz').exists()
+    assert 'held_out' not in nervenet.load_checkpoint(tmp_path / 'inner' / 'last.npz')[1]
+    for extra in ['--leaky-split-by-image'], ['--folds', 2]:
+        with pytest.raises(SystemExit):
+            main(*options, *extra, '--out', tmp_path / 'not')
+
+
+def test_a_run_on_all_subjects_is_resumed_bit_for_bit(tmp_path, rng, main, monkeypatch):
+    write_pairs(tmp_path / 'data', rng)
+    options = ['--data', tmp_path / 'data', *TINY, '--epochs', 3, '--validation-share', 0]
+    main(*options, '--out', tmp_path / 'whole')
+    with stopped_after(2, main, monkeypatch):
+        main(*options, '--out', tmp_path / 'run')
+    main('--resume', tmp_path / 'run')
+    assert content(tmp_path / 'run' / 'last.npz') == content(tmp_path / 'whole' / 'last.npz')

@@ -1,6 +1,7 @@
 """Training to the end: epoch after epoch, each recorded, stopped between two batches when somebody asks for it."""
 
 import contextlib
+import copy
 import math
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 
 import numpy
 
+from ..checks import in_range
 from ..engine.backend import move, to_cpu
 from ..metrics import SCORES
 from ..optim import ConstantSchedule
@@ -67,6 +69,32 @@ class PlateauSchedule(ConstantSchedule):
         return super().__call__(step) * self.factor**lowered
 
 
+class WeightAverage:
+    """A second network whose weights are the mean of those that `model` had on its way, late ones counting more: a mean of many good guesses.
+
+    The weights after step k count in proportion to k^(γ−1), γ = 1/share − 1. So those behind the mean after n steps are on average share·n
+    steps old, whatever n: as long as it is far from good it forgets fast, later slowly. When m steps have been taken in,
+
+        w̄ ← w̄ + (w − w̄)·(1 − (m/n)^γ)
+
+    takes in those up to n, for parameters and for the running averages of batch norm. As neighbours are near copies, it need not be done
+    after each step. Steps at a constant rate circle around a minimum, and their mean lies inside.
+
+    Sources: Shamir & Zhang 2013 (arXiv:1212.1824; polynomial decay); Izmailov et al. 2018 (arXiv:1803.05407; why a mean generalises better).
+    """
+
+    def __init__(self, model, share):
+        self.model, self.averaged, self.steps = model, copy.deepcopy(model).eval(), 0
+        self.gamma = 1 / in_range('share', share, 1) - 1
+
+    def update(self, steps):
+        """Take in the weights as they are after so many steps."""
+        part = 1 - (self.steps / steps)**self.gamma
+        for mean, now in zip(self.averaged.state_dict().values(), self.model.state_dict().values()):
+            mean += (now - mean) * mean.dtype.type(part)
+        self.steps = steps
+
+
 class Watching:
     """A loss that also looks at what the network makes of a few images of a part, whose batches come in order.
 
@@ -96,8 +124,8 @@ def seconds_of(model, loss, optimizer, shape, steps, images):
 
 
 def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None, max_norm=None, inner=None, patience=None,
-        stop=lambda: False, watch=()):
-    """Train until `epochs` epochs are done, scoring `validation` after each, and record everything in `run`, a RunFolder.
+        stop=lambda: False, watch=(), average=None):
+    """Train until `epochs` epochs are done, scoring `validation`, if it is not None, after each; record everything in `run`, a RunFolder.
 
     `training` and `validation` are Loaders; the number of an epoch decides their order and randomness. Yields a row after each
     epoch: a dict of 'epoch', 'learning_rate', 'seconds', 'images_per_second', 'waited_seconds' (how long training waited for its
@@ -108,8 +136,9 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
     patience  stop after so many epochs without a better one
     stop      asked after each batch; once it returns True, Interrupted is raised
     watch     numbers of a few validation images, in order: what the network makes of them after each epoch is recorded too
+    average   a WeightAverage of `model`: then its network is what is scored and recorded
 
-    Epochs that `run` has already are not repeated: `RunFolder.restore` puts model and optimizer behind the last of them, and
+    Epochs that `run` has already are not repeated: `RunFolder.restore` puts model, optimizer and average behind the last of them, and
     since every draw follows from the seed, the epoch and the restored states, training goes on bit for bit as without a stop.
     """
     def watched(batches):
@@ -118,18 +147,27 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
             if stop():
                 raise Interrupted
 
-    parts = {'validation': validation} | ({} if inner is None else {'inner': inner})
+    def averaging(batches):
+        for batch in batches:
+            yield batch
+            if average and optimizer.steps % 8 == 0:                    # the next batch is asked for once the step is done
+                average.update(optimizer.steps)
+
+    scored = average.averaged if average else model
+    parts = {name: loader for name, loader in (('validation', validation), ('inner', inner)) if loader is not None}
     while len(run.history) < epochs and not (patience and run.epochs_since_best() >= patience):
         epoch = len(run.history) + 1
         start, part = time.perf_counter(), 'training'
         try:
             with numpy.errstate(over='ignore', invalid='ignore'):       # a diverged network gets one clear error, below
-                batches = progress(watched(training.epoch(epoch)), len(training), f'epoch {epoch}/{epochs}')
+                batches = progress(watched(averaging(training.epoch(epoch))), len(training), f'epoch {epoch}/{epochs}')
                 scores = {'train': train_epoch(model, loss, optimizer, batches, schedule, max_norm)}
+                if average and average.steps != optimizer.steps:
+                    average.update(optimizer.steps)
                 speed, waited = len(training.samples) / (time.perf_counter() - start), training.waited_seconds
                 watching = Watching(loss, watch)
                 for part, loader in parts.items():
-                    scores[part] = evaluate(model, watching if part == 'validation' else loss, watched(loader.epoch(epoch)))
+                    scores[part] = evaluate(scored, watching if part == 'validation' else loss, watched(loader.epoch(epoch)))
         except FloatingPointError as error:
             kept = f'. The last good epoch is in {run.last}' if run.history else ''
             raise FloatingPointError(f'epoch {epoch}, {part}: {error}{kept}') from error
@@ -137,5 +175,5 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
         row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
                'images_per_second': round(speed, 1), 'waited_seconds': round(waited, 3),
                **{f'{part}_{name}': values[name] for part, values in scores.items() for name in columns}}
-        run.record(row, model, optimizer, watching.masks)
+        run.record(row, scored, optimizer, watching.masks, trained=model if average else None)
         yield row

@@ -236,9 +236,12 @@ def read_fold(folder):
         with open(path, newline='') as file:
             history = [{name: (int if name == 'epoch' else float)(value) for name, value in row.items()}
                        for row in csv.DictReader(file)]
-        check(history[-1], [f'{part}_{name}' for part in ('train', 'validation') for name in ('loss', *SCORES)])
         path = folder / 'config.json'
-        baselines = json.loads(path.read_text())['baselines']
+        config = json.loads(path.read_text())
+        baselines, parts = config['baselines'], ('train', 'validation') if 'validation_images' in config else ('train',)
+        path = folder / 'history.csv'
+        check(history[-1], [f'{part}_{name}' for part in parts for name in ('loss', *SCORES)])
+        path = folder / 'config.json'
         for scores in baselines.values():
             check(scores, HARD_SCORES)
         path = folder / 'settings.json'

@@ -29,6 +29,7 @@ OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
 ARCHITECTURE = 'base_channels', 'depth', 'norm', 'dac', 'rmp'       # options that say what network is built, where it has them
 FIT = 'squeeze'                                                      # the default of --fit, by measurement: see README
+AVERAGE = 0.1                                                        # the default of --average-weights, by measurement: see README
 STEPS = 3000                                                         # of training by default, on scans
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
 
@@ -76,6 +77,8 @@ def parse(arguments):
         parser.error(f'--fold is {args.fold} and --folds {args.folds or "not given"}; expected --fold from 1 to --folds')
     if args.folds == 1:
         parser.error('--folds is 1; expected 2 or more: one to validate on and the others to train on')
+    if args.leaky_split_by_image and not args.validation_share:
+        parser.error('--leaky-split-by-image has no meaning with --validation-share 0: nothing is split')
     if args.split and not args.folds:
         parser.error('--split needs --folds, the number of folds in it')
     if args.median_filter and not (3 <= args.median_filter <= LARGEST_FILTER and args.median_filter % 2):
@@ -268,8 +271,9 @@ def build_parser():
     data.add_argument('--test-masks', type=Path, metavar='DIR', help='folder of the masks of --test, as --masks is for --images')
     data.add_argument('--what', metavar='WORD', help='what the masks show, for reports and pictures; default: foreground, of synthetic ultrasound '
                       'nerve')
-    data.add_argument('--validation-share', type=share, default=0.2, metavar='SHARE',
-                      help='share of the images set aside for validation, by whole subjects')
+    data.add_argument('--validation-share', type=share_or_none, default=0.2, metavar='SHARE',
+                      help='share of the images set aside for validation, by whole subjects; 0: all are trained on, and nothing is scored, once '
+                      'a cross-validation has said what such networks are worth')
     data.add_argument('--inner-share', type=share, metavar='SHARE',
                       help='share of the training images set aside, by whole subjects, to choose on: the best epoch, when to '
                       'stop, how probabilities become a mask; the validation subjects are then only scored')
@@ -310,7 +314,7 @@ def build_parser():
         network.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=True,
                              help=f'{what}, a part of optimised-resunet, which its authors train with a --median-filter')
     network.add_argument('--norm', choices=['batch', 'none'], default='batch', help='normalisation after each convolution')
-    network.add_argument('--dropout', type=probability, default=0.0, metavar='P',
+    network.add_argument('--dropout', type=share_or_none, default=0.0, metavar='P',
                          help='probability of dropping a value at the bottom')
     network.add_argument('--init', type=Path, metavar='MODEL',
                          help='start from the network in this file, such as best.npz of another run: fine-tuning. It decides '
@@ -323,6 +327,9 @@ def build_parser():
     training.add_argument('--schedule', choices=['cosine', 'constant', 'plateau'], default='cosine',
                           help='course of the learning rate, after a warm-up; plateau: a fifth each time that the loss of the inner subjects has not '
                           'fallen for 5 epochs')
+    training.add_argument('--average-weights', type=share_or_none, default=AVERAGE, metavar='SHARE',
+                          help='what is scored and kept is the mean of the weights of the last steps, which are on average this share of all steps so '
+                          'far old; 0: the weights as they are')
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
     training.add_argument('--epochs', type=whole, metavar='N',
@@ -452,12 +459,12 @@ def share(text):
     return number
 
 
-def probability(text):
+def share_or_none(text):
     """Return the number, from 0 up to, not including, 1."""
     try:
         number = float(text)
     except ValueError:
         number = -1.0
     if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a probability from 0 up to, not including, 1')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 up to, not including, 1')
     return number

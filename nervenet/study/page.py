@@ -19,6 +19,8 @@ from ..images.samples import natural_key
 from ..metrics import ratio
 from .kfold import read_fold
 from .options import build_parser
+from .report import UNSCORED
+from .run_folder import read_config
 
 STYLE = '''
 :root { color-scheme: light dark; --ink: #222; --faint: #666; --line: #ddd; --paper: #fff; --warn: #d55e00 }
@@ -75,6 +77,8 @@ def notes(text):
 def scores(folds):
     """Return the scores after the last epoch beside the baselines: of one run, or mean ± deviation of folds, and each of them."""
     read = [read_fold(fold) for fold in folds]
+    if 'validation_loss' not in read[0][0][-1]:
+        return f'<h2>Scores</h2><p>{e(UNSCORED)}</p>'
     last = [{name: history[-1][f'validation_{name}'] for name, _ in SCORES} for history, _, _ in read]
     kinds = {'network': last}
     if all('flip average' in chosen for _, _, chosen in read):
@@ -106,7 +110,8 @@ def pictures(folder, folds):
     text = '<h2>Curves</h2>' + picture(folder / 'curves.png', 'Scores over the epochs')
     if any((fold / 'learning.gif').exists() for fold in folds):
         text += '<h2>How it learnt</h2>' + picture(folds[0] / 'learning.gif', 'Predictions after each epoch')
-    text += '<h2>Best, median and worst</h2>'
+    if any((fold / 'predictions.png').exists() for fold in folds):
+        text += '<h2>Best, median and worst</h2>'
     for fold in folds:
         text += (f'<p>{e(fold.name)}</p>' if len(folds) > 1 else '') + picture(fold / 'predictions.png', 'Predictions: best, median and worst')
     return text
@@ -124,7 +129,9 @@ def read_cases(fold):
 
 
 def subjects(folds):
-    """Return a table of subjects, the worst first, and the worst and best images."""
+    """Return a table of subjects, the worst first, and the worst and best images; '' without validation."""
+    if not read_config(folds[0]).get('validation_images'):
+        return ''
     cases = [case for fold in folds for case in read_cases(fold)]
     of_subject = defaultdict(list)
     for case in cases:
@@ -164,8 +171,10 @@ def chosen(folds):
     for fold in folds:
         for name, found in json.loads((fold / 'settings.json').read_text()).items():
             rows.append([f'{fold.name}/{name}' if len(folds) > 1 else name, found['epoch'], found['settings']['threshold'],
-                         f'{found["settings"]["minimal_area"]:.2%}', 'yes' if found['settings']['flip_average'] else 'no', found['chosen on']])
-    return '<h2>From probabilities to a mask</h2>' + table(['file', 'epoch', 'threshold', 'minimal area', 'flips averaged', 'chosen on'], rows)
+                         f'{found["settings"]["minimal_area"]:.2%}', *('yes' if found['settings'][name] else 'no' for name in ('flip_average', 'largest_component')),
+                         f'{found["settings"]["temperature"]:.2f}', found['chosen on']])
+    return '<h2>From probabilities to a mask</h2>' + table(['file', 'epoch', 'threshold', 'minimal area', 'flips averaged', 'largest component',
+                                                            'temperature', 'chosen on'], rows)
 
 
 def settings(config):

@@ -16,12 +16,14 @@ from .segment import Segmenter
 
 
 def draw_run(run, model, validation, baselines):
-    """Draw the curves of the run, and the best, median and worst prediction of its last network on the validation part.
+    """Draw the curves of the run, and the best, median and worst prediction of its last network on the validation part, if that is not None.
 
     What it scores on each image is written to validation.csv.
     """
     title = LEAKS.partition(',')[0] if run.config['leaky_split_by_image'] else ''
     figures.save(figures.curves(run.history, baselines=baselines, title=title), run.path / 'curves.png')
+    if validation is None:
+        return
     segmenter, scores, with_foreground = Segmenter(model, run.config['size']), SegmentationScores(), []
     for images, masks in validation.epoch(0):
         probabilities = segmenter.probabilities(images[..., 0])

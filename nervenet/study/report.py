@@ -12,6 +12,10 @@ LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of t
          'These scores are too good to be true; never quote them.')
 
 
+UNSCORED = ('All subjects were trained on, so nobody is left to score the network on. What it is worth is known from a cross-validation with the same '
+            'settings; threshold, minimal area, flip average and largest component are to be given as found there.')
+
+
 def print_whatever_comes():
     """Let a terminal that lacks a character, of a file name or a ±, get an escape in its place, where it would end the process."""
     for stream in sys.stdout, sys.stderr:
@@ -34,7 +38,7 @@ def without_foreground(part, samples):
 
 
 def best_row(history):
-    """Return the row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation.
+    """Return the row with the highest pooled hard Dice: of the inner subjects, if there are any, else in validation; without either, the last.
 
     Of equals, the one with the lowest loss: while no probability is above one half yet, all hard scores are 0. Of those, the last.
     Where that part holds no foreground, its Dice says only whether anything at all was predicted, and the loss alone decides.
@@ -45,7 +49,7 @@ def best_row(history):
         dice = row[f'{part}_dice_pooled'] if row.get(f'{part}_true_foreground_share') != 0 else 0
         return dice, -row[f'{part}_loss'], row['epoch']
 
-    return max(history, key=goodness)
+    return max(history, key=goodness) if f'{part}_loss' in history[0] else history[-1]
 
 
 def summaries(histories, baselines, chosen, note=''):
@@ -56,6 +60,8 @@ def summaries(histories, baselines, chosen, note=''):
     with the settings that the inner subjects, if there are any, chose. `note` is what is to be said first.
     """
     text = note and note + '\n\n'
+    if 'validation_loss' not in histories[0][-1]:
+        return text + f'{UNSCORED}\n'
     text += summary([history[-1] for history in histories], baselines)
     if 'inner_dice_pooled' in histories[0][-1]:
         rows = [best_row(history) for history in histories]
@@ -131,11 +137,11 @@ def print_scores(epoch, part, row, prefix, remark=''):
 def print_epoch(history, epochs):
     """Print the rows of the table for the last epoch of `history`."""
     row = history[-1]
-    print_scores(f'{row["epoch"]}/{epochs}', 'training', row, 'train')
-    if 'inner_loss' in row:
-        print_scores('', 'inner', row, 'inner')
-    print_scores('', 'validation', row, 'validation', f'{row["seconds"]:.0f} s, {row["images_per_second"]:.0f} images/s')
-    empty = len(history) >= 3 and all(row['validation_foreground_share'] == 0 for row in history[-3:])
+    parts = [part for part in ('train', 'inner', 'validation') if f'{part}_loss' in row]
+    for part in parts:
+        print_scores(f'{row["epoch"]}/{epochs}' if part == 'train' else '', 'training' if part == 'train' else part, row, part,
+                     f'{row["seconds"]:.0f} s, {row["images_per_second"]:.0f} images/s' if part == parts[-1] else '')
+    empty = len(history) >= 3 and all(row[f'{parts[-1]}_foreground_share'] == 0 for row in history[-3:])
     if empty and row['train_loss'] >= history[0]['train_loss']:
         print('             The network predicts no foreground, and the loss is no lower than at first: it has collapsed. Stop, '
               'and try\n             another --learning-rate, or --loss dice+bce.')

@@ -135,8 +135,8 @@ class RunFolder:
         with atomic_write(self.path / name) as file:
             file.write(text.encode(errors='backslashreplace'))         # it may name files whose names are no Unicode
 
-    def restore(self, model, optimizer):
-        """Bring model and optimizer to where they were after the last recorded epoch, and the records with them.
+    def restore(self, model, optimizer, average=None):
+        """Bring model, optimizer and, if there is one, the WeightAverage to where they were after the last recorded epoch, and the records.
 
         Raises CheckpointError for a damaged file, ValueError for one of another network.
         """
@@ -147,12 +147,16 @@ class RunFolder:
             name = next(name for name in model.config if stored.config[name] != model.config[name])
             raise ValueError(f'{self.last}: its network has {name} {stored.config[name]}, this run gives '
                              f'{model.config[name]}; have the images changed?')
-        model.load_state_dict(stored.state_dict())
+        for network in [model, average.averaged] if average else [model]:
+            network.load_state_dict(stored.state_dict())
         self.history, self.learning = extra['history'], [*extra['learning']]
         if 'state' in extra:                                    # absent once the run is complete
             optimizer.load_state_dict(extra['state']['optimizer'])
+            if average:
+                average.steps = optimizer.steps
+                model.load_state_dict(extra['state']['trained'])
             set_generator_states(model, extra['state']['generators'])
-            self.write_records(model)
+            self.write_records(stored)
 
     def learnt(self, shape):
         """Return for each epoch the masks of `record`, (K, H, W) bool as `shape` says."""
@@ -162,26 +166,33 @@ class RunFolder:
         """Return how many epochs ago the best one was; more epochs, given to a run that had ended, count from there."""
         return self.history[-1]['epoch'] - max(best_row(self.history)['epoch'], self.begun) if self.history else 0
 
-    def record(self, row, model, optimizer, masks=()):
+    def record(self, row, model, optimizer, masks=(), trained=None):
         """Add an epoch's row, and save the model as last.npz and, if it is the best so far, as best.npz.
 
-        `masks`, (K, H, W) bool, are what the network makes of a few images; they are kept as bits.
+        `masks`, (K, H, W) bool, are what the network makes of a few images; they are kept as bits. `trained` is the network that steps are
+        made with, if `model` is the average of what it has been.
         """
         self.history.append(row)
         self.learning.append(numpy.packbits(numpy.array(masks, bool)))
         save(self.last, model, **self.extra(), history=self.history, learning=numpy.array(self.learning),
-             state={'optimizer': optimizer.state_dict(), 'generators': generator_states(model)})
+             state={'optimizer': optimizer.state_dict(), 'generators': generator_states(trained or model),
+                    'trained': trained and trained.state_dict()})
         self.write_records(model)
 
     def write_records(self, model):
-        """Write what follows from last.npz: history.csv, and best.npz if the last epoch is the best."""
-        if best_row(self.history) is self.history[-1]:
+        """Write what follows from last.npz: history.csv, and best.npz if the last epoch is the best on some part."""
+        if best_row(self.history) is self.history[-1] and self.is_scored:
             save(self.best, model, **self.extra())
         text = io.StringIO()
         writer = csv.DictWriter(text, self.history[-1].keys(), lineterminator='\n')
         writer.writeheader()
         writer.writerows(self.history)
         self.write('history.csv', text.getvalue())
+
+    @property
+    def is_scored(self):
+        """Whether there is a part, inner or validation, by which epochs can be compared."""
+        return not {'validation_loss', 'inner_loss'}.isdisjoint(self.history[-1])
 
     def extra(self):
         """Return what a file says of its network: how images must be prepared for it, its epoch and its scores."""
@@ -202,13 +213,17 @@ class RunFolder:
 
         It is chosen on the Loader `inner`, or on `validation` if that is None, stored in both files with the mask (H, W) of the
         baseline and the training subjects, and written to settings.json. last.npz, which nobody chose on the validation part, also
-        gets what its network made of that part (`segment.count_masks`): an ensemble needs it.
+        gets what its network made of that part (`segment.count_masks`): an ensemble needs it. Without either part nothing is chosen.
         """
         part, where = (validation, 'validation') if inner is None else (inner, 'inner')
-        there_is_foreground = any(masks.any() for _, masks in part.epoch(0))
         found, chosen = {}, {}
         print()
-        for path in self.last, self.best:
+        if part is None:
+            known = {'training_subjects': self.config['training_subjects']} if self.config.get('data') and not self.config.get('init') else {}
+            self.finish_model_file(self.last, settings=asdict(Settings()), mean_training_mask=mean_training_mask, **known)
+            chosen[self.last.name] = {'epoch': self.history[-1]['epoch'], 'settings': asdict(Settings()), 'chosen on': 'nothing'}
+        there_is_foreground = part is not None and any(masks.any() for _, masks in part.epoch(0))
+        for path in (self.last, self.best) if part is not None else ():
             network, extra = load_checkpoint(path)
             epoch, network = extra['epoch'], network.to(device)
             if epoch not in found:                              # the last epoch may be the best
@@ -220,7 +235,7 @@ class RunFolder:
             counts, settings, there = found[epoch]
             # What a network said of strangers is known only where subjects are, and where it did not start from one that may have seen them.
             seen, strangers = {}, not (self.config.get('leaky_split_by_image') or self.config.get('init'))
-            if path == self.last and strangers:
+            if path == self.last and strangers and validation is not None:
                 seen['held_out'] = counts if part is validation else count_masks(network, lambda: validation.epoch(0),
                                                                                 temperature=settings.temperature)
             if self.config.get('data') and strangers:           # subjects of synthetic images have names that others have too
@@ -233,11 +248,11 @@ class RunFolder:
                   f'flip average {"on" if settings.flip_average else "off"}, largest component {"on" if settings.largest_component else "off"}, '
                   f'temperature {settings.temperature:.2f}: Dice per image {there:.4f} on the {where} subjects, '
                   + ('flattered, since chosen there' if there_is_foreground else 'who have no foreground to choose on'))
-            if inner is not None:
+            if inner is not None and validation is not None:
                 honest = chosen[path.name]['validation'] = score(network, validation.epoch(0), settings)
                 print(f'    on the validation subjects: hard Dice {honest["dice_pooled"]:.4f} pooled, '
                       f'{honest["dice_per_image"]:.4f} per image')
-            if path == self.last:       # averaging over flips at the usual threshold is no choice, and needs no inner subjects
+            if path == self.last and validation is not None:    # averaging over flips at the usual threshold is no choice, and needs no inner subjects
                 chosen[path.name]['flip average'] = score(network, validation.epoch(0), Settings(flip_average=True))
         self.write('settings.json', json.dumps(chosen, indent=2) + '\n')
         return chosen
