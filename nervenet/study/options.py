@@ -62,7 +62,6 @@ def parse(arguments):
         setattr(args, name, path and path.resolve())
     check_data(args, given, parser)
     args.what = args.what or ('nerve' if args.data is None else 'foreground')
-    args.learning_rate = args.learning_rate or (2e-3 if args.data is None else 1e-3)
     args.augment = args.augment or ('none' if args.data is None else 'default')
     args.fit = args.fit or ('squeeze' if args.data is None else FIT)
     if args.init and not args.resume:
@@ -322,9 +321,8 @@ def build_parser():
     training = parser.add_argument_group('training')
     training.add_argument('--loss', choices=LOSSES, default='dice+bce', help='what is minimised')
     training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
-    training.add_argument('--learning-rate', type=positive, metavar='RATE',
-                          help='highest learning rate; default: 0.001 on scans, 0.002 on synthetic ultrasound')
-    training.add_argument('--schedule', choices=['cosine', 'constant', 'plateau'], default='cosine',
+    training.add_argument('--learning-rate', type=positive, default=0.002, metavar='RATE', help='highest learning rate')
+    training.add_argument('--schedule', choices=['cosine', 'constant', 'plateau'], default='constant',
                           help='course of the learning rate, after a warm-up; plateau: a fifth each time that the loss of the inner subjects has not '
                           'fallen for 5 epochs')
     training.add_argument('--average-weights', type=share_or_none, default=AVERAGE, metavar='SHARE',
