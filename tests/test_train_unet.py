@@ -434,7 +434,7 @@ def test_what_can_be_refused_is_refused_before_an_image_is_read(arguments, messa
 def test_a_finished_run_is_trained_on_and_an_unfinished_one_first_to_its_end(tmp_path, rng, main, capsys, monkeypatch):
     write_pairs(tmp_path / 'data', rng)
     with stopped_after(1, main, monkeypatch):
-        main('--data', tmp_path / 'data', *TINY, '--epochs', 2, '--out', tmp_path / 'run')
+        main('--data', tmp_path / 'data', *TINY, '--epochs', 2, '--schedule', 'cosine', '--out', tmp_path / 'run')
     with pytest.raises(SystemExit):
         main('--resume', tmp_path / 'run', '--epochs', 3)
     assert f'--epochs is 3, but {tmp_path / "run" / "config.json"} has 2, and {tmp_path / "run"} has not come to its end; ' \
