@@ -24,7 +24,8 @@ from .segment import LARGEST_FILTER, READING
 
 # What the names on the command line stand for.
 LOSSES = {'dice': DiceLoss, 'dice-per-image': lambda: DiceLoss(per_image=True), 'bce': BCEWithLogitsLoss,
-          'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])}
+          'dice+bce': lambda: WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())]),
+          'dice-per-image+bce': lambda: WeightedSum([(1.0, DiceLoss(per_image=True)), (1.0, BCEWithLogitsLoss())])}
 OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9, nesterov=True), 'adam': Adam, 'adamw': AdamW}
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
 ARCHITECTURE = 'base_channels', 'depth', 'norm', 'dac', 'rmp'       # options that say what network is built, where it has them
@@ -319,7 +320,7 @@ def build_parser():
                          help='start from the network in this file, such as best.npz of another run: fine-tuning. It decides '
                          '--model, --base-channels, --depth and --norm; intensities are standardised by the new training images')
     training = parser.add_argument_group('training')
-    training.add_argument('--loss', choices=LOSSES, default='dice+bce', help='what is minimised')
+    training.add_argument('--loss', choices=LOSSES, default='dice-per-image+bce', help='what is minimised')
     training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
     training.add_argument('--learning-rate', type=positive, default=0.002, metavar='RATE', help='highest learning rate')
     training.add_argument('--schedule', choices=['cosine', 'constant', 'plateau'], default='constant',
