@@ -72,13 +72,11 @@ def assert_scores(reported, expected, prefix=''):
 
 
 def mean_loss(model, images, masks):
-    """Return Dice loss + cross-entropy of the network, the mean over batches in order, weighted by their images."""
-    total = 0.0
-    for start in range(0, len(images), BATCH):
-        y = masks[start:start + BATCH].astype(float)
-        p = nervenet.predict(model, images[start:start + BATCH]).astype(float)
-        dice = -(2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
-        total += len(y) * (dice - numpy.log(numpy.where(y == 1, p, 1 - p)).mean())
+    """Return Dice loss + cross-entropy of the network, the mean over images."""
+    p, y, total = nervenet.predict(model, images).astype(float), masks.astype(float), 0.0
+    for of_image, true in zip(p, y):
+        total -= (2 * (of_image * true).sum() + 1) / (of_image.sum() + true.sum() + 1)
+        total -= numpy.log(numpy.where(true == 1, of_image, 1 - of_image)).mean()
     return total / len(images)
 
 
@@ -98,7 +96,7 @@ def train_by_hand(subjects):
     images, masks = part(subjects)
     model = nervenet.UNet(base_channels=2, depth=1, input_mean=float(images.mean(dtype=float)), input_std=float(images.std(dtype=float)),
                           rng=numpy.random.default_rng(SEED))
-    loss = WeightedSum([(1.0, DiceLoss()), (1.0, BCEWithLogitsLoss())])
+    loss = WeightedSum([(1.0, DiceLoss(per_image=True)), (1.0, BCEWithLogitsLoss())])
     velocity = {name: 0 for name in model.parameters()}
     per_epoch = math.ceil(len(images) / BATCH)
     total, step, losses, met = EPOCHS * per_epoch, 0, [], {}
@@ -156,8 +154,11 @@ def fitted_temperature(model, images, masks):
     there = numpy.pad((p > 0.5) | (y > 0), [(0, 0), (1, 1), (1, 1)])
     near = sum(there[:, i:i + y.shape[1], j:j + y.shape[2]] for i in range(3) for j in range(3)) > 0
     near |= ~near.any(axis=(1, 2), keepdims=True)                               # where there is none, all pixels count
-    x, y, T = numpy.log(p[near] / (1 - p[near])), y[near], numpy.geomspace(0.05, 20, 2000)
-    return T[numpy.argmin([numpy.logaddexp(0, numpy.where(y > 0, -x, x) / t).mean() for t in T])]
+    x, y, T = numpy.log(p[near] / (1 - p[near])), y[near], 1.0
+    for width in 20, 1.2, 1.01, 1.0005:                                         # finer and finer
+        tried = (T * numpy.geomspace(1 / width, width, 401)).clip(0.05, 20)
+        T = tried[numpy.argmin([numpy.logaddexp(0, numpy.where(y > 0, -x, x) / t).mean() for t in tried])]
+    return T
 
 
 def probabilities(model, images, settings):
