@@ -159,6 +159,9 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     # Intensities and baselines are measured on the training part only, as it is: in order, and not augmented.
     input_mean, input_std = intensity_statistics(parts['training'], reader)
     warnings += filter(None, [data_warning(training_samples + validation_samples, reader, input_mean, input_std)])
+    share = holds_foreground(parts['training'], reader).mean()
+    if share < 0.5 and args.loss == 'dice-per-image+bce':
+        warnings.append(f'Only {share:.0%} of the training images hold foreground: --loss dice+bce may give fewer false alarms.')
     for warning in warnings:
         print(warning)
     in_order = {part: Loader(chosen, reader, args.batch_size) for part, chosen in parts.items()}

@@ -619,3 +619,16 @@ def test_a_run_on_all_subjects_is_resumed_bit_for_bit(tmp_path, rng, main, monke
         main(*options, '--out', tmp_path / 'run')
     main('--resume', tmp_path / 'run')
     assert content(tmp_path / 'run' / 'last.npz') == content(tmp_path / 'whole' / 'last.npz')
+
+
+def test_the_default_loss_is_that_of_what_is_trained_on(tmp_path, rng, main, capsys):
+    write_pairs(tmp_path / 'data', rng)
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--out', tmp_path / 'run')
+    assert read_config(tmp_path / 'run')['loss'] == 'dice-per-image+bce' and 'false alarms' not in capsys.readouterr().out
+    for path in list((tmp_path / 'data').glob('*_[2-4]_mask.tif')):
+        Image.fromarray(numpy.zeros_like(numpy.asarray(Image.open(path)))).save(path)
+    main('--data', tmp_path / 'data', *TINY, '--epochs', 1, '--out', tmp_path / 'few')
+    assert 'Only 25% of the training images hold foreground: --loss dice+bce may give fewer false alarms.' in capsys.readouterr().out
+    assert 'Only 25%' in (tmp_path / 'few' / 'summary.txt').read_text()
+    main(*TINY, '--epochs', 1, '--out', tmp_path / 'synthetic')
+    assert read_config(tmp_path / 'synthetic')['loss'] == 'dice+bce'

@@ -64,6 +64,7 @@ def parse(arguments):
     check_data(args, given, parser)
     args.what = args.what or ('nerve' if args.data is None else 'foreground')
     args.augment = args.augment or ('none' if args.data is None else 'default')
+    args.loss = args.loss or ('dice+bce' if args.data is None else 'dice-per-image+bce')
     args.fit = args.fit or ('squeeze' if args.data is None else FIT)
     if args.init and not args.resume:
         take_architecture(args, given, parser)
@@ -320,7 +321,9 @@ def build_parser():
                          help='start from the network in this file, such as best.npz of another run: fine-tuning. It decides '
                          '--model, --base-channels, --depth and --norm; intensities are standardised by the new training images')
     training = parser.add_argument_group('training')
-    training.add_argument('--loss', choices=LOSSES, default='dice-per-image+bce', help='what is minimised')
+    training.add_argument('--loss', choices=LOSSES,
+                          help='what is minimised; default: dice-per-image+bce on scans, dice+bce on synthetic ultrasound, most of which shows '
+                          'nothing: Dice of such an image by itself hardly changes with how much is found in it')
     training.add_argument('--optimizer', choices=OPTIMIZERS, default='adam', help='how')
     training.add_argument('--learning-rate', type=positive, default=0.002, metavar='RATE', help='highest learning rate')
     training.add_argument('--schedule', choices=['cosine', 'constant', 'plateau'], default='constant',
