@@ -27,7 +27,7 @@ import itertools
 import json
 import math
 import zipfile
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy
 
@@ -48,14 +48,11 @@ MASKS = [*itertools.product((0.3, 2.0), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6))]        
 EMPTY = [*itertools.product((0.0, 0.005, 0.01), (0.0, 0.3, 0.5, 0.7))]                            # minimal area, least of the highest p
 CHOOSE = 80                                                            # images, at most
 OPTIONS = dict(kind='superpixels', size=[192, 256], fit='squeeze', wavelet='median', position=True, classifier='gp', step=5, examples=800)
-ARRAYS = {'gp': ('x', 'target', 'centre', 'scale', 'length_scales'), 'logistic': ('weights', 'centre', 'scale')}
+ARRAYS = {'gp': ('levels', 'place', 'centre', 'scale', 'x', 'target', 'length_scales'), 'logistic': ('levels', 'place', 'centre', 'scale', 'weights')}
 
 
-class Parts(NamedTuple):
-    """What of an image (H, W) is classified: `labels` (H, W), the part that a pixel is in, −1 outside the region; `features` (parts, D)."""
-
-    labels: numpy.ndarray
-    features: numpy.ndarray
+# What of an image (H, W) is classified: `labels` (H, W), the part that a pixel is in, −1 outside the region; `features` (parts, D).
+Parts = namedtuple('Parts', 'labels features')
 
 
 class Chain:
@@ -68,7 +65,8 @@ class Chain:
         if unknown := options.keys() - OPTIONS.keys():
             raise ValueError(f'unknown option {min(unknown)!r}; expected some of {", ".join(OPTIONS)}')
         self.options = {**OPTIONS, **options}
-        self.options['size'] = [*map(int, self.options['size'])]
+        self.size = tuple(map(int, self.options['size']))
+        self.options['size'] = [*self.size]
         for name, known in ('kind', KINDS), ('wavelet', TRANSFORMS), ('classifier', CLASSIFIERS), ('fit', ('squeeze', 'pad', 'crop')):
             if self.options[name] not in known:
                 raise ValueError(f'{name} is {self.options[name]!r}; expected one of {", ".join(known)}')
@@ -77,10 +75,6 @@ class Chain:
         for name in 'step', 'examples':
             positive(self.options[name], name, 2)
         self.classifier, self.chosen, self.extra = CLASSIFIERS[self.options['classifier']](), {}, {}
-
-    @property
-    def size(self):
-        return tuple(self.options['size'])
 
     # --- The steps, on images (H, W) of `size`, float32 in [0, 1]
 
@@ -96,7 +90,7 @@ class Chain:
                 mask = minimise_on_grid(*unaries(odds + lenience), scaled(smoothness * weights))[0]
                 piece = components(mask)
                 cuts[smoothness, lenience] = fill_holes(mask & (numpy.bincount(piece.ravel()) >= SPECK * mask.size)[piece])
-            found.append(doubled(dilate(cuts[smoothness, lenience], growth)))
+            found.append(dilate(cuts[smoothness, lenience], growth).repeat(2, 0).repeat(2, 1))
         return found
 
     def parts(self, image, region):
@@ -107,10 +101,11 @@ class Chain:
             features = numpy.column_stack([numpy.log(numpy.bincount(labels.ravel())), region_features(coefficients, image, labels)])
             inside = means(region, labels) >= 0.5
         else:
-            points = numpy.moveaxis(numpy.mgrid[GRID // 2:self.size[0]:GRID, GRID // 2:self.size[1]:GRID], 0, -1)
-            labels = numpy.arange(points.size // 2).reshape(points.shape[:2]).repeat(GRID, 0).repeat(GRID, 1)
-            labels = numpy.pad(labels, [(0, 2), (0, 2)], 'edge')[:self.size[0], :self.size[1]]
-            features, inside = box_features(coefficients, image, points.reshape(-1, 2)), region[tuple(points.reshape(-1, 2).T)]
+            rows, columns = (numpy.arange(GRID // 2, length, GRID) for length in self.size)
+            points = numpy.stack(numpy.meshgrid(rows, columns, indexing='ij'), -1).reshape(-1, 2)
+            y, x = (numpy.arange(length).clip(None, those[-1] + 1) // GRID for length, those in zip(self.size, (rows, columns)))
+            labels, inside = y[:, None] * len(columns) + x, region[tuple(points.T)]
+            features = box_features(coefficients, image, points)
         number = numpy.where(inside, numpy.cumsum(inside) - 1, -1)
         return Parts(number[labels], features[inside, :None if self.options['position'] else -2])
 
@@ -132,7 +127,8 @@ class Chain:
         clipped = p.clip(1e-3, 1 - 1e-3)
         odds = numpy.log(clipped / (1 - clipped)) - math.log(threshold / (1 - threshold))
         if self.options['kind'] == 'graph-cut':
-            return doubled(minimise_on_grid(*unaries(halved(odds)), scaled(smoothness * contrast_weights(median_filter(halved(image), 5))))[0])
+            weights = scaled(smoothness * contrast_weights(median_filter(halved(image), 5)))
+            return minimise_on_grid(*unaries(halved(odds)), weights)[0].repeat(2, 0).repeat(2, 1)
         labels = parts.labels + 1                                      # 0 is all that lies outside the region, and may be empty
         edges, lengths = adjacency(labels)
         difference = numpy.diff(means(image, labels)[edges], axis=1)[:, 0]**2
@@ -142,11 +138,15 @@ class Chain:
 
     # --- Together
 
-    def map(self, image):
-        """Return (H, W) float32 for an image of `size`: the probability, moved where the mask says otherwise: it is above ½ there alone."""
+    def classified(self, image):
+        """Return (parts, probability)."""
         region = self.region(image)
         parts = self.parts(image, region)
-        p = self.probability(parts, region)
+        return parts, self.probability(parts, region)
+
+    def map(self, image):
+        """Return (H, W) float32 for an image of `size`: the probability, moved where the mask says otherwise: it is above ½ there alone."""
+        parts, p = self.classified(image)
         return numpy.where(self.mask(image, parts, p), p.clip(0.51, None), p.clip(None, 0.49)).astype(numpy.float32)
 
     def predict(self, image):
@@ -155,10 +155,7 @@ class Chain:
         return p, p > 0.5
 
     def fit(self, images, masks, subjects, seed=0, tell=lambda line: None):
-        """Learn from images (N, H, W) of `size` in [0, 1], masks (N, H, W), bool, and their subjects (N,), at least two. Returns the chain.
-
-        `tell` gets lines of text. Raises ValueError where there is nothing to learn from.
-        """
+        """Learn from images (N, H, W) of `size`, masks (N, H, W), bool, and subjects (N,); tell lines of text. Raises ValueError."""
         return self.fit_region(images, masks, subjects, seed, tell).fit_classifier(images, masks, subjects, seed, tell)
 
     def fit_region(self, images, masks, subjects, seed=0, tell=lambda line: None):
@@ -178,12 +175,8 @@ class Chain:
         """Learn all else, the second half of `fit`."""
         (learn, choose), rng = inner_split(masks, subjects, seed), numpy.random.default_rng(seed)
 
-        def looked_at(n):
-            region = self.region(images[n])
-            return region, self.parts(images[n], region)
-
         def described(n):
-            parts = looked_at(n)[1]
+            parts = self.parts(images[n], self.region(images[n]))
             share = means(masks[n], parts.labels + 1)[1:] if len(parts.features) else numpy.zeros(0)
             return parts.features, share >= 0.5, [subjects[n]] * len(share)
         x, target, who = map(numpy.concatenate, zip(*parallel_for(learn, described)))
@@ -197,8 +190,7 @@ class Chain:
         tell(f'classifier:  {len(sample)} of {len(target)} parts, each of {x.shape[1]} features; {target.mean():.1%} are foreground')
 
         def scored(n):
-            region, parts = looked_at(n)
-            p = self.probability(parts, region)
+            parts, p = self.classified(images[n])
             found = [kept(outline, p, *empty) for outline in [self._outline(images[n], parts, p, *choice) for choice in MASKS] for empty in EMPTY]
             return [((mask & masks[n]).sum(), mask.sum() + masks[n].sum()) for mask in found]
         overlap, total = numpy.moveaxis(numpy.array(parallel_for(choose, scored), float), -1, 0)                    # (N, choices)
@@ -212,12 +204,10 @@ class Chain:
 
     def save(self, path, **extra):
         """Write the fitted chain to the file `path`, an .npz of arrays and a JSON text, with `extra`, dict of what JSON and arrays hold."""
-        names = ARRAYS[self.options['classifier']]
-        arrays = {'levels': self.levels, 'place': self.place, **{name: getattr(self.classifier, name) for name in names}}
-        arrays |= {f'extra_{name}': value for name, value in extra.items() if isinstance(value, numpy.ndarray)}
+        arrays = {name: getattr(self if name in ('levels', 'place') else self.classifier, name) for name in ARRAYS[self.options['classifier']]}
+        arrays |= {f'extra_{name}': extra.pop(name) for name in [*extra] if isinstance(extra[name], numpy.ndarray)}
         text = json.dumps({'format': 'nervenet chain', 'version': 1, 'options': self.options, 'chosen': self.chosen,
-                           'variance': getattr(self.classifier, 'variance', 0),
-                           'extra': {name: value for name, value in extra.items() if not isinstance(value, numpy.ndarray)}})
+                           'variance': getattr(self.classifier, 'variance', 0), 'extra': extra})
         with atomic_write(path) as file:
             numpy.savez(file, chain=numpy.frombuffer(text.encode(), numpy.uint8), **arrays)
 
@@ -243,26 +233,23 @@ class Chain:
     def _restore(self, about, arrays):
         self.extra = {**dict(about['extra']), **{name[6:]: value for name, value in arrays.items() if name.startswith('extra_')}}
         shift, (*choice,), (*outline,) = (about['chosen'][name] for name in ('shift', 'region', 'mask'))
-        numbers = [shift, about['variance'], *choice, *outline]
-        if not (len(choice) == 3 and len(outline) == 4 and numpy.isfinite(numbers).all() and 0 < outline[1] < 1 and choice[0] >= 0 <= outline[0]
-                and choice[1] in range(100)):
+        if not (len(choice) == 3 and len(outline) == 4 and numpy.isfinite([shift, about['variance'], *choice, *outline]).all()
+                and 0 < outline[1] < 1 and choice[0] >= 0 <= outline[0] and choice[1] in range(100)):
             raise ValueError(f'its settings are {about["chosen"]}')
-        self.chosen, self.levels, self.place = {**about['chosen']}, arrays['levels'], arrays['place']
         features = 22 + 2 * bool(self.options['position']) + (self.options['kind'] == 'superpixels')
-        names = ARRAYS[self.options['classifier']]
-        shapes = {'levels': (LEVELS,), 'place': (self.size[0] // 2, self.size[1] // 2), 'centre': (features,), 'scale': (features,),
-                  'x': (len(arrays.get('target', ())), features), 'weights': (features + 1,), 'length_scales': (features,)}
-        for name in {'levels', 'place', *names} - {'target'}:
-            if arrays[name].shape != shapes[name] or arrays[name].dtype.kind != 'f' or not numpy.isfinite(arrays[name]).all():
-                raise ValueError(f'its {name} has shape {arrays[name].shape} and dtype {arrays[name].dtype}; expected finite floats {shapes[name]}')
+        shapes = {'levels': (LEVELS,), 'place': (self.size[0] // 2, self.size[1] // 2), 'x': (len(arrays.get('target', ())), features),
+                  'weights': (features + 1,)}
+        for name in ARRAYS[self.options['classifier']]:
+            array, shape = arrays[name], shapes.get(name, (features,))
+            if name != 'target' and not (array.shape == shape and array.dtype.kind == 'f' and numpy.isfinite(array).all()):
+                raise ValueError(f'its {name} has shape {array.shape} and dtype {array.dtype}; expected finite floats {shape}')
+            setattr(self if name in ('levels', 'place') else self.classifier, name, array)
         if not (arrays['scale'] > 0).all():
             raise ValueError('its scale is not above 0 everywhere')
-        for name in names:
-            setattr(self.classifier, name, arrays[name])
+        self.chosen, self.classifier.features = about['chosen'], features
         if self.options['classifier'] == 'gp':
             self.classifier.variance = about['variance']
             self.classifier.condition(arrays['x'], arrays['target'])
-        self.classifier.features = features
         return self
 
 
@@ -281,10 +268,6 @@ def inner_split(masks, subjects, seed):
 def halved(image):
     """Return (H/2, W/2): the means of squares of 2×2 pixels."""
     return (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
-
-
-def doubled(mask):
-    return mask.repeat(2, 0).repeat(2, 1)
 
 
 def grey_level(image):
