@@ -194,20 +194,21 @@ def test_probabilities_of_parts_become_a_map(chain, rng):
     assert p[1, 1] == pytest.approx(0.75) and 0.375 < p[8, 2] < p[7, 2] < 0.75 and not p[16:].any() and not p[:, 8:].any()
 
 
-def test_the_second_cut_of_superpixels_has_the_least_energy_of_all_labelings(chain, rng):
-    chain.options['step'] = 4
+@pytest.mark.parametrize('step', [4, 5])
+def test_the_second_cut_of_superpixels_has_the_least_energy_of_all_labelings(chain, step):
+    chain.options['step'] = step
     labels = numpy.kron(numpy.arange(6).reshape(2, 3), numpy.ones((4, 4), int))
-    image, odds = rng.random((8, 12)).astype('float32'), numpy.array([2.0, -1.0, -2.0, 1.5, -0.8, -3.0])
+    image, odds = numpy.array([0.2, 0.25, 0.8, 0.2, 0.22, 0.9])[labels].astype('float32'), numpy.array([2.0, -0.8, -2.0, 1.5, -0.7, -3.0])
     p, smoothness, threshold = 1 / (1 + numpy.exp(-odds)), 1.5, 0.4
     found = chain._outline(image, Parts(labels, numpy.zeros((6, 1))), p[labels], smoothness, threshold)
     grey, edges = means(image, labels), [(0, 1), (1, 2), (3, 4), (4, 5), (0, 3), (1, 4), (2, 5)]
     squares = numpy.array([(grey[a] - grey[b])**2 for a, b in edges])
 
     def energy(chosen):
-        return (sum(max(0, -s if c else s) for s, c in zip(odds - numpy.log(threshold / (1 - threshold)), chosen))
-                + sum(smoothness * numpy.exp(-square / (2 * squares.mean())) * (chosen[a] != chosen[b]) for (a, b), square in zip(edges, squares)))
+        return (16 / step**2 * sum(max(0, -s if c else s) for s, c in zip(odds - numpy.log(threshold / (1 - threshold)), chosen))
+                + sum(smoothness * 4 / step * numpy.exp(-square / (2 * squares.mean())) * (chosen[a] != chosen[b]) for (a, b), square in zip(edges, squares)))
     best = min(itertools.product((False, True), repeat=6), key=energy)
-    assert (found == numpy.array(best)[labels]).all() and 0 < sum(best) < 6
+    assert (found == numpy.array(best)[labels]).all() and sum(best) == 4 and sum(odds > numpy.log(0.4 / 0.6)) == 2
 
 
 def test_the_second_cut_of_pixels_smooths(rng, few_choices):
