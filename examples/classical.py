@@ -21,7 +21,7 @@ import numpy
 
 import nervenet
 import nervenet.files
-from nervenet.classical.chains import CLASSIFIERS, KINDS, OPTIONS, Chain
+from nervenet.classical.chains import CLASSIFIERS, KINDS, Chain
 from nervenet.classical.superpixels import means, slic
 from nervenet.classical.wavelets import TRANSFORMS, feature_names
 from nervenet.images.augment import median_filter
@@ -38,6 +38,7 @@ from nervenet.study.run_folder import RunFolder, room_for_results
 from nervenet.study.scans import found, noted, open_reader, subjects_by
 from nervenet.study.segment import reading_of
 
+CONFIG = Chain().config                                     # as it is by default
 STEPS = 'region', 'parts', 'probability', 'mask'
 SHOWN = {'mean of horizontal 1': 'fine detail across', 'mean of vertical 2': 'coarser, down', 'mean of coarse': 'shade'}        # of the features
 
@@ -108,7 +109,7 @@ def run(args, path, reader, training, validation, note):
     tell(f'             {time.process_time() - began:.0f} s of computing, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most')
     del images, masks
     known = {} if args.data is None else {name: folder.config[name] for name in ('training_subjects', 'validation_subjects')}
-    chain.save(path / 'chain.npz', reading=reading_of(vars(args)), what=args.what, intensity=statistics, mean_training_mask=counted.mean_mask()[:, :, 0].astype('uint8'), **known)
+    nervenet.save(path / 'chain.npz', chain, reading=reading_of(vars(args)), what=args.what, intensity=statistics, mean_training_mask=counted.mean_mask()[:, :, 0].astype('uint8'), **known)
 
     scores, seconds = SegmentationScores(), dict.fromkeys(STEPS, 0.0)
     for sample in progress(validation, len(validation), 'scoring', unit='images'):
@@ -148,7 +149,7 @@ def ceilings(chain, reader, validation):
     counts = []
     for sample in progress(validation, len(validation), 'region', unit='images'):
         image, truth = read(reader, sample)
-        region, labels = chain.region(image), slic(median_filter(image, 3), chain.options['step'])
+        region, labels = chain.region(image), slic(median_filter(image, 3), chain.config['step'])
         perfect = (means(truth, labels) >= 0.5)[labels]
         found = perfect & (means(region, labels) >= 0.5)[labels]
         counts.append([region.mean(), (region & truth).sum(), truth.sum(), (perfect & truth).sum(), perfect.sum(), (found & truth).sum(), found.sum()])
@@ -210,14 +211,14 @@ def draw(chain, reader, validation, scores, path):
         row = [figures.overlay(image, numpy.zeros_like(mask), truth, size), figures.overlay(image, region, truth, size),
                figures.picture(numpy.where(edge, 1, image), size)]
         for name in SHOWN:
-            values = parts.features[:, feature_names().index(name) + (chain.options['kind'] == 'superpixels')]     # after the area
+            values = parts.features[:, feature_names().index(name) + (chain.config['kind'] == 'superpixels')]     # after the area
             low, high = numpy.quantile(values, (0.02, 0.95)) if len(values) else (0, 1)
             row.append(figures.picture(numpy.append(((values - low) / (high - low or 1)).clip(0.1, 1), 0)[parts.labels], size))
         rows.append([*row, figures.heat(image, p**2, size, largest=1), figures.overlay(image, mask, truth, size)])
         titles.append(f'{label} · {sample.name} · Dice {dice[chosen[place]]:.3f}')
-    columns = ['image and truth', 'region to look in', 'superpixels' if chain.options['kind'] == 'superpixels' else 'points, 4 pixels apart',
+    columns = ['image and truth', 'region to look in', 'superpixels' if chain.config['kind'] == 'superpixels' else 'points, 4 pixels apart',
                *SHOWN.values(), 'probability', 'mask and truth']
-    figures.save(figures.grid(rows, row_titles=titles, column_titles=columns, title=f'{chain.options["kind"]} chain'), path)
+    figures.save(figures.grid(rows, row_titles=titles, column_titles=columns, title=f'{chain.config["kind"]} chain'), path)
 
 
 def parse(arguments):
@@ -235,19 +236,19 @@ def parse(arguments):
     folds.add_argument('--fold', type=whole, metavar='K', help='this fold only')
     folds.add_argument('--split', type=Path, metavar='FILE', help='split.json of another cross-validation, such as that of a network')
     chain.add_argument('--chain', choices=KINDS, default='superpixels', help='which of the two')
-    chain.add_argument('--wavelet', choices=TRANSFORMS, default=OPTIONS['wavelet'], help='what texture is described by; haar is the linear one')
+    chain.add_argument('--wavelet', choices=TRANSFORMS, default=CONFIG['wavelet'], help='what texture is described by; haar is the linear one')
     chain.add_argument('--position', action=argparse.BooleanOptionalAction, default=True, help='whether row and column are among the features')
     chain.add_argument('--classifier', choices=CLASSIFIERS, default='gp', help='Gaussian process, or logistic regression as a control')
-    chain.add_argument('--step', type=whole, default=OPTIONS['step'], metavar='N', help='width of a superpixel in pixels')
+    chain.add_argument('--step', type=whole, default=CONFIG['step'], metavar='N', help='width of a superpixel in pixels')
     chain.add_argument('--examples', type=whole, metavar='N', help='parts that the classifier learns from; the time grows as their third power; '
-                       f'default: {OPTIONS["examples"]}, on synthetic ultrasound 400')
+                       f'default: {CONFIG["examples"]}, on synthetic ultrasound 400')
     parser.add_argument('--seed', type=natural, default=0, metavar='N', help='of the split and of the choice of examples')
     parser.add_argument('--out', type=Path, metavar='RUN', help='run folder, new or empty; default: runs/ and the date and time')
     parser.set_defaults(resume=None, test=None, test_masks=None, leaky_split_by_image=False, preview_augmentation=None)
     args = parser.parse_args(arguments)
     check_data(args, {}, parser)
     args.fit, args.what = args.fit or 'squeeze', args.what or ('nerve' if args.data is None else 'foreground')
-    args.examples = args.examples or (400 if args.data is None else OPTIONS['examples'])
+    args.examples = args.examples or (400 if args.data is None else CONFIG['examples'])
     for name in 'data', 'masks', 'subjects', 'split':
         path = getattr(args, name)
         setattr(args, name, path and path.resolve())
