@@ -12,7 +12,7 @@ of the best, the median and the worst image each step. A cross-validation has su
 
 import argparse
 import json
-import resource
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy
 import nervenet
 import nervenet.files
 from nervenet.classical.chains import CLASSIFIERS, KINDS, Chain
+from nervenet.classical.gaussian_process import evidence
 from nervenet.classical.superpixels import means, slic
 from nervenet.classical.wavelets import TRANSFORMS, feature_names
 from nervenet.images.augment import median_filter
@@ -37,6 +38,11 @@ from nervenet.study.report import caveat, print_whatever_comes, progress, withou
 from nervenet.study.run_folder import RunFolder, room_for_results
 from nervenet.study.scans import found, noted, open_reader, subjects_by
 from nervenet.study.segment import reading_of
+
+try:
+    import resource
+except ImportError:                                         # on Windows there is none
+    resource = None
 
 CONFIG = Chain().config                                     # as it is by default
 STEPS = 'region', 'parts', 'probability', 'mask'
@@ -57,6 +63,8 @@ def main(arguments=None):
         folds_by_subject(samples, numpy.zeros(len(samples)), args.folds, args.seed)
     elif not args.folds:
         split_by_subject(samples, args.validation_share, args.seed)
+    if args.out and not args.fold:
+        fresh(args.out)
     with room_for_results(args.out, joins=bool(args.folds)) as args.out:
         print('reading:     all images once', flush=True)
         positive = holds_foreground(samples, reader)
@@ -77,8 +85,14 @@ def main(arguments=None):
         summarise(whole, args.folds)
 
 
+def fresh(path):
+    """Raise FileExistsError if something lies in the folder `path`. A chain is fitted in one go: there is no run to take up again."""
+    nervenet.files.refuse_content(path, '--out', or_else=', or remove what is there')
+
+
 def run(args, path, reader, training, validation, note):
     """Fit a chain on the training samples, score it on the validation samples, and write all into the folder `path`."""
+    fresh(path)
     folder = RunFolder(path, {**options_to_store(args), 'nervenet': nervenet.__version__, 'numpy': numpy.__version__, **{
         f'{part}_subjects': sorted({sample.subject for sample in chosen}) for part, chosen in (('training', training), ('validation', validation))}})
     counted, learnt = Baselines(), some_of_each_subject(training, args.images_per_subject)
@@ -106,10 +120,13 @@ def run(args, path, reader, training, validation, note):
     tell(ceilings(chain, reader, some_of_each_subject(validation, args.images_per_subject)))
     began = time.process_time()
     chain.fit_classifier(images, masks, subjects, args.seed, tell)
-    tell(f'             {time.process_time() - began:.0f} s of computing, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most')
+    tell(f'             {time.process_time() - began:.0f} s of computing{memory()}')
+    if args.classifier == 'gp':
+        tell(growth(chain.classifier))
     del images, masks
     known = {} if args.data is None else {name: folder.config[name] for name in ('training_subjects', 'validation_subjects')}
-    nervenet.save(path / 'chain.npz', chain, reading=reading_of(vars(args)), what=args.what, intensity=statistics, mean_training_mask=counted.mean_mask()[:, :, 0].astype('uint8'), **known)
+    nervenet.save(path / 'chain.npz', chain, reading=reading_of(vars(args)), what=args.what, intensity=statistics,
+                  mean_training_mask=counted.mean_mask()[:, :, 0].astype('uint8'), **known)
 
     scores, seconds = SegmentationScores(), dict.fromkeys(STEPS, 0.0)
     for sample in progress(validation, len(validation), 'scoring', unit='images'):
@@ -142,6 +159,27 @@ def some_of_each_subject(samples, most):
     for sample in samples:
         by_subject.setdefault(sample.subject, []).append(sample)
     return [those[n] for those in by_subject.values() for n in sorted({*numpy.linspace(0, len(those) - 1, min(most, len(those))).astype(int)})]
+
+
+def memory():
+    """Return in words the most memory that the process has taken so far; '' where the system does not tell."""
+    if resource is None:
+        return ''
+    unit = 2**30 if sys.platform == 'darwin' else 2**20                         # bytes there, KiB elsewhere
+    return f', {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB at most'
+
+
+def growth(gp):
+    """Return in words how long one step of `GaussianProcess.fit` takes with a quarter of the examples, with half and with all of them."""
+    said = []
+    for every in 4, 2, 1:
+        x, target, seconds = gp.known[::every], gp.target[::every], []
+        for _ in range(3):
+            began = time.process_time()
+            evidence(x, target, numpy.array([math.log(gp.variance)]), numpy.zeros(x.shape[1]))
+            seconds.append(time.process_time() - began)
+        said.append(f'{len(x)} examples {min(seconds):.3f} s')
+    return f'             one step of the fit of the Gaussian process: {", ".join(said)}'
 
 
 def ceilings(chain, reader, validation):
@@ -214,6 +252,7 @@ def draw(chain, reader, validation, scores, path):
             values = parts.features[:, feature_names().index(name) + (chain.config['kind'] == 'superpixels')]     # after the area
             low, high = numpy.quantile(values, (0.02, 0.95)) if len(values) else (0, 1)
             row.append(figures.picture(numpy.append(((values - low) / (high - low or 1)).clip(0.1, 1), 0)[parts.labels], size))
+        # A heat map shows the square root.
         rows.append([*row, figures.heat(image, p**2, size, largest=1), figures.overlay(image, mask, truth, size)])
         titles.append(f'{label} · {sample.name} · Dice {dice[chosen[place]]:.3f}')
     columns = ['image and truth', 'region to look in', 'superpixels' if chain.config['kind'] == 'superpixels' else 'points, 4 pixels apart',

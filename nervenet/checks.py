@@ -33,7 +33,10 @@ def in_range(name, value, end):
 
 
 def finite(values, name, axes):
-    """Return a matrix as an array of floats, float64 unless it holds some. Raises ValueError unless all are finite numbers; `axes` is its form."""
+    """Return a matrix as an array of floats, float64 unless it holds some. Raises ValueError unless all numbers in it are finite.
+
+    `axes` is what it should be, such as '(H, W)'.
+    """
     values = numpy.asarray(values)
     if values.ndim != 2 or values.size == 0 or values.dtype.kind not in 'biuf' or not numpy.isfinite(values).all():
         raise ValueError(f'{name} has shape {values.shape} and dtype {values.dtype}; expected {axes}, each a finite number')

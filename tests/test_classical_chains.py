@@ -214,6 +214,20 @@ def test_the_second_cut_of_superpixels_has_the_least_energy_of_all_labelings(cha
     assert (found == numpy.array(best)[labels]).all() and sum(best) == 4 and sum(odds > numpy.log(0.4 / 0.6)) == 2
 
 
+def test_what_lies_outside_the_region_is_background_and_a_border_with_it_costs(chain):
+    chain.config['step'] = 4
+    labels = numpy.full((4, 16), -1)
+    labels[:, 4:8], labels[:, 8:12] = 0, 1                              # two parts in a row, the outside at either end
+    image, p = numpy.full((4, 16), 0.5, 'float32'), numpy.zeros((4, 16))
+    p[:, 4:12] = 1 / (1 + numpy.exp(-1.0))                              # log-odds 1 each, and 2 borders that cost `smoothness` each
+    for smoothness, expected in (0.98, True), (1.02, False):
+        found = chain._outline(image, Parts(labels, numpy.zeros((2, 1))), p, smoothness, 0.5)
+        assert (found == ((labels >= 0) & expected)).all()
+    labels[:], p[:] = 0, 1 / (1 + numpy.exp(-1.0))
+    labels[0, 0], p[0, 0] = -1, 0                                       # an outside so small that it would go along with the rest
+    assert (chain._outline(image, Parts(labels, numpy.zeros((1, 1))), p, 2.0, 0.5) == (labels == 0)).all()
+
+
 def test_the_second_cut_of_pixels_smooths(rng, few_choices):
     chain = fitted_chain(rng, kind='graph-cut', classifier='logistic')
     p = numpy.full(SIZE, 0.2)
@@ -373,12 +387,18 @@ def test_the_script_fits_and_predict_takes_what_it_wrote(data, capsys, few_choic
     example('classical').main([str(option) for option in [*options, '--out', run, '--what', 'disc']])
     said = capsys.readouterr().out
     assert re.search(r'9 images of unseen subjects the region holds (8\d|9\d|100).\d% of the foreground', said)
+    assert re.search(r'one step of the fit of the Gaussian process: \d+ examples \d.\d+ s, \d+ examples \d.\d+ s, \d+ examples \d.\d+ s', said)
+    assert re.search(r'seconds: +region \d.\d+, parts \d.\d+, probability \d.\d+, mask \d.\d+ of computing per image', said)
     scores, config = (json.loads((run / 'fold_1' / name).read_text()) for name in ('scores.json', 'config.json'))
     assert scores[kind]['dice_pooled'] > 0.85 > scores['mean training mask']['dice_pooled'] > scores['empty mask']['dice_pooled'] == 0
     assert 0.9 < scores[kind]['geometric_mean'] <= 1 and scores['empty mask']['dice_per_image'] == pytest.approx(1 / 3)
     assert f'{kind} ' in (run / 'fold_1' / 'summary.txt').read_text() and 'region:' in (run / 'fold_1' / 'summary.txt').read_text()
     assert numpy.asarray(Image.open(run / 'fold_1' / 'cases.png')).shape[1] > 1000 and len((run / 'fold_1' / 'validation.csv').read_text().splitlines()) == 10
     assert set(config['validation_subjects']) == set(json.loads((run / 'split.json').read_text())['folds'][0]['subjects'])
+    for again, where in (options, run / 'fold_1'), (options[:-6], run):                            # the second without --fold
+        with pytest.raises(FileExistsError, match=f'{where}: exists and is not an empty folder; choose another --out, or remove what is there$'):
+            example('classical').main([str(option) for option in [*again, '--out', run, '--what', 'disc']])
+    capsys.readouterr()
 
     out = data.parent / 'out'
     example('predict').main([str(word) for word in ['--model', run / 'fold_1' / 'chain.npz', '--input', data, '--held-out', '--output', out,
@@ -402,6 +422,13 @@ def test_the_script_uses_a_given_split_and_summarises_folds(data, capsys, few_ch
     assert f'{sum(scores) / 2:.3f}' in (run / 'summary.txt').read_text() and '2 of 2 folds' in capsys.readouterr().out
     config = nervenet.load(run / 'fold_2' / 'chain.npz').config
     assert config['wavelet'] == 'haar' and config['classifier'] == 'logistic' and not config['position']
+
+
+def test_memory_is_left_out_where_the_system_does_not_tell_it(monkeypatch):
+    script = example('classical')
+    assert script.resource is None or re.fullmatch(r', \d+\.\d GiB at most', script.memory())
+    monkeypatch.setattr(script, 'resource', None)
+    assert script.memory() == ''
 
 
 @pytest.mark.parametrize('options, said', (

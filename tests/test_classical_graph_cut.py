@@ -306,8 +306,8 @@ EDGES = [(0, 1)]
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: minimise(ONES, ONES[:2], EDGES, [1]), r'unary0 \(3, 4\) and unary1 \(2, 4\) differ in shape'),
-    (lambda: minimise(ONES, ONES, EDGES, [-1]), 'or a weight, -100, is below 0'),
+    (lambda: minimise(ONES, ONES[:2], EDGES, [1]), r'unaries \(3, 4\) and \(2, 4\) differ in shape'),
+    (lambda: minimise(ONES, ONES, EDGES, [-1]), 'or a weight is below 0: -100'),
     (lambda: minimise(ONES * -2**61, ONES, EDGES, [1]), r'unary0 times 100 reach from -2.* expected finite numbers within ±2\^40'),
     (lambda: minimise(ONES, ONES, EDGES, [2.0**60]), 'weights times 100 reach from 1.15'),
     (lambda: minimise(ONES, [[0, 1, 2, numpy.inf]] * 3, EDGES, [1]), 'unary1 times .* keep probabilities away from 0'),

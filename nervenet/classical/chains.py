@@ -14,13 +14,13 @@
 3. *What it looks like.* Strength and spread of wavelet coefficients, grey, and place (which `position=False` leaves out).
 4. *How likely it is.* A Gaussian process that has learnt from a few hundred parts, half of them object; the odds are corrected for that.
 5. *The mask.* A second cut, whose D_p(0) − D_p(1) are the log-odds of p against a threshold: of the pixels at half size, or of the
-   superpixels, weighted by area and by length of border. Holes are filled, the largest piece stays, and none if it is small or nowhere likely.
+   superpixels, weighted by area and length of border. Holes are filled, the largest piece stays, and none if it is small or nowhere likely.
 
-Sources: Gil González, Álvarez & Orozco 2015 (EMBC; 'graph-cut') and 2016 (EMBC; 'superpixels'). Of these only titles, part of an abstract and
-what others say of them could be read. They leave unsaid, or we could not read: energies and seeds of the cut, which non-linear wavelet and
-features, number of superpixels, kernel, inference, training sizes, what follows the classifier. All of that is our choice here, and so is the
-rule that lenience, smoothness and growth (step 1), and the settings of step 5 are chosen on a quarter of the training subjects, of which
-nothing else was learnt: the smallest region that holds 95 % of the object's pixels; the best mean of pooled and per-image Dice.
+Sources: Gil González, Álvarez & Orozco 2015 (EMBC; 'graph-cut') and 2016 (EMBC; 'superpixels'). Of these only titles, part of an abstract
+and what others say of them could be read. They leave unsaid, or we could not read: energies and seeds of the cut, which non-linear wavelet
+and features, number of superpixels, kernel, inference, training sizes, what follows the classifier. All of that is our choice here, and so
+is the rule that lenience, smoothness and growth (step 1), and the settings of step 5 are chosen on a quarter of the training subjects, of
+which nothing else was learnt: the smallest region that holds 95 % of the object's pixels; the best mean of pooled and per-image Dice.
 """
 
 import itertools
@@ -43,7 +43,7 @@ LEVELS, GRID, SPECK = 32, 4, 0.002                                     # grey le
 REGIONS = [*itertools.product((1.0, 4.0), (0, 3, 6), numpy.arange(-2.0, 8.1).tolist())]           # smoothness, growth, lenience
 MASKS = [*itertools.product((0.3, 2.0), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6))]                          # smoothness, threshold
 EMPTY = [*itertools.product((0.0, 0.005, 0.01), (0.0, 0.3, 0.5, 0.7))]                            # minimal area, least of the highest p
-CHOOSE = 80                                                            # images, at most
+CHOSEN, CHOOSE = ('region', 'shift', 'mask'), 80                       # what is chosen; on so many images, at most
 
 # What of an image (H, W) is classified: `labels` (H, W), the part that a pixel is in, −1 outside the region; `features` (parts, D).
 Parts = namedtuple('Parts', 'labels features')
@@ -52,15 +52,16 @@ Parts = namedtuple('Parts', 'labels features')
 class Chain:
     """One of the two systems, for images of any size, which are fitted to `size` (H, W), both even, as `fit` says (`images.data.places`).
 
-    `step` is the width of a superpixel in pixels, `examples` how many parts are learnt from. `config`, `state_dict` and `load_state_dict` are
-    as a network has them, so that `nervenet.save` and `nervenet.load` take a chain too.
+    `step` is the width of a superpixel in pixels, `examples` how many parts are learnt from. `config`, `state_dict` and `load_state_dict`
+    are as a network has them, so that `nervenet.save` and `nervenet.load` take a chain too.
     """
 
     dtype = numpy.dtype(numpy.float64)
 
-    def __init__(self, kind='superpixels', size=(192, 256), fit='squeeze', wavelet='median', position=True, classifier='gp', step=5, examples=800):
-        self.size, self.config = tuple(size), dict(kind=kind, size=[*size], fit=fit, wavelet=wavelet, position=position, classifier=classifier,
-                                                   step=step, examples=examples)
+    def __init__(self, kind='superpixels', size=(192, 256), fit='squeeze', wavelet='median', position=True, classifier='gp', step=5,
+                 examples=800):
+        self.size, self.config = tuple(size), dict(kind=kind, size=[*size], fit=fit, wavelet=wavelet, position=position,
+                                                   classifier=classifier, step=step, examples=examples)
         for name, known in ('kind', KINDS), ('wavelet', TRANSFORMS), ('classifier', CLASSIFIERS), ('fit', FITS):
             if self.config[name] not in known:
                 raise ValueError(f'{name} is {self.config[name]!r}; expected one of {", ".join(known)}')
@@ -175,7 +176,8 @@ class Chain:
             return parts.features, share >= 0.5, [subjects[n]] * len(share)
         x, target, who = map(numpy.concatenate, zip(*parallel_for(learn, described)))
         if target.all() or not target.any():
-            raise ValueError(f'of {len(target)} parts in the regions, {target.sum()} are foreground; expected some of each kind')
+            raise ValueError(f'of {len(target)} parts in the regions, {target.sum()} are foreground; expected some of each kind: take smaller '
+                             'superpixels, or more images')
         sample = evenly(target, who, self.config['examples'], rng)
         self.classifier.fit(x[sample], target[sample])
         self.chosen['shift'] = odds_shift(target.mean(), target[sample].mean())
@@ -183,7 +185,8 @@ class Chain:
 
         def scored(n):
             parts, p = self.classified(images[n])
-            found = [kept(outline, p, *empty) for outline in [self._outline(images[n], parts, p, *choice) for choice in MASKS] for empty in EMPTY]
+            outlines = [self._outline(images[n], parts, p, *choice) for choice in MASKS]
+            found = [kept(outline, p, *empty) for outline in outlines for empty in EMPTY]
             return [((mask & masks[n]).sum(), mask.sum() + masks[n].sum()) for mask in found]
         overlap, total = numpy.moveaxis(numpy.array(parallel_for(choose, scored), float), -1, 0)                    # (N, choices)
         dice = overlap.sum(0) / total.sum(0) + numpy.where(total == 0, 1, 2 * overlap / total.clip(1)).mean(0) / 2
@@ -202,11 +205,13 @@ class Chain:
 
     def load_state_dict(self, state):
         """Take what was learnt by another chain of this config. Raises ValueError for what does not fit, or cannot have been learnt."""
-        (H, W), D, n = self.size, 22 + 2 * bool(self.config['position']) + (self.config['kind'] == 'superpixels'), len(state.get('target', ()))
-        shapes = {'levels': (LEVELS,), 'place': (H // 2, W // 2), 'region': (3,), 'shift': (), 'mask': (4,)}
-        shapes |= {name: {'weights': (D + 1,), 'x': (n, D), 'target': (n,), 'variance': ()}.get(name, (D,)) for name in self.classifier.learnt}
-        check_match({name: numpy.broadcast_to(0, shape) for name, shape in shapes.items()}, state, 'what was learnt', 'the chain')
-        self.chosen = {name: state[name].tolist() for name in ('region', 'shift', 'mask')}
+        D = 22 + 2 * bool(self.config['position']) + (self.config['kind'] == 'superpixels')
+        n, (H, W) = len(state.get('target', ())), self.size
+        shapes = {'levels': (LEVELS,), 'place': (H // 2, W // 2), 'region': (3,), 'mask': (4,), 'shift': (), 'variance': (), 'x': (n, D),
+                  'target': (n,), 'weights': (D + 1,), 'centre': (D,), 'scale': (D,), 'length_scales': (D,)}
+        expected = {name: numpy.broadcast_to(0, shapes[name]) for name in ('levels', 'place', *CHOSEN, *self.classifier.learnt)}
+        check_match(expected, state, 'what was learnt', 'the chain')
+        self.chosen = {name: state[name].tolist() for name in CHOSEN}
         (smoothness, growth, _), (outline, threshold, *_) = self.chosen['region'], self.chosen['mask']
         if not (all(numpy.isfinite(array).all() for array in state.values()) and (state['scale'] > 0).all()
                 and smoothness >= 0 <= outline and growth in range(100) and 0 < threshold < 1):
@@ -260,7 +265,7 @@ def cut_pixels(odds, image, smoothness):
 
 @one_thread_per_product()
 def log_odds(images, masks):
-    """Return (levels (LEVELS,), place (H/2, W/2)): log h₁/h₀ of grey levels, and the log-odds of π; h₁ and h₀ begin with one in each bin."""
+    """Return (levels (LEVELS,), place (H/2, W/2)): log h₁/h₀ of grey levels, where each bin begins with one, and the log-odds of π."""
     inside, outside, total, count = numpy.ones(LEVELS), numpy.ones(LEVELS), 0, 0
     for image, mask in zip(images, masks):
         level, object_ = grey_level(seen_small(image)), halved(mask.astype(numpy.float32)) >= 0.5
@@ -288,7 +293,7 @@ def evenly(target, who, number, rng):
 
 
 def kept(mask, p, area, least):
-    """Return the largest piece of a mask (H, W), its holes filled; none if it is below a share `area` of all pixels, or p nowhere `least`."""
+    """Return the largest piece of a mask (H, W), holes filled; none if below a share `area` of all pixels, or if p is nowhere `least`."""
     piece = regions(mask)
     mask = fill_outlines(piece == numpy.bincount(piece[mask]).argmax()) if mask.any() else mask
     return mask if mask.any() and mask.mean() >= area and p[mask].max() >= least else numpy.zeros_like(mask)

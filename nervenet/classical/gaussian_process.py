@@ -17,8 +17,8 @@ explain anything. So q chooses σ² and ℓ, and no validation set is needed.
 
 Source: Rasmussen & Williams 2006, "Gaussian Processes for Machine Learning": Algorithms 3.1 (`laplace`), 3.2 (`predict`), 5.1 (`evidence`).
 Only B = I + W^½ K W^½ is ever inverted, whose eigenvalues are 1 and more, so K needs no jitter. They keep B's Cholesky factor; NumPy solves
-no triangular systems, so R = W^½ B⁻¹ W^½ is kept here. The work is n³ and the memory n² numbers: take a thousand examples or two. Our choice:
-Newton's step is halved until it does not go down; the mean probability is a Gauss-Hermite sum of 32 points; how σ² and ℓ are searched.
+no triangular systems, so R = W^½ B⁻¹ W^½ is kept here. Work grows as n³, memory as n²: take a thousand examples. Our choice: Newton's
+step is halved until it does not go down; the mean probability is a Gauss-Hermite sum of 32 points; how σ² and ℓ are searched.
 
 All is computed in float64. Shapes: x (n, D), n points of D features; target (n,), their classes, 0 or 1.
 """
@@ -54,7 +54,7 @@ def squared_exponential(a, b, variance=1.0):
 
 
 def maximise(objective, newton_step, place):
-    """Return where a concave function is largest, by Newton's method: a step is halved until it does not go down, or it might overshoot for ever."""
+    """Return where a concave function is largest, by Newton's method: a step that would overshoot is halved until it does not go down."""
     value = objective(place)
     for _ in range(100):
         step, share = newton_step(place), 1.0
@@ -63,7 +63,8 @@ def maximise(objective, newton_step, place):
         place, gain, value = place + share * step, found - value, found
         if share == 1 and gain < TOLERANCE:
             return place
-    raise RuntimeError(f"Newton's method has not come to rest after 100 steps, at a value of {value}; are there values of very different size?")
+    raise RuntimeError(f"Newton's method has not come to rest after 100 steps, at a value of {value}; are there values of very different "
+                       'size?')
 
 
 @one_thread_per_product()
@@ -149,7 +150,7 @@ class Classifier:
 
 
 class GaussianProcess(Classifier):
-    """`fit` finds σ², `variance`, and ℓ, `length_scales`, (D,) or one for all, of scaled features; `condition` takes those that are there."""
+    """`fit` finds σ², `variance`, and ℓ, `length_scales`, of scaled features, (D,) or one for all; `condition` takes what is there."""
 
     learnt = 'centre', 'scale', 'x', 'target', 'variance', 'length_scales'         # all else follows from these
 
@@ -161,8 +162,8 @@ class GaussianProcess(Classifier):
 
         Maximises log q plus the logarithm of a prior by Adam, with a rate of 0.1 that falls to 0 over half a cosine, and takes the best of
         all steps of all `starts`. Our choice, for features of deviation 1: log ℓ_d ~ N(½ log D, 1), since distances in D dimensions grow as
-        √D; no prior for σ²; ℓ within LENGTH_SCALES, σ² within VARIANCES. The first start is σ² = 1 and the mean of the prior, the others are
-        drawn: log ℓ from the prior, log σ² from N(0, 1). The result does not depend on the number of cores, on all of which they run.
+        √D; no prior for σ²; ℓ within LENGTH_SCALES, σ² within VARIANCES. The first start is σ² = 1 and the mean of the prior, the others
+        are drawn: log ℓ from the prior, log σ² from N(0, 1). The result does not depend on the number of cores.
         """
         steps, starts, rng = positive(steps, 'steps'), positive(starts, 'starts'), numpy.random.default_rng(seed)
         scaled, classes = self.examples(x, target)
@@ -177,7 +178,7 @@ class GaussianProcess(Classifier):
         self.x, self.variance, scales = x, in_range('variance', self.variance, math.inf), numpy.asarray(self.length_scales, numpy.float64)
         scaled, self.target = self.examples(x, target, standardise=False)
         if scales.shape not in ((), scaled.shape[1:]) or not (numpy.isfinite(scales) & (scales > 0)).all():
-            raise ValueError(f'length_scales is {self.length_scales}; expected a positive number, or one for each of {scaled.shape[1]} features')
+            raise ValueError(f'length_scales is {scales}; expected a positive number, or one for each of {scaled.shape[1]} features')
         self.length_scales = numpy.broadcast_to(scales, scaled.shape[1:])
         self.known = scaled / self.length_scales
         self.posterior = laplace(squared_exponential(self.known, self.known, self.variance), self.target)
@@ -233,7 +234,7 @@ def odds_shift(share, sampled_share):
 
 
 class LogisticRegression(Classifier):
-    """The linear control: maximises Σ log s(±f) − ½ ridge·|w|². The ridge keeps w finite where a plane parts the classes; variances are 0."""
+    """The linear control: maximises Σ log s(±f) − ½ ridge·|w|². The ridge keeps w finite where a plane parts the classes; no variances."""
 
     learnt = 'centre', 'scale', 'weights'
 

@@ -13,9 +13,9 @@ what hangs on the sink is background, and the total width of what was cut is E. 
 is as wide as the most water that gets through, for somewhere the pipes are full (Ford and Fulkerson 1956). No search over masks is needed.
 
 **The flow in arrays** (push-relabel: Goldberg and Tarjan 1988). Flood every pixel from the source, then let each push what it has too much
-of one step downhill, where the height of a pixel is a lower bound of its distance to the sink through pipes with room left. A pixel that has
-water and nobody below it is lifted just above its lowest neighbour; water that cannot reach the sink stays where it is. All pixels do each
-step at once. For that the pipes between neighbours are put into groups, in each of which a pixel has one partner at most, so that no two push
+of one step downhill, where the height of a pixel is a lower bound of its distance to the sink through pipes with room left. A pixel that
+has water and nobody below it is lifted just above its lowest neighbour; water that cannot reach the sink stays where it is. All pixels do
+each step at once. For that the pipes between neighbours form groups, in each of which a pixel has one partner at most, so that no two push
 into one: on a grid, the pipes from even columns to the right, those from odd ones, from even rows down, from odd ones.
 
 Sources: Greig, Porteous and Seheult 1989, "Exact maximum a posteriori estimation for binary images"; Boykov and Jolly 2001, "Interactive
@@ -36,7 +36,7 @@ LARGEST = 2.0**40               # energy: the sum of 2^22 of them is still an in
 
 
 def grid(shape, neighbours=4):
-    """Return (edges (pairs, 2), distances (pairs,), groups (pairs,)) of the neighbours in an image (H, W), its pixels numbered in reading order.
+    """Return (edges (pairs, 2), distances (pairs,), groups (pairs,)) of the neighbours in an image (H, W), pixels in reading order.
 
     `neighbours` is 4, or 8 with diagonals, along which outlines are less jagged and pixels √2 apart. `groups` are for `minimise`.
     """
@@ -46,7 +46,8 @@ def grid(shape, neighbours=4):
     pixel = numpy.arange(H * W).reshape(H, W)
     for way, (down, right) in enumerate(NEIGHBOURS[neighbours]):
         a = pixel[:H - down, max(0, -right):W - max(0, right)].ravel()
-        found.append([numpy.stack([a, a + down * W + right], axis=1), numpy.full(len(a), math.hypot(down, right)), 2 * way + (a // W if down else a % W) % 2])
+        group = 2 * way + (a // W if down else a % W) % 2
+        found.append([numpy.stack([a, a + down * W + right], axis=1), numpy.full(len(a), math.hypot(down, right)), group])
     return [numpy.concatenate(part) for part in zip(*found)]
 
 
@@ -55,21 +56,22 @@ def contrast_weights(values, edges, scale=1.0):
 
         w_pq = scale_pq · exp(−(I_p − I_q)² / 2σ²)
 
-    `scale` is 1 / distance between pixels, and the length of the border between superpixels. The paper leaves σ open. Here σ² is the mean of
-    (I_p − I_q)² over all edges, so that weights do not depend on the image's contrast.
+    `scale` is 1 / distance between pixels, and the length of the border between superpixels. The paper leaves σ open. Here σ² is the mean
+    of (I_p − I_q)² over all edges, so that weights do not depend on the image's contrast.
     """
     squares = numpy.diff(numpy.asarray(values, numpy.float64).ravel()[edges])[:, 0]**2             # unsigned levels would wrap around
-    return scale * numpy.exp(-squares / (2 * squares.sum() / max(1, len(squares)) or 1))          # in an image of one grey, all squares are 0
+    return scale * numpy.exp(-squares / (2 * squares.sum() / max(1, len(squares)) or 1))          # where all is of one grey, they are 0
 
 
 def energy(labels, unary0, unary1, edges, weights):
     """Return E of labels (nodes,), of a mask (H, W) the pixels in reading order; the rest is as for `minimise`, but of any numbers."""
     labels = numpy.asarray(labels, bool).ravel()
-    return (numpy.where(labels, numpy.ravel(unary1), numpy.ravel(unary0)).sum() + numpy.sum(weights * numpy.diff(labels[edges])[:, 0])).item()
+    apart = numpy.diff(labels[edges])[:, 0]
+    return (numpy.where(labels, numpy.ravel(unary1), numpy.ravel(unary0)).sum() + numpy.sum(weights * apart)).item()
 
 
 def minimise(unary0, unary1, edges, weights, groups=None, factor=100):
-    """Return (labels, energy): the labels of least energy, exactly, in the shape of the unaries, and its energy, an int. Raises ValueError.
+    """Return (labels, energy): the labels of least energy, exactly, bool in the shape of the unaries, and their energy. Raises ValueError.
 
     unary0, unary1  (nodes,), or (H, W) in reading order: what a node pays as background, and as object; negative numbers are fine
     edges, weights  (edges, 2) pairs of nodes from 0 up, few for each node, such as of `grid`; numbers ≥ 0, (edges,)
@@ -82,12 +84,12 @@ def minimise(unary0, unary1, edges, weights, groups=None, factor=100):
     for name, values in ('unary0', unary0), ('unary1', unary1), ('weights', weights):
         values = numpy.rint(factor * numpy.asarray(values, numpy.float64))
         if not (abs(values) <= LARGEST).all():                           # also for NaN
-            raise ValueError(f'{name} times {factor} reach from {values.min()} to {values.max()}; expected finite numbers within ±2^40: keep '
-                             'probabilities away from 0 before you take their logarithm')
+            raise ValueError(f'{name} times {factor} reach from {values.min()} to {values.max()}; expected finite numbers within ±2^40: '
+                             'keep probabilities away from 0 before you take their logarithm')
         energies.append(values.astype(numpy.int64))
     unary0, unary1, weights = energies
     if unary0.shape != unary1.shape or weights.min(initial=0) < 0:
-        raise ValueError(f'unary0 {unary0.shape} and unary1 {unary1.shape} differ in shape, or a weight, {weights.min(initial=0)}, is below 0')
+        raise ValueError(f'unaries {unary0.shape} and {unary1.shape} differ in shape, or a weight is below 0: {weights.min(initial=0)}')
     shape, nodes, edges = unary0.shape, unary0.size, numpy.asarray(edges)
     if edges.shape != (*weights.shape, 2) or edges.dtype.kind not in 'iu' or edges.min(initial=0) < 0 or edges.max(initial=-1) >= nodes:
         raise ValueError(f'edges {edges.shape} of dtype {edges.dtype} must be (edges, 2) integers, one pair of nodes from 0 to {nodes - 1} '

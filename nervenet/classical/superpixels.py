@@ -10,10 +10,10 @@ exchange rate: m grey levels are worth a whole step S of way. Large m gives squa
 
 Lay a net over the image and let go: each mesh creeps up to the edges near it, and no further, for going far costs.
 
-Source: Achanta, Shaji, Smith, Lucchi, Fua and Süsstrunk 2012, "SLIC superpixels compared to state-of-the-art superpixel methods". Grey levels
-are in percent, as the lightness of CIELAB that they compare, so that their m, from 1 to 40, means the same. They let each centre search
-2S × 2S pixels. Here each *pixel* looks at nine centres, those of the grid cell it lies in and of the eight around it, which never change:
-nine operations on whole images, and the objective provably never rises. What becomes of stray pixels (`joined`) is our choice.
+Source: Achanta, Shaji, Smith, Lucchi, Fua and Süsstrunk 2012, "SLIC superpixels compared to state-of-the-art superpixel methods". Grey
+levels are in percent, as the lightness of CIELAB that they compare, so that their m, from 1 to 40, means the same. They let each centre
+search 2S × 2S pixels. Here each *pixel* looks at nine centres, those of the grid cell it lies in and of the eight around it, which never
+change: nine operations on whole images, and the objective provably never rises. What becomes of stray pixels (`joined`) is our choice.
 """
 
 import math
@@ -23,7 +23,7 @@ import numpy
 from ..checks import finite, positive
 from .graph_cut import regions
 
-NINE = (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)                # (down, right): a place and those around it
+NINE = (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)                # (down, right): a place and those around
 
 
 def slic(image, step=12, compactness=10.0, iterations=10):
@@ -51,7 +51,7 @@ def clusters(image, step, compactness, iterations):
     for _ in range(iterations):
         best, labels = numpy.full((H, W), math.inf), numpy.zeros((H, W), numpy.int64)
         for down, right in NINE:
-            cell = (row + down).clip(0, rows - 1), (column + right).clip(0, columns - 1)          # at the image's edge, one is looked at twice
+            cell = (row + down).clip(0, rows - 1), (column + right).clip(0, columns - 1)          # at the edge one is looked at twice
             level, middle_y, middle_x = (centre[cell] for centre in centres)                      # (H, W) each
             squared = (grey - level)**2 + exchange * ((y - middle_y)**2 + (x - middle_x)**2)
             labels = numpy.where(squared < best, cell[0] * columns + cell[1], labels)
@@ -96,7 +96,7 @@ def joined(labels, smallest):
 
 
 def adjacency(labels):
-    """Return (edges, lengths): the pairs (edges, 2), a < b, of `labels` (H, W) that touch, and how many pairs of pixels each border parts."""
+    """Return (edges, lengths): the pairs (edges, 2), a < b, of `labels` (H, W) that touch, and how many pairs of pixels do at each."""
     labels = _labels(labels)
     sides = numpy.concatenate([numpy.stack([labels[:, :-1].ravel(), labels[:, 1:].ravel()], -1),
                                numpy.stack([labels[:-1].ravel(), labels[1:].ravel()], -1)])       # (pairs, 2)

@@ -34,7 +34,7 @@ SUBBANDS = 'horizontal', 'vertical', 'diagonal'
 
 
 class Coefficients(NamedTuple):
-    """A decomposed image of `size` (H, W): the `coarse` image of the last level, and `details` (3, H_j, W_j) of all levels, finest first."""
+    """A decomposed image of `size` (H, W): the `coarse` image of the last level, and `details` (3, H_j, W_j) of each, finest first."""
 
     coarse: numpy.ndarray
     details: list
@@ -129,7 +129,7 @@ def region_features(coefficients, image, labels):
 
 
 def box_features(coefficients, image, points, side=17):
-    """Return (number, 6·levels + 6): as `region_features`, for what of the side×side box around each of `points` (number, 2) is in the image.
+    """Return (number, 6·levels + 6): as `region_features`, for what the image has of the side×side box around each of `points` (number, 2).
 
     With S(y, x), the sum of all pixels above row y and left of column x, the sum over any box is S at its four corners,
     S(bottom, right) − S(top, right) − S(bottom, left) + S(top, left): what it costs does not depend on the side (Crow 1984).
@@ -152,7 +152,7 @@ def box_features(coefficients, image, points, side=17):
 
 
 def _features(coefficients, image, place, means):
-    """Return the features, given the mean rows and columns of the regions (regions, 2), and what takes means of maps (H, W, …) over them."""
+    """Return the features, given `place` (regions, 2), the mean rows and columns, and what takes `means` of maps (H, W, …) over regions."""
     image, columns = finite(image, 'the image', '(H, W)'), []
     if image.shape != coefficients.size:
         raise ValueError(f'the image has shape {image.shape} and the coefficients are of one of {coefficients.size}')
