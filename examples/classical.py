@@ -12,7 +12,7 @@ of the best, the median and the worst image each step. A cross-validation has su
 
 import argparse
 import json
-import resource
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,7 +21,8 @@ import numpy
 
 import nervenet
 import nervenet.files
-from nervenet.classical.chains import CLASSIFIERS, KINDS, OPTIONS, Chain
+from nervenet.classical.chains import CLASSIFIERS, KINDS, Chain
+from nervenet.classical.gaussian_process import evidence
 from nervenet.classical.superpixels import means, slic
 from nervenet.classical.wavelets import TRANSFORMS, feature_names
 from nervenet.images.augment import median_filter
@@ -38,6 +39,12 @@ from nervenet.study.run_folder import RunFolder, room_for_results
 from nervenet.study.scans import found, noted, open_reader, subjects_by
 from nervenet.study.segment import reading_of
 
+try:
+    import resource
+except ImportError:                                         # on Windows there is none
+    resource = None
+
+CONFIG = Chain().config                                     # as it is by default
 STEPS = 'region', 'parts', 'probability', 'mask'
 SHOWN = {'mean of horizontal 1': 'fine detail across', 'mean of vertical 2': 'coarser, down', 'mean of coarse': 'shade'}        # of the features
 
@@ -56,6 +63,8 @@ def main(arguments=None):
         folds_by_subject(samples, numpy.zeros(len(samples)), args.folds, args.seed)
     elif not args.folds:
         split_by_subject(samples, args.validation_share, args.seed)
+    if args.out and not args.fold:
+        fresh(args.out)
     with room_for_results(args.out, joins=bool(args.folds)) as args.out:
         print('reading:     all images once', flush=True)
         positive = holds_foreground(samples, reader)
@@ -76,8 +85,14 @@ def main(arguments=None):
         summarise(whole, args.folds)
 
 
+def fresh(path):
+    """Raise FileExistsError if something lies in the folder `path`. A chain is fitted in one go: there is no run to take up again."""
+    nervenet.files.refuse_content(path, '--out', or_else=', or remove what is there')
+
+
 def run(args, path, reader, training, validation, note):
     """Fit a chain on the training samples, score it on the validation samples, and write all into the folder `path`."""
+    fresh(path)
     folder = RunFolder(path, {**options_to_store(args), 'nervenet': nervenet.__version__, 'numpy': numpy.__version__, **{
         f'{part}_subjects': sorted({sample.subject for sample in chosen}) for part, chosen in (('training', training), ('validation', validation))}})
     counted, learnt = Baselines(), some_of_each_subject(training, args.images_per_subject)
@@ -105,10 +120,13 @@ def run(args, path, reader, training, validation, note):
     tell(ceilings(chain, reader, some_of_each_subject(validation, args.images_per_subject)))
     began = time.process_time()
     chain.fit_classifier(images, masks, subjects, args.seed, tell)
-    tell(f'             {time.process_time() - began:.0f} s of computing, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most')
+    tell(f'             {time.process_time() - began:.0f} s of computing{memory()}')
+    if args.classifier == 'gp':
+        tell(growth(chain.classifier))
     del images, masks
     known = {} if args.data is None else {name: folder.config[name] for name in ('training_subjects', 'validation_subjects')}
-    chain.save(path / 'chain.npz', reading=reading_of(vars(args)), what=args.what, intensity=statistics, mean_training_mask=counted.mean_mask()[:, :, 0].astype('uint8'), **known)
+    nervenet.save(path / 'chain.npz', chain, reading=reading_of(vars(args)), what=args.what, intensity=statistics,
+                  mean_training_mask=counted.mean_mask()[:, :, 0].astype('uint8'), **known)
 
     scores, seconds = SegmentationScores(), dict.fromkeys(STEPS, 0.0)
     for sample in progress(validation, len(validation), 'scoring', unit='images'):
@@ -143,12 +161,33 @@ def some_of_each_subject(samples, most):
     return [those[n] for those in by_subject.values() for n in sorted({*numpy.linspace(0, len(those) - 1, min(most, len(those))).astype(int)})]
 
 
+def memory():
+    """Return in words the most memory that the process has taken so far; '' where the system does not tell."""
+    if resource is None:
+        return ''
+    unit = 2**30 if sys.platform == 'darwin' else 2**20                         # bytes there, KiB elsewhere
+    return f', {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB at most'
+
+
+def growth(gp):
+    """Return in words how long one step of `GaussianProcess.fit` takes with a quarter of the examples, with half and with all of them."""
+    said = []
+    for every in 4, 2, 1:
+        x, target, seconds = gp.known[::every], gp.target[::every], []
+        for _ in range(3):
+            began = time.process_time()
+            evidence(x, target, numpy.array([math.log(gp.variance)]), numpy.zeros(x.shape[1]))
+            seconds.append(time.process_time() - began)
+        said.append(f'{len(x)} examples {min(seconds):.3f} s')
+    return f'             one step of the fit of the Gaussian process: {", ".join(said)}'
+
+
 def ceilings(chain, reader, validation):
     """Return in words what can be had at best: foreground within the region, and Dice of superpixels that all have the right class."""
     counts = []
     for sample in progress(validation, len(validation), 'region', unit='images'):
         image, truth = read(reader, sample)
-        region, labels = chain.region(image), slic(median_filter(image, 3), chain.options['step'])
+        region, labels = chain.region(image), slic(median_filter(image, 3), chain.config['step'])
         perfect = (means(truth, labels) >= 0.5)[labels]
         found = perfect & (means(region, labels) >= 0.5)[labels]
         counts.append([region.mean(), (region & truth).sum(), truth.sum(), (perfect & truth).sum(), perfect.sum(), (found & truth).sum(), found.sum()])
@@ -210,14 +249,15 @@ def draw(chain, reader, validation, scores, path):
         row = [figures.overlay(image, numpy.zeros_like(mask), truth, size), figures.overlay(image, region, truth, size),
                figures.picture(numpy.where(edge, 1, image), size)]
         for name in SHOWN:
-            values = parts.features[:, feature_names().index(name) + (chain.options['kind'] == 'superpixels')]     # after the area
+            values = parts.features[:, feature_names().index(name) + (chain.config['kind'] == 'superpixels')]     # after the area
             low, high = numpy.quantile(values, (0.02, 0.95)) if len(values) else (0, 1)
             row.append(figures.picture(numpy.append(((values - low) / (high - low or 1)).clip(0.1, 1), 0)[parts.labels], size))
+        # A heat map shows the square root.
         rows.append([*row, figures.heat(image, p**2, size, largest=1), figures.overlay(image, mask, truth, size)])
         titles.append(f'{label} · {sample.name} · Dice {dice[chosen[place]]:.3f}')
-    columns = ['image and truth', 'region to look in', 'superpixels' if chain.options['kind'] == 'superpixels' else 'points, 4 pixels apart',
+    columns = ['image and truth', 'region to look in', 'superpixels' if chain.config['kind'] == 'superpixels' else 'points, 4 pixels apart',
                *SHOWN.values(), 'probability', 'mask and truth']
-    figures.save(figures.grid(rows, row_titles=titles, column_titles=columns, title=f'{chain.options["kind"]} chain'), path)
+    figures.save(figures.grid(rows, row_titles=titles, column_titles=columns, title=f'{chain.config["kind"]} chain'), path)
 
 
 def parse(arguments):
@@ -235,19 +275,19 @@ def parse(arguments):
     folds.add_argument('--fold', type=whole, metavar='K', help='this fold only')
     folds.add_argument('--split', type=Path, metavar='FILE', help='split.json of another cross-validation, such as that of a network')
     chain.add_argument('--chain', choices=KINDS, default='superpixels', help='which of the two')
-    chain.add_argument('--wavelet', choices=TRANSFORMS, default=OPTIONS['wavelet'], help='what texture is described by; haar is the linear one')
+    chain.add_argument('--wavelet', choices=TRANSFORMS, default=CONFIG['wavelet'], help='what texture is described by; haar is the linear one')
     chain.add_argument('--position', action=argparse.BooleanOptionalAction, default=True, help='whether row and column are among the features')
     chain.add_argument('--classifier', choices=CLASSIFIERS, default='gp', help='Gaussian process, or logistic regression as a control')
-    chain.add_argument('--step', type=whole, default=OPTIONS['step'], metavar='N', help='width of a superpixel in pixels')
+    chain.add_argument('--step', type=whole, default=CONFIG['step'], metavar='N', help='width of a superpixel in pixels')
     chain.add_argument('--examples', type=whole, metavar='N', help='parts that the classifier learns from; the time grows as their third power; '
-                       f'default: {OPTIONS["examples"]}, on synthetic ultrasound 400')
+                       f'default: {CONFIG["examples"]}, on synthetic ultrasound 400')
     parser.add_argument('--seed', type=natural, default=0, metavar='N', help='of the split and of the choice of examples')
     parser.add_argument('--out', type=Path, metavar='RUN', help='run folder, new or empty; default: runs/ and the date and time')
     parser.set_defaults(resume=None, test=None, test_masks=None, leaky_split_by_image=False, preview_augmentation=None)
     args = parser.parse_args(arguments)
     check_data(args, {}, parser)
     args.fit, args.what = args.fit or 'squeeze', args.what or ('nerve' if args.data is None else 'foreground')
-    args.examples = args.examples or (400 if args.data is None else OPTIONS['examples'])
+    args.examples = args.examples or (400 if args.data is None else CONFIG['examples'])
     for name in 'data', 'masks', 'subjects', 'split':
         path = getattr(args, name)
         setattr(args, name, path and path.resolve())

@@ -32,6 +32,17 @@ def in_range(name, value, end):
     return float(value)
 
 
+def finite(values, name, axes):
+    """Return a matrix as an array of floats, float64 unless it holds some. Raises ValueError unless all numbers in it are finite.
+
+    `axes` is what it should be, such as '(H, W)'.
+    """
+    values = numpy.asarray(values)
+    if values.ndim != 2 or values.size == 0 or values.dtype.kind not in 'biuf' or not numpy.isfinite(values).all():
+        raise ValueError(f'{name} has shape {values.shape} and dtype {values.dtype}; expected {axes}, each a finite number')
+    return values if values.dtype.kind == 'f' else values.astype(numpy.float64)
+
+
 def check_match(own, given, what, whose):
     """Raise ValueError unless the dicts `own` and `given` hold arrays of the same shapes under the same names."""
     problems = ([f'{name} is missing' for name in own.keys() - given.keys()]

@@ -7,14 +7,16 @@ import pytest
 from helpers import example, run_example
 from PIL import Image
 
+import nervenet
 from nervenet.classical import chains
-from nervenet.classical.chains import KINDS, Chain, Parts, evenly, halved, inner_split, kept, log_odds, unaries
+from nervenet.classical.chains import KINDS, Chain, Parts, cut, evenly, halved, inner_split, kept, log_odds
 from nervenet.classical.superpixels import means, slic
 from nervenet.classical.wavelets import TRANSFORMS, box_features, region_features
 from nervenet.engine.parallel import set_threads
 from nervenet.images.augment import median_filter
 from nervenet.metrics import ratio
-from nervenet.study.checkpoint import CheckpointError
+from nervenet.study.checkpoint import CHAINS, CheckpointError
+from nervenet.study.segment import Segmenter
 
 SIZE = 40, 56
 every_kind = pytest.mark.parametrize('kind', KINDS)
@@ -114,9 +116,10 @@ def test_log_odds_of_levels_and_places():
     assert place[10, 14] == pytest.approx(-place[10, 15]) and place[10, 14] > 0     # of the empty mask nothing is counted
 
 
-def test_unaries_pay_for_the_less_likely_label_alone():
-    background, object_ = unaries(numpy.array([-1.5, 0.0, 2.0]))
-    assert background.tolist() == [0, 0, 200] and object_.tolist() == [150, 0, 0]
+def test_the_less_likely_label_alone_is_paid_for():
+    odds, edges = numpy.array([-1.5, 0.0, 2.0]), numpy.array([[0, 1], [1, 2]])
+    assert cut(odds, edges, numpy.zeros(2)).tolist() == [False, True, True]
+    assert cut(odds, edges, numpy.array([1.49, 3.0])).tolist() == [False, True, True] and cut(odds, edges, numpy.array([1.51, 3.0])).all()
 
 
 def test_the_region_is_the_smallest_that_holds_enough(rng, monkeypatch):
@@ -189,25 +192,40 @@ def test_probabilities_of_parts_become_a_map(chain, rng):
     chain.classifier, chain.chosen['shift'] = Classifier(), 0.25
     p = chain.probability(Parts(labels, numpy.array([[0.5], [0.125]])), labels >= 0)
     assert (p[:8, :8] == 0.75).all() and (p[8:16, :8] == 0.375).all() and p.sum() == 64 * 1.125
-    chain.options['kind'] = 'graph-cut'
+    chain.config['kind'] = 'graph-cut'
     p = chain.probability(Parts(labels, numpy.array([[0.5], [0.125]])), labels >= 0)
     assert p[1, 1] == pytest.approx(0.75) and 0.375 < p[8, 2] < p[7, 2] < 0.75 and not p[16:].any() and not p[:, 8:].any()
 
 
-def test_the_second_cut_of_superpixels_has_the_least_energy_of_all_labelings(chain, rng):
-    chain.options['step'] = 4
+@pytest.mark.parametrize('step', [4, 5])
+def test_the_second_cut_of_superpixels_has_the_least_energy_of_all_labelings(chain, step):
+    chain.config['step'] = step
     labels = numpy.kron(numpy.arange(6).reshape(2, 3), numpy.ones((4, 4), int))
-    image, odds = rng.random((8, 12)).astype('float32'), numpy.array([2.0, -1.0, -2.0, 1.5, -0.8, -3.0])
+    image, odds = numpy.array([0.2, 0.25, 0.8, 0.2, 0.22, 0.9])[labels].astype('float32'), numpy.array([2.0, -0.8, -2.0, 1.5, -0.7, -3.0])
     p, smoothness, threshold = 1 / (1 + numpy.exp(-odds)), 1.5, 0.4
     found = chain._outline(image, Parts(labels, numpy.zeros((6, 1))), p[labels], smoothness, threshold)
     grey, edges = means(image, labels), [(0, 1), (1, 2), (3, 4), (4, 5), (0, 3), (1, 4), (2, 5)]
     squares = numpy.array([(grey[a] - grey[b])**2 for a, b in edges])
 
     def energy(chosen):
-        return (sum(max(0, -s if c else s) for s, c in zip(odds - numpy.log(threshold / (1 - threshold)), chosen))
-                + sum(smoothness * numpy.exp(-square / (2 * squares.mean())) * (chosen[a] != chosen[b]) for (a, b), square in zip(edges, squares)))
+        return (16 / step**2 * sum(max(0, -s if c else s) for s, c in zip(odds - numpy.log(threshold / (1 - threshold)), chosen))
+                + sum(smoothness * 4 / step * numpy.exp(-square / (2 * squares.mean())) * (chosen[a] != chosen[b]) for (a, b), square in zip(edges, squares)))
     best = min(itertools.product((False, True), repeat=6), key=energy)
-    assert (found == numpy.array(best)[labels]).all() and 0 < sum(best) < 6
+    assert (found == numpy.array(best)[labels]).all() and sum(best) == 4 and sum(odds > numpy.log(0.4 / 0.6)) == 2
+
+
+def test_what_lies_outside_the_region_is_background_and_a_border_with_it_costs(chain):
+    chain.config['step'] = 4
+    labels = numpy.full((4, 16), -1)
+    labels[:, 4:8], labels[:, 8:12] = 0, 1                              # two parts in a row, the outside at either end
+    image, p = numpy.full((4, 16), 0.5, 'float32'), numpy.zeros((4, 16))
+    p[:, 4:12] = 1 / (1 + numpy.exp(-1.0))                              # log-odds 1 each, and 2 borders that cost `smoothness` each
+    for smoothness, expected in (0.98, True), (1.02, False):
+        found = chain._outline(image, Parts(labels, numpy.zeros((2, 1))), p, smoothness, 0.5)
+        assert (found == ((labels >= 0) & expected)).all()
+    labels[:], p[:] = 0, 1 / (1 + numpy.exp(-1.0))
+    labels[0, 0], p[0, 0] = -1, 0                                       # an outside so small that it would go along with the rest
+    assert (chain._outline(image, Parts(labels, numpy.zeros((1, 1))), p, 2.0, 0.5) == (labels == 0)).all()
 
 
 def test_the_second_cut_of_pixels_smooths(rng, few_choices):
@@ -261,76 +279,91 @@ def test_halved_is_the_mean_of_squares(rng):
 @pytest.mark.parametrize('classifier, position', [('gp', True), ('logistic', False)])
 def test_a_chain_comes_back_from_its_file(rng, few_choices, tmp_path, kind, classifier, position):
     chain = fitted_chain(rng, kind=kind, classifier=classifier, position=position)
-    chain.save(tmp_path / 'chain.npz', what='nerve', mean_training_mask=numpy.eye(3))
-    back, image = Chain.load(tmp_path / 'chain.npz'), scenes(rng, subjects=1)[0][0]
-    assert numpy.array_equal(back.map(image), chain.map(image)) and back.options == chain.options
-    assert back.extra['what'] == 'nerve' and numpy.array_equal(back.extra['mean_training_mask'], numpy.eye(3))
+    nervenet.save(tmp_path / 'chain.npz', chain, what='nerve', mean_training_mask=numpy.eye(3))
+    (back, extra), image = read_checkpoint(tmp_path / 'chain.npz'), scenes(rng, subjects=1)[0][0]
+    assert numpy.array_equal(back.map(image), chain.map(image)) and back.config == chain.config
+    assert extra['what'] == 'nerve' and numpy.array_equal(extra['mean_training_mask'], numpy.eye(3))
+    assert numpy.array_equal(nervenet.load(tmp_path / 'chain.npz').map(image), chain.map(image))
     with numpy.load(tmp_path / 'chain.npz', allow_pickle=False) as file:
-        assert json.loads(file['chain'].tobytes())['options']['kind'] == kind
+        assert json.loads(file['header'].tobytes())['config']['kind'] == kind
 
 
-def forge(path, about=lambda told: told, savez=numpy.savez, **arrays):
+def read_checkpoint(path):
+    return nervenet.load_checkpoint(path, CHAINS)
+
+
+def test_where_a_network_is_expected_a_chain_is_one_clear_error(chain, tmp_path):
+    nervenet.save(tmp_path / 'chain.npz', chain)
+    for read in nervenet.load_checkpoint, Segmenter.from_file:
+        with pytest.raises(CheckpointError, match="chain.npz: holds a model of class 'Chain'; expected one of UNet, .*Net$"):
+            read(tmp_path / 'chain.npz')
+
+
+def forge(path, header=lambda header: None, savez=numpy.savez, **arrays):
     with numpy.load(path) as file:
         content = dict(file)
-    told = json.loads(content['chain'].tobytes())
-    text = json.dumps(about(told) or told).encode()
-    content |= {'chain': numpy.frombuffer(text, 'uint8'), **arrays}
+    told = json.loads(content['header'].tobytes())
+    told = header(told) or told
+    content |= {'header': numpy.frombuffer(json.dumps(told).encode(), 'uint8'), **{f'model/{name}': array for name, array in arrays.items()}}
     savez(path, **{name: array for name, array in content.items() if array is not None})
 
 
+def config(**changes):
+    return dict(header=lambda header: header['config'].update(changes))
+
+
 @pytest.mark.parametrize('forged, said', (
-    (dict(about=lambda about: about['options'].update(kind='deep')), "kind is 'deep'; expected one of graph-cut, superpixels"),
-    (dict(about=lambda about: about['options'].update(fit='bend')), "fit is 'bend'"),
-    (dict(about=lambda about: about['options'].update(size=[33, 40])), 'expected two even numbers'),
-    (dict(about=lambda about: about['options'].update(size=[42, 56])), 'its place has shape (20, 28) and dtype float64; expected finite floats (21, 28)'),
-    (dict(about=lambda about: about['options'].update(step=0)), 'step is 0'),
-    (dict(about=lambda about: about['options'].update(colour=1)), "unknown option 'colour'"),
-    (dict(about=lambda about: about.update(version=2)), 'version 2; expected'),
-    (dict(about=lambda about: about.update(format='x')), "its format is 'x'"),
-    (dict(about=lambda about: about['chosen'].update(mask=[1, 0, 0, 0])), 'its settings are'),
-    (dict(about=lambda about: about['chosen'].update(region=[1, 1e9, 0])), 'its settings are'),
-    (dict(about=lambda about: about['chosen'].update(region=[float('nan'), 1, 0])), 'its settings are'),
-    (dict(about=lambda about: about['chosen'].update(shift='much')), ''), (dict(about=lambda about: about.pop('chosen') and None), 'chosen'),
-    (dict(about=lambda about: [1]), ''), (dict(levels=None), 'levels'), (dict(levels=numpy.zeros(31)), 'its levels has shape (31,)'),
-    (dict(place=numpy.full((20, 28), numpy.nan)), 'its place has'), (dict(weights=numpy.zeros(3)), 'its weights has shape (3,)'),
-    (dict(weights=numpy.array([{}] * 26)), 'pickle'), (dict(scale=numpy.zeros(25)), 'its scale is not above 0'),
-    (dict(chain=numpy.zeros(5, 'uint8')), ''), (dict(savez=numpy.savez_compressed), 'its arrays are compressed')))
+    (config(kind='deep'), "kind is 'deep'; expected one of graph-cut, superpixels"), (config(fit='bend'), "fit is 'bend'"),
+    (config(size=[33, 40]), 'expected two even numbers'), (config(size=5), 'not iterable'), (config(size='ab'), 'size is a'), (config(size=[16.5, 40]), 'size is 16.5'),
+    (config(size=[42, 56]), 'place has shape (20, 28), expected (21, 28)'), (config(size=[10**12, 56]), f'expected ({10**12 // 2}, 28)'),
+    (config(step=0), 'step is 0'), (config(colour=1), "unexpected keyword argument 'colour'"), (config(classifier='gp'), 'is missing'),
+    (dict(header=lambda header: header.update(version=2)), 'version 2'), (dict(header=lambda header: header.update(format='x')), 'not of the format'),
+    (dict(header=lambda header: header.update(dtype='float32')), 'is float64, its header says float32'), (dict(header=lambda header: [1]), 'not of the format'),
+    (dict(header=lambda header: header.pop('config') and None), 'config'), (dict(mask=numpy.array([1.0, 0, 0, 0])), 'what was learnt cannot be'),
+    (dict(region=numpy.array([1, 1e9, 0])), 'what was learnt cannot be'), (dict(region=numpy.array([1, 2.5, 0])), 'what was learnt cannot be'),
+    (dict(region=numpy.array([numpy.nan, 1, 0])), 'what was learnt cannot be'), (dict(region=numpy.array([-1.0, 1, 0])), 'what was learnt cannot be'),
+    (dict(mask=numpy.array([-1, 0.5, 0, 0])), 'what was learnt cannot be'), (dict(mask=numpy.array([1, 1.0, 0, 0])), 'what was learnt cannot be'),
+    (dict(shift=numpy.zeros(2)), 'shift has shape (2,)'), (dict(shift=numpy.array(numpy.inf)), 'what was learnt cannot be'),
+    (dict(levels=None), 'levels is missing'), (dict(levels=numpy.zeros(31)), 'levels has shape (31,), expected (32,)'),
+    (dict(place=numpy.full((20, 28), numpy.nan)), 'numbers that are not finite'), (dict(weights=numpy.zeros(3)), 'weights has shape (3,)'),
+    (dict(weights=numpy.array([{}] * 26)), 'expected numbers'), (dict(scale=numpy.zeros(25)), 'scale from 0.0'),
+    (dict(savez=numpy.savez_compressed), 'is compressed')))
 def test_a_forged_file_is_one_clear_error(chain, tmp_path, forged, said):
     path = tmp_path / 'chain.npz'
-    chain.save(path)
+    nervenet.save(path, chain)
     forge(path, **forged)
-    with pytest.raises(ValueError, match='is no chain that can be used, as examples/classical.py writes it.*' + re.escape(said)) as error:
-        Chain.load(path)
+    with pytest.raises(CheckpointError, match=re.escape(said)) as error:
+        read_checkpoint(path)
     assert str(error.value).startswith(f'{path}: ') and '\n' not in str(error.value)
 
 
 def test_a_forged_process_is_refused(rng, few_choices, tmp_path):
     path = tmp_path / 'chain.npz'
     chain = fitted_chain(rng, classifier='gp')
-    for forged in (dict(target=numpy.full(60, 2.0)), dict(target=numpy.zeros(3)), dict(x=numpy.full((60, 25), numpy.inf)),
-                   dict(length_scales=numpy.full(25, -1.0)), dict(about=lambda about: about.update(variance=-1.0))):
-        chain.save(path)
+    for forged in (dict(target=numpy.full(60, 2.0)), dict(target=numpy.zeros(3)), dict(target=numpy.array(1.0)), dict(x=numpy.full((60, 25), numpy.inf)),
+                   dict(length_scales=numpy.full(25, -1.0)), dict(variance=numpy.array(-1.0))):
+        nervenet.save(path, chain)
         forge(path, **forged)
-        with pytest.raises(ValueError, match='is no chain that can be used'):
-            Chain.load(path)
+        with pytest.raises(CheckpointError, match='its Chain cannot be built'):
+            read_checkpoint(path)
 
 
 def test_files_that_are_cut_or_none_are_one_clear_error(chain, tmp_path):
     path = tmp_path / 'chain.npz'
-    with pytest.raises(ValueError, match='no such file'):
-        Chain.load(path)
-    chain.save(path)
+    with pytest.raises(CheckpointError, match='no such file'):
+        read_checkpoint(path)
+    nervenet.save(path, chain)
     whole = path.read_bytes()
     for content in b'', b'text', whole[:len(whole) // 2], whole[:-9], whole[:300] + b'\0\1\2' + whole[303:]:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match='is no chain that can be used'):
-            Chain.load(path)
+        with pytest.raises(CheckpointError, match='not a readable model file'):
+            read_checkpoint(path)
 
 
 @pytest.mark.parametrize('options, said', (
     (dict(kind='both'), "kind is 'both'"), (dict(wavelet='db4'), "wavelet is 'db4'; expected one of haar"), (dict(classifier='svm'), 'classifier'),
-    (dict(size=(31, 40)), 'size is (31, 40); expected two even numbers from 16 up'), (dict(step=1), 'step is 1, expected'),
-    (dict(examples=1), 'examples is 1, expected'), (dict(depth=3), "unknown option 'depth'")))
+    (dict(size=(31, 40)), 'size is (31, 40); expected two even numbers'), (dict(size=(14, 40)), 'size is 14, expected a whole number of at least 16'), (dict(step=1), 'step is 1, expected'),
+    (dict(examples=1), 'examples is 1, expected')))
 def test_options_that_cannot_be_are_refused(options, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         Chain(**options)
@@ -354,12 +387,18 @@ def test_the_script_fits_and_predict_takes_what_it_wrote(data, capsys, few_choic
     example('classical').main([str(option) for option in [*options, '--out', run, '--what', 'disc']])
     said = capsys.readouterr().out
     assert re.search(r'9 images of unseen subjects the region holds (8\d|9\d|100).\d% of the foreground', said)
+    assert re.search(r'one step of the fit of the Gaussian process: \d+ examples \d.\d+ s, \d+ examples \d.\d+ s, \d+ examples \d.\d+ s', said)
+    assert re.search(r'seconds: +region \d.\d+, parts \d.\d+, probability \d.\d+, mask \d.\d+ of computing per image', said)
     scores, config = (json.loads((run / 'fold_1' / name).read_text()) for name in ('scores.json', 'config.json'))
     assert scores[kind]['dice_pooled'] > 0.85 > scores['mean training mask']['dice_pooled'] > scores['empty mask']['dice_pooled'] == 0
     assert 0.9 < scores[kind]['geometric_mean'] <= 1 and scores['empty mask']['dice_per_image'] == pytest.approx(1 / 3)
     assert f'{kind} ' in (run / 'fold_1' / 'summary.txt').read_text() and 'region:' in (run / 'fold_1' / 'summary.txt').read_text()
     assert numpy.asarray(Image.open(run / 'fold_1' / 'cases.png')).shape[1] > 1000 and len((run / 'fold_1' / 'validation.csv').read_text().splitlines()) == 10
     assert set(config['validation_subjects']) == set(json.loads((run / 'split.json').read_text())['folds'][0]['subjects'])
+    for again, where in (options, run / 'fold_1'), (options[:-6], run):                            # the second without --fold
+        with pytest.raises(FileExistsError, match=f'{where}: exists and is not an empty folder; choose another --out, or remove what is there$'):
+            example('classical').main([str(option) for option in [*again, '--out', run, '--what', 'disc']])
+    capsys.readouterr()
 
     out = data.parent / 'out'
     example('predict').main([str(word) for word in ['--model', run / 'fold_1' / 'chain.npz', '--input', data, '--held-out', '--output', out,
@@ -381,8 +420,15 @@ def test_the_script_uses_a_given_split_and_summarises_folds(data, capsys, few_ch
     assert json.loads((run / 'fold_1' / 'config.json').read_text())['validation_subjects'] == ['0', '3']
     scores = [json.loads((run / f'fold_{number}' / 'scores.json').read_text())['superpixels']['dice_pooled'] for number in (1, 2)]
     assert f'{sum(scores) / 2:.3f}' in (run / 'summary.txt').read_text() and '2 of 2 folds' in capsys.readouterr().out
-    options = Chain.load(run / 'fold_2' / 'chain.npz').options
-    assert options['wavelet'] == 'haar' and options['classifier'] == 'logistic' and not options['position']
+    config = nervenet.load(run / 'fold_2' / 'chain.npz').config
+    assert config['wavelet'] == 'haar' and config['classifier'] == 'logistic' and not config['position']
+
+
+def test_memory_is_left_out_where_the_system_does_not_tell_it(monkeypatch):
+    script = example('classical')
+    assert script.resource is None or re.fullmatch(r', \d+\.\d GiB at most', script.memory())
+    monkeypatch.setattr(script, 'resource', None)
+    assert script.memory() == ''
 
 
 @pytest.mark.parametrize('options, said', (
@@ -402,10 +448,10 @@ def test_a_forged_chain_is_one_line_in_predict(data, chain, tmp_path):
         return str(error.value)
     for extra, said in ((dict(mean_training_mask=numpy.zeros(3)), 'mean training mask is not an array (40, 56)'),
                         (dict(intensity=[0.3, 'x']), 'as mean and deviation'), (dict(training_subjects='all'), 'its subjects are no list of names')):
-        chain.save(tmp_path / 'forged.npz', **extra)
+        nervenet.save(tmp_path / 'forged.npz', chain, **extra)
         assert said in refused(tmp_path / 'forged.npz')
-    chain.save(tmp_path / 'chain.npz')
+    nervenet.save(tmp_path / 'chain.npz', chain)
     assert 'predicts alone' in refused(tmp_path / 'chain.npz', tmp_path / 'forged.npz')
     forge(tmp_path / 'chain.npz', scale=numpy.zeros(25))
     process = run_example('predict.py', '--model', tmp_path / 'chain.npz', '--input', data, '--output', tmp_path / 'out')
-    assert process.returncode and len(process.stderr.splitlines()) == 1 and process.stderr.startswith(f'predict.py: {tmp_path / "chain.npz"}: is no chain')
+    assert process.returncode and len(process.stderr.splitlines()) == 1 and process.stderr.startswith(f'predict.py: {tmp_path / "chain.npz"}: its Chain')

@@ -1,12 +1,28 @@
+import collections
 import itertools
 
 import numpy
 import pytest
 
-from nervenet.classical.graph_cut import (components, contrast_weights, dilate, energy, fill_holes, minimise_on_graph, minimise_on_grid,
-                                          regions, scaled)
+from nervenet.classical import graph_cut
+from nervenet.classical.graph_cut import contrast_weights, dilate, energy, grid, minimise, regions
 
 WAYS = {4: [(0, 1), (1, 0)], 8: [(0, 1), (1, 0), (1, 1), (1, -1)]}
+
+
+def as_graph(weights, neighbours):
+    """Return (edges, weights) of a grid, from weights (directions, H, W), pixel by pixel."""
+    _, H, W = weights.shape
+    pairs = [((y * W + x, (y + down) * W + x + right), weights[k, y, x]) for k, (down, right) in enumerate(WAYS[neighbours])
+             for y, x in numpy.ndindex(H, W) if y + down < H and 0 <= x + right < W]
+    return numpy.array([edge for edge, _ in pairs], int).reshape(-1, 2), numpy.array([weight for _, weight in pairs], int)
+
+
+def minimise_on_grid(unary0, unary1, weights, neighbours=4):
+    edges, weights = as_graph(numpy.broadcast_to(weights, (len(WAYS[neighbours]), *unary0.shape)), neighbours)
+    own, _, groups = grid(unary0.shape, neighbours)
+    assert (own == edges).all()
+    return minimise(unary0, unary1, edges, weights, groups, factor=1)
 
 
 def labelings(count):
@@ -39,10 +55,10 @@ def test_no_mask_of_nine_pixels_has_less_energy(rng, neighbours):
     masks = labelings(9).reshape(-1, 3, 3)
     sizes = set()
     for trial in range(60):
-        grid = random_grid(rng, (3, 3), neighbours, high=(6, 30)[trial % 2])         # small numbers make ties
-        energies = by_hand(masks, *grid, neighbours)
+        given = random_grid(rng, (3, 3), neighbours, high=(6, 30)[trial % 2])         # small numbers make ties
+        energies = by_hand(masks, *given, neighbours)
         least, union = best(energies, masks)
-        labels, flow = minimise_on_grid(*grid, neighbours)
+        labels, flow = minimise_on_grid(*given, neighbours)
         assert type(flow) is int and flow == least
         assert labels.dtype == bool and (labels == union).all()
         sizes.add(int(labels.sum()))
@@ -55,7 +71,7 @@ def test_flow_is_the_energy_of_the_labels_to_the_last_unit(rng, shape, neighbour
     for high in 3, 50, 10**9:
         unary0, unary1, weights = random_grid(rng, shape, neighbours, high)
         labels, flow = minimise_on_grid(unary0, unary1, weights, neighbours)
-        assert flow == energy(labels, unary0, unary1, weights, neighbours) == by_hand(labels, unary0, unary1, weights, neighbours)
+        assert flow == energy(labels * 255, unary0, unary1, *as_graph(weights, neighbours)) == by_hand(labels, unary0, unary1, weights, neighbours)
 
 
 def test_flow_finds_long_ways_through_an_image(rng):
@@ -69,19 +85,23 @@ def test_flow_finds_long_ways_through_an_image(rng):
 
 
 def test_inputs_stay_as_they_are(rng):
-    grid = random_grid(rng, (5, 6), 4)
-    before = [array.copy() for array in grid]
-    minimise_on_grid(*grid)
-    assert all((a == b).all() for a, b in zip(grid, before))
+    unary0, unary1, weights = random_grid(rng, (5, 6), 4)
+    given = unary0, unary1, *as_graph(weights, 4), grid((5, 6))[2]
+    before = [array.copy() for array in given]
+    minimise(*given)
+    assert all((a == b).all() for a, b in zip(given, before))
 
 
 def test_two_pixels_by_hand():
-    unary0, unary1, weight = numpy.array([[3.0, 2.0]]), numpy.array([[1.0, 4.0]]), 1.5
-    energies = {labels: energy(numpy.array([labels], bool), unary0, unary1, weight) for labels in itertools.product([0, 1], repeat=2)}
+    unary0, unary1, weight = numpy.array([[3.0, 2.0]]), numpy.array([[1.0, 4.0]]), [1.5]
+    edges, distances, groups = grid((1, 2))
+    assert edges.tolist() == [[0, 1]] and distances.tolist() == [1]
+    energies = {labels: energy(numpy.array([labels]), unary0, unary1, edges, weight) for labels in itertools.product([0, 1], repeat=2)}
     assert energies == {(1, 1): 5.0, (1, 0): 4.5, (0, 1): 8.5, (0, 0): 5.0}
-    labels, least = minimise_on_grid(scaled(unary0), scaled(unary1), scaled(weight))
-    assert labels.tolist() == [[True, False]] and least == 450
-    labels, least = minimise_on_graph(scaled(unary0[0]), scaled(unary1[0]), [(0, 1)], scaled([weight]))
+    for given in (groups,), ():
+        labels, least = minimise(unary0, unary1, edges, weight, *given)
+        assert labels.tolist() == [[True, False]] and least == 450
+    labels, least = minimise(unary0[0], unary1[0], [(0, 1)], weight)
     assert labels.tolist() == [True, False] and least == 450
 
 
@@ -96,25 +116,39 @@ def test_without_weights_each_pixel_decides_for_itself_and_with_large_ones_all_t
         assert (labels == (advantage > 0)).all() and least == min(unary0.sum(), unary1.sum())
 
 
+def test_a_grid_names_each_pair_of_neighbours_once():
+    edges, distances, _ = grid((3, 4), 8)
+    y, x = numpy.divmod(edges, 4)
+    steps = abs(numpy.diff(y)) + abs(numpy.diff(x)), numpy.maximum(abs(numpy.diff(y)), abs(numpy.diff(x)))
+    assert (steps[1] == 1).all() and len({frozenset(edge) for edge in edges.tolist()}) == len(edges) == 9 + 8 + 6 + 6
+    assert distances == pytest.approx(numpy.sqrt(steps[0][:, 0])) and len(grid((3, 4))[0]) == 9 + 8
+
+
+@pytest.mark.parametrize('neighbours', [4, 8])
+@pytest.mark.parametrize('shape', [(5, 6), (1, 7), (7, 1), (1, 1)])
+def test_no_node_is_twice_in_a_group(rng, shape, neighbours):
+    edges, _, groups = grid(shape, neighbours)
+    assert all(numpy.bincount(edges[groups == group].ravel()).max() == 1 for group in set(groups.tolist())) and len(set(groups)) <= neighbours
+    edges = rng.integers(0, 12, (60, 2)).tolist()
+    groups = graph_cut._grouped(edges, 12)
+    for group in set(groups):
+        nodes = [node for edge, number in zip(edges, groups) if number == group for node in set(edge)]
+        assert len(nodes) == len(set(nodes))
+
+
 def test_contrast_weights_of_a_small_image_by_hand():
-    image = numpy.array([[0, 2], [4, 2]], numpy.uint8)                   # unsigned: differences must not wrap around
-    right, down = contrast_weights(image)
+    image, edges = numpy.array([[0, 2], [4, 2]], numpy.uint8), grid((2, 2))[0]                    # unsigned: differences must not wrap around
+    assert edges.tolist() == [[0, 1], [2, 3], [0, 2], [1, 3]]
     variance = (4 + 4 + 16 + 0) / 4
-    assert right == pytest.approx(numpy.array([[numpy.exp(-4 / (2 * variance)), 0], [numpy.exp(-4 / (2 * variance)), 0]]))
-    assert down == pytest.approx(numpy.array([[numpy.exp(-16 / (2 * variance)), 1], [0, 0]]))
-    right, down, falling, rising = contrast_weights(image, 8)
-    variance = (4 + 4 + 16 + 0 + 4 + 4) / 6
-    assert right[0, 0] == pytest.approx(numpy.exp(-4 / (2 * variance)))
-    assert falling == pytest.approx(numpy.array([[numpy.exp(-4 / (2 * variance)) / 2**0.5, 0], [0, 0]]))
-    assert rising == pytest.approx(numpy.array([[0, numpy.exp(-4 / (2 * variance)) / 2**0.5], [0, 0]]))
+    expected = [numpy.exp(-4 / (2 * variance)), numpy.exp(-4 / (2 * variance)), numpy.exp(-16 / (2 * variance)), 1]
+    assert contrast_weights(image, edges) == pytest.approx(expected)
+    assert contrast_weights(image, edges, numpy.arange(4)) == pytest.approx(numpy.arange(4) * expected)
 
 
 def test_contrast_weights_do_not_depend_on_contrast(rng):
-    image = rng.random((6, 7))
-    assert contrast_weights(image, 8) == pytest.approx(contrast_weights(10 * image + 3, 8))
-    flat = contrast_weights(numpy.full((3, 4), 0.3))
-    assert (flat[0, :, :-1] == 1).all() and (flat[0, :, -1] == 0).all() and (flat[1, :-1] == 1).all() and (flat[1, -1] == 0).all()
-    assert (contrast_weights(numpy.ones((1, 1)), 8) == 0).all()
+    image, (edges, distances, _) = rng.random((6, 7)), grid((6, 7), 8)
+    assert contrast_weights(image, edges, 1 / distances) == pytest.approx(contrast_weights(10 * image + 3, edges, 1 / distances))
+    assert (contrast_weights(numpy.full((6, 7), 0.3), edges) == 1).all() and len(contrast_weights(numpy.ones((1, 1)), grid((1, 1))[0])) == 0
 
 
 def test_outlines_follow_edges(rng):
@@ -123,7 +157,8 @@ def test_outlines_follow_edges(rng):
     unary0, unary1 = numpy.zeros((2, 12, 20), int)
     unary0[4:8, 1] = unary1[4:8, 18] = 10**6
     for neighbours in 4, 8:
-        labels, _ = minimise_on_grid(unary0, unary1, scaled(contrast_weights(image, neighbours)), neighbours)
+        edges, distances, groups = grid((12, 20), neighbours)
+        labels, _ = minimise(unary0, unary1, edges, contrast_weights(image, edges, 1 / distances), groups)
         assert (labels == (numpy.arange(20) < 13)).all()
 
 
@@ -138,7 +173,7 @@ def test_no_labels_of_six_nodes_have_less_energy(rng):
         energies = (numpy.where(every, unary1, unary0).sum(axis=1)
                     + (weights * (every[:, edges[:, 0]] != every[:, edges[:, 1]])).sum(axis=1))
         least, union = best(energies, every)
-        labels, flow = minimise_on_graph(unary0, unary1, edges, weights)
+        labels, flow = minimise(unary0, unary1, edges, weights, factor=1)
         assert type(flow) is int and flow == least and labels.dtype == bool and (labels == union).all()
 
 
@@ -152,28 +187,61 @@ def test_what_was_sent_the_wrong_way_can_be_sent_back():
         c, b, a, d, e = order
         unary0, unary1 = numpy.zeros((2, 5), int)
         unary0[[c, a]], unary1[[b, e]] = (10, 5), (5, 10)
-        _, flow = minimise_on_graph(unary0, unary1, [(c, b), (b, a), (a, d), (d, e)], [10, 5, 10, 10])
-        assert flow == 15
+        _, flow = minimise(unary0, unary1, [(c, b), (b, a), (a, d), (d, e)], [10, 5, 10, 10])
+        assert flow == 1500
 
 
-def test_grid_and_graph_agree(rng):
-    """Two algorithms that share nothing, on an image too large to try all masks."""
-    H, W = 14, 17
-    unary0, unary1, weights = random_grid(rng, (H, W), 8)
-    edges, kept = [], []
-    for k, (down, right) in enumerate(WAYS[8]):
-        for y, x in numpy.ndindex(H, W):
-            if y + down < H and 0 <= x + right < W:
-                edges.append((y * W + x, (y + down) * W + x + right))
-                kept.append(weights[k, y, x])
-    on_grid, energy_on_grid = minimise_on_grid(unary0, unary1, weights, 8)
-    on_graph, energy_on_graph = minimise_on_graph(unary0.ravel(), unary1.ravel(), edges, kept)
-    assert energy_on_grid == energy_on_graph and (on_grid.ravel() == on_graph).all() and 0 < on_grid.sum() < H * W
+def flow_by_augmenting_ways(unary0, unary1, edges, weights):
+    """The energy of the best labels by Ford and Fulkerson: along one shortest way after the other, until none leads from source to sink."""
+    nodes, room = len(unary0), collections.defaultdict(int)
+    source, sink = nodes, nodes + 1
+    for node, (background, object_) in enumerate(zip(unary0.tolist(), unary1.tolist())):
+        room[source, node] += background - min(background, object_)
+        room[node, sink] += object_ - min(background, object_)
+    for (a, b), weight in zip(edges, weights):
+        room[a, b] += int(weight)
+        room[b, a] += int(weight)
+    after, flow = collections.defaultdict(set), int(numpy.minimum(unary0, unary1).sum())
+    for a, b in [*room]:
+        after[a].add(b)
+        after[b].add(a)
+    while True:
+        before, queue = {source: None}, [source]
+        for node in queue:
+            for other in after[node]:
+                if other not in before and room[node, other] > 0:
+                    before[other] = node
+                    queue.append(other)
+        if sink not in before:
+            return flow
+        way = [sink]
+        while way[-1] != source:
+            way.append(before[way[-1]])
+        pushed = min(room[a, b] for b, a in zip(way, way[1:]))
+        for b, a in zip(way, way[1:]):
+            room[a, b] -= pushed
+            room[b, a] += pushed
+        flow += pushed
+
+
+def test_grid_and_graph_agree_with_another_algorithm(rng):
+    """On an image too large to try all masks."""
+    unary0, unary1, weights = random_grid(rng, (14, 17), 8)
+    edges, weights = as_graph(weights, 8)
+    on_grid, energy_on_grid = minimise(unary0, unary1, edges, weights, grid((14, 17), 8)[2], factor=1)
+    on_graph, energy_on_graph = minimise(unary0.ravel(), unary1.ravel(), edges, weights, factor=1)
+    assert energy_on_grid == energy_on_graph and (on_grid.ravel() == on_graph).all() and 0 < on_grid.sum() < on_grid.size
+    assert energy_on_grid == flow_by_augmenting_ways(unary0.ravel(), unary1.ravel(), edges, weights)
+
+
+def test_nothing_has_no_labels_and_costs_nothing():
+    labels, least = minimise(numpy.zeros((0, 4), int), numpy.zeros((0, 4), int), grid((0, 4))[0], [])
+    assert labels.shape == (0, 4) and least == 0
 
 
 def test_a_graph_may_have_no_edges():
-    labels, least = minimise_on_graph([1, 5], [2, 3], numpy.zeros((0, 2), int), [])
-    assert labels.tolist() == [False, True] and least == 4
+    labels, least = minimise([1, 5], [2, 3], numpy.zeros((0, 2), int), [])
+    assert labels.tolist() == [False, True] and least == 400
 
 
 # --- Masks ------------------------------------------------------------------------------------------------------------
@@ -213,29 +281,11 @@ def test_regions_are_those_of_a_flood_fill(rng, values):
         assert (regions(labels) == flood(labels)).all()
 
 
-def test_components_are_numbered_in_reading_order_and_the_background_is_0(rng):
+def test_regions_of_a_spiral_are_two_and_a_diagonal_joins_nothing(rng):
     for mask in spiral(25), ~spiral(24), rng.random((40, 50)) < 0.6, numpy.zeros((4, 5), bool), numpy.ones((4, 5), bool):
-        flooded, expected = flood(mask), numpy.zeros(mask.shape, int)
-        for number, region in enumerate(numpy.unique(flooded[mask]), 1):
-            expected[mask & (flooded == region)] = number
-        assert (components(mask) == expected).all()
-    assert components(spiral(25)).max() == 1 and spiral(25).sum() > 300
-    assert components(numpy.eye(3, dtype=bool)).max() == 3               # a diagonal joins nothing
-
-
-def test_fill_holes_fills_what_the_edge_cannot_reach(rng):
-    mask = numpy.array([[0, 1, 1, 1, 0, 0],
-                        [1, 0, 0, 1, 1, 1],
-                        [1, 1, 0, 1, 0, 1],
-                        [0, 1, 1, 1, 1, 1],
-                        [0, 0, 1, 0, 1, 0]], bool)
-    filled = mask.copy()
-    filled[1, 1:3] = filled[2, 2] = filled[2, 4] = True
-    assert (fill_holes(mask) == filled).all()
-    for trial in range(20):
-        mask = rng.random((7, 8)) < 0.6
-        flooded = flood(numpy.pad(mask, 1))                              # a frame of background joins all that the edge can reach
-        assert (fill_holes(mask) == (flooded != flooded[0, 0])[1:-1, 1:-1]).all()
+        assert (regions(mask) == flood(mask)).all()
+    assert not regions(spiral(25))[spiral(25)].any() and spiral(25).sum() > 300
+    assert len(set(regions(numpy.eye(3, dtype=bool)).diagonal())) == 3
 
 
 def test_dilate_grows_by_a_disc(rng):
@@ -252,31 +302,23 @@ def test_dilate_grows_by_a_disc(rng):
 ONES = numpy.ones((3, 4), int)
 
 
+EDGES = [(0, 1)]
+
+
 @pytest.mark.parametrize('call, message', [
-    (lambda: minimise_on_grid(ONES, ONES[:2], 1), r'unary0 \(3, 4\) and unary1 \(2, 4\) must have one shape'),
-    (lambda: minimise_on_grid(ONES[0], ONES[0], 1), r'must have one shape, \(H, W\)'),
-    (lambda: minimise_on_grid(ONES[:0], ONES[:0], 1), 'not be empty'),
-    (lambda: minimise_on_grid(ONES * 0.5, ONES, 1), r'unary0 is of dtype float64; expected integers.*scaled\(unary0\)'),
-    (lambda: minimise_on_grid(ONES, ONES, 0.5), 'weights is of dtype float64'),
-    (lambda: minimise_on_grid(ONES, ONES, -1), 'a weight is -1'),
-    (lambda: minimise_on_grid(ONES, ONES, numpy.ones((4, 3, 4), int)), r'weights \(4, 3, 4\) do not fit 4 neighbours'),
-    (lambda: minimise_on_grid(ONES, ONES, 1, 6), 'neighbours is 6; expected 4 or 8'),
-    (lambda: minimise_on_grid(ONES * 2**61, ONES, 1), 'the energies add up to'),
-    (lambda: minimise_on_grid(ONES, ONES, 2**60), 'the energies add up to'),
-    (lambda: minimise_on_graph([1, 2], [1, 2], [(0, 2)], [1]), 'one pair of nodes from 0 to 1'),
-    (lambda: minimise_on_graph([1, 2], [1, 2], [(0, -1)], [1]), 'one pair of nodes from 0 to 1'),
-    (lambda: minimise_on_graph([1, 2], [1, 2], [(0, 1)], [1, 2]), r'edges \(1, 2\)'),
-    (lambda: minimise_on_graph([1, 2], [1, 2], [(0.0, 1.0)], [1]), 'float64'),
-    (lambda: minimise_on_graph(ONES, ONES, [(0, 1)], [1]), r'must have one shape, \(nodes\)'),
-    (lambda: energy(ONES > 0, ONES, ONES[:2], 1), 'differ in shape'),
-    (lambda: energy(ONES, ONES, ONES, 1), 'of bool'),
-    (lambda: scaled([1.0, numpy.inf]), 'keep probabilities away from 0'),
-    (lambda: scaled(numpy.nan), 'expected finite ones'),
-    (lambda: contrast_weights(numpy.ones((2, 3, 1))), r'expected \(H, W\) of finite numbers'),
-    (lambda: contrast_weights(numpy.full((2, 3), numpy.nan)), 'finite numbers'),
-    (lambda: contrast_weights(numpy.ones((2, 3)), 5), 'neighbours is 5'),
-    (lambda: components(255 * ONES), 'mask has shape .* and dtype int64; expected'),
-    (lambda: fill_holes(ONES[0] > 0), r'mask has shape \(4,\)'),
+    (lambda: minimise(ONES, ONES[:2], EDGES, [1]), r'unaries \(3, 4\) and \(2, 4\) differ in shape'),
+    (lambda: minimise(ONES, ONES, EDGES, [-1]), 'or a weight is below 0: -100'),
+    (lambda: minimise(ONES * -2**61, ONES, EDGES, [1]), r'unary0 times 100 reach from -2.* expected finite numbers within ±2\^40'),
+    (lambda: minimise(ONES, ONES, EDGES, [2.0**60]), 'weights times 100 reach from 1.15'),
+    (lambda: minimise(ONES, [[0, 1, 2, numpy.inf]] * 3, EDGES, [1]), 'unary1 times .* keep probabilities away from 0'),
+    (lambda: minimise(ONES, ONES, EDGES, [numpy.nan]), 'weights times 100 reach from nan'),
+    (lambda: minimise(ONES, ONES, EDGES, 1), r'edges \(1, 2\) of dtype int64 must be .* for each of the weights \(\)'),
+    (lambda: minimise([1, 2], [1, 2], [(0, 2)], [1]), 'one pair of nodes from 0 to 1'),
+    (lambda: minimise([1, 2], [1, 2], [(0, -1)], [1]), 'one pair of nodes from 0 to 1'),
+    (lambda: minimise([1, 2], [1, 2], EDGES, [1, 2]), r'edges \(1, 2\)'),
+    (lambda: minimise([1, 2], [1, 2], [(0.0, 1.0)], [1]), 'float64'),
+    (lambda: energy(ONES > 0, ONES, ONES[:2], EDGES, [1]), 'could not be broadcast'),
+    (lambda: grid((2, 3), 5), 'neighbours is 5; expected 4 or 8'),
     (lambda: dilate(ONES > 0, -1), 'radius is -1'),
     (lambda: dilate(ONES > 0, 1.5), 'radius is 1.5'),
     (lambda: regions(ONES[0]), r'\(4,\); expected \(H, W\)'),
@@ -287,6 +329,8 @@ def test_bad_input_is_one_clear_error(call, message):
     assert '\n' not in str(error.value)
 
 
-def test_scaled_rounds_to_hundredths():
-    assert scaled([0.004, 0.006, -1.239, 2]).tolist() == [0, 1, -124, 200] and scaled(1.5).dtype == numpy.int64
-    assert scaled(1.26, factor=10) == 13
+def test_energies_are_rounded_to_hundredths():
+    for weight, least in (0.004, 0), (0.006, 1), (1.239, 124):
+        labels, found = minimise([-1e3, 0.0], [0.0, -1e3], [(0, 1)], [weight])
+        assert labels.tolist() == [False, True] and found == -2 * 10**5 + least
+    assert minimise([1.26], [5], numpy.zeros((0, 2), int), [], factor=10)[1] == 13

@@ -140,9 +140,10 @@ def test_means_of_maps_and_of_many_features(rng):
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: slic(numpy.full((9, 9), 128, numpy.uint8)), 'uint8.* divide grey levels by 255'),
-    (lambda: slic(numpy.full((9, 9), 128.0)), 'values from 128.0 to 128.0; expected 0 to 1'),
-    (lambda: slic(numpy.full((9, 9), numpy.nan)), 'values from nan'),
+    (lambda: slic(numpy.full((9, 9), 128, numpy.uint8)), 'values from 128 to 128; expected 0 to 1: divide grey levels by 255'),
+    (lambda: slic(numpy.full((9, 9), 128.0)), 'values from 128 to 128; expected 0 to 1'),
+    (lambda: slic(numpy.full((9, 9), numpy.nan)), 'each a finite number'),
+    (lambda: slic(numpy.full((9, 9), -0.1)), 'values from -0.1'),
     (lambda: slic(numpy.zeros((9, 9, 1))), r'\(9, 9, 1\)'),
     (lambda: slic(numpy.zeros((0, 9))), r'\(0, 9\)'),
     (lambda: slic(numpy.zeros((9, 9)), step=1), 'step is 1'),

@@ -20,7 +20,7 @@ BELOW = {
     'networks': {'checks', 'convolution', 'layers', 'resampling', 'engine'},
     'gradcheck': {'checks', 'layers', 'losses', 'networks', 'resampling', 'engine'},
     'images': {'checks', 'engine', 'files'},
-    'classical': {'checks', 'engine', 'files', 'images', 'optim'},
+    'classical': {'checks', 'engine', 'images', 'optim'},
     'study': {'checks', 'classical', 'engine', 'files', 'images', 'layers', 'losses', 'metrics', 'networks', 'optim', 'train'},
     'phantom': {'files', 'images', 'study'},
 }

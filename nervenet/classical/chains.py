@@ -14,30 +14,27 @@
 3. *What it looks like.* Strength and spread of wavelet coefficients, grey, and place (which `position=False` leaves out).
 4. *How likely it is.* A Gaussian process that has learnt from a few hundred parts, half of them object; the odds are corrected for that.
 5. *The mask.* A second cut, whose D_p(0) − D_p(1) are the log-odds of p against a threshold: of the pixels at half size, or of the
-   superpixels, weighted by area and by length of border. Holes are filled, the largest piece stays, and none if it is small or nowhere likely.
+   superpixels, weighted by area and length of border. Holes are filled, the largest piece stays, and none if it is small or nowhere likely.
 
-Sources: Gil González, Álvarez & Orozco 2015 (EMBC; 'graph-cut') and 2016 (EMBC; 'superpixels'). Of these only titles, part of an abstract and
-what others say of them could be read. They leave unsaid, or we could not read: energies and seeds of the cut, which non-linear wavelet and
-features, number of superpixels, kernel, inference, training sizes, what follows the classifier. All of that is our choice here, and so is the
-rule that lenience, smoothness and growth (step 1), and the settings of step 5 are chosen on a quarter of the training subjects, of which
-nothing else was learnt: the smallest region that holds 95 % of the object's pixels; the best mean of pooled and per-image Dice.
+Sources: Gil González, Álvarez & Orozco 2015 (EMBC; 'graph-cut') and 2016 (EMBC; 'superpixels'). Of these only titles, part of an abstract
+and what others say of them could be read. They leave unsaid, or we could not read: energies and seeds of the cut, which non-linear wavelet
+and features, number of superpixels, kernel, inference, training sizes, what follows the classifier. All of that is our choice here, and so
+is the rule that lenience, smoothness and growth (step 1), and the settings of step 5 are chosen on a quarter of the training subjects, of
+which nothing else was learnt: the smallest region that holds 95 % of the object's pixels; the best mean of pooled and per-image Dice.
 """
 
 import itertools
-import json
 import math
-import zipfile
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy
 
-from ..checks import positive
+from ..checks import check_match, positive
 from ..engine.parallel import one_thread_per_product, parallel_for
-from ..files import atomic_write
 from ..images.augment import median_filter
-from ..images.data import as_intensities, fitted, resize, unfitted
+from ..images.data import FITS, as_intensities, fill_outlines, fitted, resize, unfitted
 from .gaussian_process import GaussianProcess, LogisticRegression, odds_shift
-from .graph_cut import components, contrast_weights, dilate, fill_holes, largest_component, minimise_on_graph, minimise_on_grid, scaled
+from .graph_cut import contrast_weights, dilate, grid, largest_component, minimise, regions
 from .superpixels import adjacency, means, slic
 from .wavelets import TRANSFORMS, box_features, region_features
 
@@ -46,41 +43,33 @@ LEVELS, GRID, SPECK = 32, 4, 0.002                                     # grey le
 REGIONS = [*itertools.product((1.0, 4.0), (0, 3, 6), numpy.arange(-2.0, 8.1).tolist())]           # smoothness, growth, lenience
 MASKS = [*itertools.product((0.3, 2.0), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6))]                          # smoothness, threshold
 EMPTY = [*itertools.product((0.0, 0.005, 0.01), (0.0, 0.3, 0.5, 0.7))]                            # minimal area, least of the highest p
-CHOOSE = 80                                                            # images, at most
-OPTIONS = dict(kind='superpixels', size=[192, 256], fit='squeeze', wavelet='median', position=True, classifier='gp', step=5, examples=800)
-ARRAYS = {'gp': ('x', 'target', 'centre', 'scale', 'length_scales'), 'logistic': ('weights', 'centre', 'scale')}
+CHOSEN, CHOOSE = ('region', 'shift', 'mask'), 80                       # what is chosen; on so many images, at most
 
-
-class Parts(NamedTuple):
-    """What of an image (H, W) is classified: `labels` (H, W), the part that a pixel is in, −1 outside the region; `features` (parts, D)."""
-
-    labels: numpy.ndarray
-    features: numpy.ndarray
+# What of an image (H, W) is classified: `labels` (H, W), the part that a pixel is in, −1 outside the region; `features` (parts, D).
+Parts = namedtuple('Parts', 'labels features')
 
 
 class Chain:
     """One of the two systems, for images of any size, which are fitted to `size` (H, W), both even, as `fit` says (`images.data.places`).
 
-    Options are those of OPTIONS; `step` is the width of a superpixel in pixels, `examples` how many parts are learnt from.
+    `step` is the width of a superpixel in pixels, `examples` how many parts are learnt from. `config`, `state_dict` and `load_state_dict`
+    are as a network has them, so that `nervenet.save` and `nervenet.load` take a chain too.
     """
 
-    def __init__(self, **options):
-        if unknown := options.keys() - OPTIONS.keys():
-            raise ValueError(f'unknown option {min(unknown)!r}; expected some of {", ".join(OPTIONS)}')
-        self.options = {**OPTIONS, **options}
-        self.options['size'] = [*map(int, self.options['size'])]
-        for name, known in ('kind', KINDS), ('wavelet', TRANSFORMS), ('classifier', CLASSIFIERS), ('fit', ('squeeze', 'pad', 'crop')):
-            if self.options[name] not in known:
-                raise ValueError(f'{name} is {self.options[name]!r}; expected one of {", ".join(known)}')
-        if len(self.size) != 2 or min(self.size) < 16 or any(side % 2 for side in self.size):
-            raise ValueError(f'size is {self.size}; expected two even numbers from 16 up')
-        for name in 'step', 'examples':
-            positive(self.options[name], name, 2)
-        self.classifier, self.chosen, self.extra = CLASSIFIERS[self.options['classifier']](), {}, {}
+    dtype = numpy.dtype(numpy.float64)
 
-    @property
-    def size(self):
-        return tuple(self.options['size'])
+    def __init__(self, kind='superpixels', size=(192, 256), fit='squeeze', wavelet='median', position=True, classifier='gp', step=5,
+                 examples=800):
+        self.size, self.config = tuple(size), dict(kind=kind, size=[*size], fit=fit, wavelet=wavelet, position=position,
+                                                   classifier=classifier, step=step, examples=examples)
+        for name, known in ('kind', KINDS), ('wavelet', TRANSFORMS), ('classifier', CLASSIFIERS), ('fit', FITS):
+            if self.config[name] not in known:
+                raise ValueError(f'{name} is {self.config[name]!r}; expected one of {", ".join(known)}')
+        if len(self.size) != 2 or any(positive(side, 'size', 16) % 2 for side in self.size):
+            raise ValueError(f'size is {self.size}; expected two even numbers')
+        for name in 'step', 'examples':
+            positive(self.config[name], name, 2)
+        self.classifier, self.chosen = CLASSIFIERS[classifier](), {}
 
     # --- The steps, on images (H, W) of `size`, float32 in [0, 1]
 
@@ -89,37 +78,38 @@ class Chain:
         return self._regions(image, [self.chosen['region']])[0]
 
     def _regions(self, image, choices):
-        small = median_filter(halved(image), 5)
-        odds, weights, cuts, found = self.levels[grey_level(small)] + self.place, contrast_weights(small), {}, []
+        small, cuts, found = seen_small(image), {}, []
+        odds = self.levels[grey_level(small)] + self.place
         for smoothness, growth, lenience in choices:
             if (smoothness, lenience) not in cuts:
-                mask = minimise_on_grid(*unaries(odds + lenience), scaled(smoothness * weights))[0]
-                piece = components(mask)
-                cuts[smoothness, lenience] = fill_holes(mask & (numpy.bincount(piece.ravel()) >= SPECK * mask.size)[piece])
+                mask = cut_pixels(odds + lenience, small, smoothness)
+                piece = regions(mask)
+                cuts[smoothness, lenience] = fill_outlines(mask & (numpy.bincount(piece.ravel()) >= SPECK * mask.size)[piece])
             found.append(doubled(dilate(cuts[smoothness, lenience], growth)))
         return found
 
     def parts(self, image, region):
         """Return the Parts of the image in a region (H, W)."""
-        coefficients = TRANSFORMS[self.options['wavelet']].decompose(image)
-        if self.options['kind'] == 'superpixels':
-            labels = slic(median_filter(image, 3), self.options['step'])
+        coefficients = TRANSFORMS[self.config['wavelet']].decompose(image)
+        if self.config['kind'] == 'superpixels':
+            labels = slic(median_filter(image, 3), self.config['step'])
             features = numpy.column_stack([numpy.log(numpy.bincount(labels.ravel())), region_features(coefficients, image, labels)])
             inside = means(region, labels) >= 0.5
         else:
-            points = numpy.moveaxis(numpy.mgrid[GRID // 2:self.size[0]:GRID, GRID // 2:self.size[1]:GRID], 0, -1)
-            labels = numpy.arange(points.size // 2).reshape(points.shape[:2]).repeat(GRID, 0).repeat(GRID, 1)
-            labels = numpy.pad(labels, [(0, 2), (0, 2)], 'edge')[:self.size[0], :self.size[1]]
-            features, inside = box_features(coefficients, image, points.reshape(-1, 2)), region[tuple(points.reshape(-1, 2).T)]
+            rows, columns = (length // GRID for length in self.size)
+            points = GRID * numpy.indices((rows, columns)).reshape(2, -1).T + GRID // 2
+            y, x = (numpy.arange(number).repeat(GRID) for number in (rows, columns))
+            labels = numpy.pad(y[:, None] * columns + x, [(0, length % GRID) for length in self.size], 'edge')
+            features, inside = box_features(coefficients, image, points), region[tuple(points.T)]
         number = numpy.where(inside, numpy.cumsum(inside) - 1, -1)
-        return Parts(number[labels], features[inside, :None if self.options['position'] else -2])
+        return Parts(number[labels], features[inside, :None if self.config['position'] else -2])
 
     def probability(self, parts, region):
         """Return (H, W), the probability that a pixel is object, 0 outside the region."""
         if not len(parts.features):
             return numpy.zeros(self.size)
         p = numpy.append(self.classifier.predict(parts.features, self.chosen['shift']).probability, 0)[parts.labels]
-        if self.options['kind'] == 'graph-cut':                        # between the points, what lies between
+        if self.config['kind'] == 'graph-cut':                         # between the points, what lies between
             p = resize(p[GRID // 2::GRID, GRID // 2::GRID].astype(numpy.float32), self.size) * region
         return p
 
@@ -131,34 +121,36 @@ class Chain:
     def _outline(self, image, parts, p, smoothness, threshold):
         clipped = p.clip(1e-3, 1 - 1e-3)
         odds = numpy.log(clipped / (1 - clipped)) - math.log(threshold / (1 - threshold))
-        if self.options['kind'] == 'graph-cut':
-            return doubled(minimise_on_grid(*unaries(halved(odds)), scaled(smoothness * contrast_weights(median_filter(halved(image), 5))))[0])
+        if self.config['kind'] == 'graph-cut':
+            return doubled(cut_pixels(halved(odds), seen_small(image), smoothness))
         labels = parts.labels + 1                                      # 0 is all that lies outside the region, and may be empty
         edges, lengths = adjacency(labels)
-        difference = numpy.diff(means(image, labels)[edges], axis=1)[:, 0]**2
-        weights = lengths / self.options['step'] * numpy.exp(-difference / (2 * difference.mean() + 1e-9)) if len(edges) else lengths
-        area = numpy.bincount(labels.ravel()) / self.options['step']**2
-        return minimise_on_graph(*unaries(numpy.nan_to_num(means(odds, labels)) * area), edges, scaled(smoothness * weights))[0][labels]
+        weights = contrast_weights(means(image, labels), edges, smoothness * lengths / self.config['step'])
+        area, is_outer = numpy.bincount(labels.ravel()) / self.config['step']**2, edges[:, 0] == 0
+        # The outside is background, whatever it would cost: a border with it is a cost of being object.
+        odds = numpy.nan_to_num(means(odds, labels)) * area - numpy.bincount(edges[is_outer, 1], weights[is_outer], len(area))
+        return cut(odds, edges[~is_outer], weights[~is_outer])[labels]
 
     # --- Together
 
-    def map(self, image):
-        """Return (H, W) float32 for an image of `size`: the probability, moved where the mask says otherwise: it is above ½ there alone."""
+    def classified(self, image):
+        """Return (parts, probability)."""
         region = self.region(image)
         parts = self.parts(image, region)
-        p = self.probability(parts, region)
+        return parts, self.probability(parts, region)
+
+    def map(self, image):
+        """Return (H, W) float32 for an image of `size`: the probability, moved where the mask says otherwise: it is above ½ there alone."""
+        parts, p = self.classified(image)
         return numpy.where(self.mask(image, parts, p), p.clip(0.51, None), p.clip(None, 0.49)).astype(numpy.float32)
 
     def predict(self, image):
         """Return (probability, mask) of an image (H, W) of any size, at that size; for its values see `images.data.as_intensities`."""
-        p = unfitted(self.map(fitted(as_intensities(image), self.size, self.options['fit'])), image.shape, self.options['fit'])
+        p = unfitted(self.map(fitted(as_intensities(image), self.size, self.config['fit'])), image.shape, self.config['fit'])
         return p, p > 0.5
 
     def fit(self, images, masks, subjects, seed=0, tell=lambda line: None):
-        """Learn from images (N, H, W) of `size` in [0, 1], masks (N, H, W), bool, and their subjects (N,), at least two. Returns the chain.
-
-        `tell` gets lines of text. Raises ValueError where there is nothing to learn from.
-        """
+        """Learn from images (N, H, W) of `size`, masks (N, H, W), bool, and subjects (N,); tell lines of text. Raises ValueError."""
         return self.fit_region(images, masks, subjects, seed, tell).fit_classifier(images, masks, subjects, seed, tell)
 
     def fit_region(self, images, masks, subjects, seed=0, tell=lambda line: None):
@@ -178,28 +170,23 @@ class Chain:
         """Learn all else, the second half of `fit`."""
         (learn, choose), rng = inner_split(masks, subjects, seed), numpy.random.default_rng(seed)
 
-        def looked_at(n):
-            region = self.region(images[n])
-            return region, self.parts(images[n], region)
-
         def described(n):
-            parts = looked_at(n)[1]
+            parts = self.parts(images[n], self.region(images[n]))
             share = means(masks[n], parts.labels + 1)[1:] if len(parts.features) else numpy.zeros(0)
             return parts.features, share >= 0.5, [subjects[n]] * len(share)
         x, target, who = map(numpy.concatenate, zip(*parallel_for(learn, described)))
         if target.all() or not target.any():
-            raise ValueError(f'of {len(target)} parts in the regions, {target.sum()} are foreground; expected some of each kind')
-        sample = evenly(target, who, self.options['examples'], rng)
+            raise ValueError(f'of {len(target)} parts in the regions, {target.sum()} are foreground; expected some of each kind: take smaller '
+                             'superpixels, or more images')
+        sample = evenly(target, who, self.config['examples'], rng)
         self.classifier.fit(x[sample], target[sample])
-        if self.options['classifier'] == 'gp':
-            self.classifier.x, self.classifier.target = x[sample], target[sample].astype(float)
         self.chosen['shift'] = odds_shift(target.mean(), target[sample].mean())
         tell(f'classifier:  {len(sample)} of {len(target)} parts, each of {x.shape[1]} features; {target.mean():.1%} are foreground')
 
         def scored(n):
-            region, parts = looked_at(n)
-            p = self.probability(parts, region)
-            found = [kept(outline, p, *empty) for outline in [self._outline(images[n], parts, p, *choice) for choice in MASKS] for empty in EMPTY]
+            parts, p = self.classified(images[n])
+            outlines = [self._outline(images[n], parts, p, *choice) for choice in MASKS]
+            found = [kept(outline, p, *empty) for outline in outlines for empty in EMPTY]
             return [((mask & masks[n]).sum(), mask.sum() + masks[n].sum()) for mask in found]
         overlap, total = numpy.moveaxis(numpy.array(parallel_for(choose, scored), float), -1, 0)                    # (N, choices)
         dice = overlap.sum(0) / total.sum(0) + numpy.where(total == 0, 1, 2 * overlap / total.clip(1)).mean(0) / 2
@@ -208,62 +195,32 @@ class Chain:
              + f', chosen there: Dice {dice.max():.3f}, the mean of pooled and per image')
         return self
 
-    # --- Files
+    # --- What was learnt
 
-    def save(self, path, **extra):
-        """Write the fitted chain to the file `path`, an .npz of arrays and a JSON text, with `extra`, dict of what JSON and arrays hold."""
-        names = ARRAYS[self.options['classifier']]
-        arrays = {'levels': self.levels, 'place': self.place, **{name: getattr(self.classifier, name) for name in names}}
-        arrays |= {f'extra_{name}': value for name, value in extra.items() if isinstance(value, numpy.ndarray)}
-        text = json.dumps({'format': 'nervenet chain', 'version': 1, 'options': self.options, 'chosen': self.chosen,
-                           'variance': getattr(self.classifier, 'variance', 0),
-                           'extra': {name: value for name, value in extra.items() if not isinstance(value, numpy.ndarray)}})
-        with atomic_write(path) as file:
-            numpy.savez(file, chain=numpy.frombuffer(text.encode(), numpy.uint8), **arrays)
+    def state_dict(self):
+        """Return all that was learnt, {name: float64 array}."""
+        of_classifier = {name: getattr(self.classifier, name) for name in self.classifier.learnt}
+        state = {'levels': self.levels, 'place': self.place, **self.chosen, **of_classifier}
+        return {name: numpy.asarray(value, numpy.float64) for name, value in state.items()}
 
-    @classmethod
-    def load(cls, path):
-        """Return the chain in a file of `save`; its `extra` is there too. Raises ValueError, one line, for whatever is wrong with the file."""
-        try:
-            with zipfile.ZipFile(path) as archive:                     # a few compressed bytes could ask for any amount of memory
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise ValueError('its arrays are compressed')
-            with numpy.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            about = json.loads(arrays.pop('chain').tobytes())
-            if (about['format'], about['version']) != ('nervenet chain', 1):
-                raise ValueError(f'its format is {about["format"]!r}, version {about["version"]}; expected a nervenet chain of version 1')
-            return cls(**about['options'])._restore(about, arrays)
-        except FileNotFoundError:
-            raise ValueError(f'{path}: no such file') from None
-        except Exception as error:                                     # a damaged archive fails in any of a dozen ways
-            said = ' '.join(str(error).split()) or type(error).__name__
-            raise ValueError(f'{path}: is no chain that can be used, as examples/classical.py writes it ({said})') from error
-
-    def _restore(self, about, arrays):
-        self.extra = {**dict(about['extra']), **{name[6:]: value for name, value in arrays.items() if name.startswith('extra_')}}
-        shift, (*choice,), (*outline,) = (about['chosen'][name] for name in ('shift', 'region', 'mask'))
-        numbers = [shift, about['variance'], *choice, *outline]
-        if not (len(choice) == 3 and len(outline) == 4 and numpy.isfinite(numbers).all() and 0 < outline[1] < 1 and choice[0] >= 0 <= outline[0]
-                and choice[1] in range(100)):
-            raise ValueError(f'its settings are {about["chosen"]}')
-        self.chosen, self.levels, self.place = {**about['chosen']}, arrays['levels'], arrays['place']
-        features = 22 + 2 * bool(self.options['position']) + (self.options['kind'] == 'superpixels')
-        names = ARRAYS[self.options['classifier']]
-        shapes = {'levels': (LEVELS,), 'place': (self.size[0] // 2, self.size[1] // 2), 'centre': (features,), 'scale': (features,),
-                  'x': (len(arrays.get('target', ())), features), 'weights': (features + 1,), 'length_scales': (features,)}
-        for name in {'levels', 'place', *names} - {'target'}:
-            if arrays[name].shape != shapes[name] or arrays[name].dtype.kind != 'f' or not numpy.isfinite(arrays[name]).all():
-                raise ValueError(f'its {name} has shape {arrays[name].shape} and dtype {arrays[name].dtype}; expected finite floats {shapes[name]}')
-        if not (arrays['scale'] > 0).all():
-            raise ValueError('its scale is not above 0 everywhere')
-        for name in names:
-            setattr(self.classifier, name, arrays[name])
-        if self.options['classifier'] == 'gp':
-            self.classifier.variance = about['variance']
-            self.classifier.condition(arrays['x'], arrays['target'])
-        self.classifier.features = features
-        return self
+    def load_state_dict(self, state):
+        """Take what was learnt by another chain of this config. Raises ValueError for what does not fit, or cannot have been learnt."""
+        D = 22 + 2 * bool(self.config['position']) + (self.config['kind'] == 'superpixels')
+        n, (H, W) = len(state.get('target', ())), self.size
+        shapes = {'levels': (LEVELS,), 'place': (H // 2, W // 2), 'region': (3,), 'mask': (4,), 'shift': (), 'variance': (), 'x': (n, D),
+                  'target': (n,), 'weights': (D + 1,), 'centre': (D,), 'scale': (D,), 'length_scales': (D,)}
+        expected = {name: numpy.broadcast_to(0, shapes[name]) for name in ('levels', 'place', *CHOSEN, *self.classifier.learnt)}
+        check_match(expected, state, 'what was learnt', 'the chain')
+        self.chosen = {name: state[name].tolist() for name in CHOSEN}
+        (smoothness, growth, _), (outline, threshold, *_) = self.chosen['region'], self.chosen['mask']
+        if not (all(numpy.isfinite(array).all() for array in state.values()) and (state['scale'] > 0).all()
+                and smoothness >= 0 <= outline and growth in range(100) and 0 < threshold < 1):
+            raise ValueError(f'what was learnt cannot be: {self.chosen}, scale from {state["scale"].min()}, or numbers that are not finite')
+        self.levels, self.place, self.classifier.features = state['levels'], state['place'], D
+        for name in self.classifier.learnt:
+            setattr(self.classifier, name, state[name])
+        if self.config['classifier'] == 'gp':
+            self.classifier.condition(state['x'], state['target'])
 
 
 def inner_split(masks, subjects, seed):
@@ -287,21 +244,31 @@ def doubled(mask):
     return mask.repeat(2, 0).repeat(2, 1)
 
 
+def seen_small(image):
+    """Return the image at half its size, without speckle."""
+    return median_filter(halved(image), 5)
+
+
 def grey_level(image):
     return (image * LEVELS).astype(int).clip(0, LEVELS - 1)
 
 
-def unaries(odds):
-    """Return (D(0), D(1)) as integers, of which one is 0, for log-odds D(0) − D(1)."""
-    return scaled(odds.clip(0, None)), scaled((-odds).clip(0, None))
+def cut(odds, edges, weights, groups=None):
+    """Return the labels of least energy for log-odds D(0) − D(1), of which the less likely label alone is paid for."""
+    return minimise(odds.clip(0, None), (-odds).clip(0, None), edges, weights, groups)[0]
+
+
+def cut_pixels(odds, image, smoothness):
+    edges, distances, groups = grid(image.shape)
+    return cut(odds, edges, contrast_weights(image, edges, smoothness / distances), groups)
 
 
 @one_thread_per_product()
 def log_odds(images, masks):
-    """Return (levels (LEVELS,), place (H/2, W/2)): log h₁/h₀ of grey levels, and the log-odds of π; h₁ and h₀ begin with one in each bin."""
+    """Return (levels (LEVELS,), place (H/2, W/2)): log h₁/h₀ of grey levels, where each bin begins with one, and the log-odds of π."""
     inside, outside, total, count = numpy.ones(LEVELS), numpy.ones(LEVELS), 0, 0
     for image, mask in zip(images, masks):
-        level, object_ = grey_level(median_filter(halved(image), 5)), halved(mask.astype(numpy.float32)) >= 0.5
+        level, object_ = grey_level(seen_small(image)), halved(mask.astype(numpy.float32)) >= 0.5
         inside += numpy.bincount(level[object_], minlength=LEVELS)
         outside += numpy.bincount(level[~object_], minlength=LEVELS)
         total, count = total + object_, count + object_.any()
@@ -326,6 +293,6 @@ def evenly(target, who, number, rng):
 
 
 def kept(mask, p, area, least):
-    """Return the largest piece of a mask (H, W), its holes filled; none if it is below a share `area` of all pixels, or p nowhere `least`."""
-    mask = fill_holes(largest_component(mask))
+    """Return the largest piece of a mask (H, W), holes filled; none if below a share `area` of all pixels, or if p is nowhere `least`."""
+    mask = fill_outlines(largest_component(mask))
     return mask if mask.any() and mask.mean() >= area and p[mask].max() >= least else numpy.zeros_like(mask)

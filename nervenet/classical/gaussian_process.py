@@ -16,27 +16,30 @@ and the volume under it approximates the evidence q(classes | σ², ℓ): high f
 explain anything. So q chooses σ² and ℓ, and no validation set is needed.
 
 Source: Rasmussen & Williams 2006, "Gaussian Processes for Machine Learning": Algorithms 3.1 (`laplace`), 3.2 (`predict`), 5.1 (`evidence`).
-The work is n³ and the memory n² numbers: take a thousand examples or two. Our choice: Newton's step is halved until it does not go down; the
-mean probability is a Gauss-Hermite sum of 32 points; how σ² and ℓ are searched (`GaussianProcess.fit`). K needs no jitter, since only
-B = I + W^½ K W^½ is factored, whose eigenvalues are 1 and more; NumPy solves no triangular systems, so its Cholesky factor L is inverted.
+Only B = I + W^½ K W^½ is ever inverted, whose eigenvalues are 1 and more, so K needs no jitter. They keep B's Cholesky factor; NumPy solves
+no triangular systems, so R = W^½ B⁻¹ W^½ is kept here. Work grows as n³, memory as n²: take a thousand examples. Our choice: Newton's
+step is halved until it does not go down; the mean probability is a Gauss-Hermite sum of 32 points; how σ² and ℓ are searched.
 
 All is computed in float64. Shapes: x (n, D), n points of D features; target (n,), their classes, 0 or 1.
 """
 
 import math
 from collections import namedtuple
-from typing import NamedTuple
 
 import numpy
 
-from ..checks import in_range, positive
-from ..engine.parallel import cut, one_thread_per_product, parallel_for
+from ..checks import finite, in_range, positive
+from ..engine.parallel import one_thread_per_product, parallel_for
 from ..optim import Adam, CosineSchedule
 
 NODES, WEIGHTS = numpy.polynomial.hermite.hermgauss(32)             # ∫ g(z) exp(−z²) dz ≈ Σ WEIGHTS·g(NODES)
 TOLERANCE = 1e-9                                                    # of the logarithm of a probability, where Newton ends
 LENGTH_SCALES, VARIANCES = (0.3, 100.0), (1e-2, 1e3)                # between which `fit` searches
-POINTS = 1024                                                       # that are predicted at once
+
+# What is known of f at n examples, N(f, (K⁻¹ + W)⁻¹): a (n,), K⁻¹f, which is target − π at the mode f (n,); R (n, n), W^½ B⁻¹ W^½; log q.
+Posterior = namedtuple('Posterior', 'a f R log_evidence')
+# For each point, (n,): the mean and the variance of f there, and the probability of class 1, averaged over both.
+Prediction = namedtuple('Prediction', 'mean variance probability')
 
 
 def sigmoid(f):
@@ -51,7 +54,7 @@ def squared_exponential(a, b, variance=1.0):
 
 
 def maximise(objective, newton_step, place):
-    """Return where a concave function is largest, by Newton's method: a step is halved until it does not go down, or it might overshoot for ever."""
+    """Return where a concave function is largest, by Newton's method: a step that would overshoot is halved until it does not go down."""
     value = objective(place)
     for _ in range(100):
         step, share = newton_step(place), 1.0
@@ -60,17 +63,8 @@ def maximise(objective, newton_step, place):
         place, gain, value = place + share * step, found - value, found
         if share == 1 and gain < TOLERANCE:
             return place
-    raise RuntimeError(f"Newton's method has not come to rest after 100 steps, at a value of {value}; are there values of very different size?")
-
-
-class Posterior(NamedTuple):
-    """What is known of f at n examples: N(f, (K⁻¹ + W)⁻¹)."""
-
-    a: numpy.ndarray                # (n,)  K⁻¹f, which is target − π at the mode
-    f: numpy.ndarray                # (n,)  the mode
-    root: numpy.ndarray             # (n,)  W^½
-    inverse: numpy.ndarray          # (n, n)  L⁻¹, lower triangular, where L·Lᵀ = B = I + W^½ K W^½
-    log_evidence: float
+    raise RuntimeError(f"Newton's method has not come to rest after 100 steps, at a value of {value}; are there values of very different "
+                       'size?')
 
 
 @one_thread_per_product()
@@ -85,40 +79,22 @@ def laplace(K, target, start=None):
         f = K @ a
         return -0.5 * (a @ f) - numpy.logaddexp(0, -sign * f).sum()
 
+    def curvature(f):
+        """Return (π, W^½, B)."""
+        p = sigmoid(f)
+        root = numpy.sqrt(p * (1 - p))
+        return p, root, numpy.eye(len(f)) + root[:, None] * K * root
+
     def newton_step(a):
         f = K @ a
-        p, root, inverse = curvature(K, f)
+        p, root, B = curvature(f)
         b = root**2 * f + target - p
-        return b - root * (inverse.T @ (inverse @ (root * (K @ b)))) - a
+        return b - root * numpy.linalg.solve(B, root * (K @ b)) - a
 
     a = maximise(objective, newton_step, numpy.zeros(len(K)) if start is None else start)
-    _, root, inverse = curvature(K, K @ a)
-    # log q = log p(target, f̂) − ½ log |B|, and |B|^½ is the product of L's diagonal, whose inverse is that of L⁻¹.
-    return Posterior(a, K @ a, root, inverse, objective(a) + numpy.log(inverse.diagonal()).sum())
-
-
-def curvature(K, f):
-    """Return (π, W^½, L⁻¹) at f."""
-    p = sigmoid(f)
-    root = numpy.sqrt(p * (1 - p))
-    B = root[:, None] * K * root
-    B.flat[::len(B) + 1] += 1
-    return p, root, inverse_of_triangular(numpy.linalg.cholesky(B))
-
-
-def inverse_of_triangular(L):
-    """Return L⁻¹ of a lower triangular matrix (n, n), nearly all of it by products:
-
-        | A  0 |⁻¹     |  A⁻¹       0   |
-        | C  D |    =  | −D⁻¹CA⁻¹   D⁻¹ |
-    """
-    n = len(L)
-    if n <= 64:
-        return numpy.linalg.inv(L)
-    half, inverse = n // 2, numpy.zeros_like(L)
-    A, D = inverse_of_triangular(L[:half, :half]), inverse_of_triangular(L[half:, half:])
-    inverse[:half, :half], inverse[half:, half:], inverse[half:, :half] = A, D, -D @ (L[half:, :half] @ A)
-    return inverse
+    _, root, B = curvature(K @ a)
+    # log q = log p(target, f̂) − ½ log |B|
+    return Posterior(a, K @ a, root[:, None] * numpy.linalg.inv(B) * root, objective(a) - 0.5 * numpy.linalg.slogdet(B)[1])
 
 
 @one_thread_per_product()
@@ -127,7 +103,7 @@ def evidence(x, target, log_variance, log_length_scales, start=None):
 
     log q depends on a hyperparameter θ through K, and through f̂, which moves with K. Both together are Σ_ij M_ij ∂K_ij/∂θ, with one M:
 
-        M = ½ uuᵀ − ½ R + ½(quᵀ + uqᵀ),    u = target − π,  R = W^½ B⁻¹ W^½,  q = (I − RK) g
+        M = ½ uuᵀ − ½ R + ½(quᵀ + uqᵀ),    u = target − π,  q = (I − RK) g
         g_i = ∂log q/∂f̂_i = −½ Σ_ii π_i (1 − π_i)(1 − 2π_i),    Σ = K − KRK, the covariance of f
 
     And ∂K_ij/∂log σ² = K_ij, ∂K_ij/∂log ℓ_d = K_ij (x_id − x_jd)² / ℓ_d².
@@ -135,10 +111,8 @@ def evidence(x, target, log_variance, log_length_scales, start=None):
     z = x / numpy.exp(log_length_scales)
     K = squared_exponential(z, z, math.exp(log_variance[0]))
     posterior = laplace(K, target, start)
-    p = sigmoid(posterior.f)
-    half = posterior.inverse * posterior.root                                              # L⁻¹W^½
-    R, C = half.T @ half, half @ K
-    g = -0.5 * (K.diagonal() - (C * C).sum(0)) * p * (1 - p) * (1 - 2 * p)
+    p, R = sigmoid(posterior.f), posterior.R
+    g = -0.5 * (K.diagonal() - (K * (R @ K)).sum(0)) * p * (1 - p) * (1 - 2 * p)
     u, q = target - p, g - R @ (K @ g)
     qu = numpy.outer(q, u)
     G = 0.5 * (numpy.outer(u, u) - R + qu + qu.T) * K                                      # M ⊙ K, (n, n)
@@ -146,19 +120,15 @@ def evidence(x, target, log_variance, log_length_scales, start=None):
     by_length = 2 * ((z * z).T @ G.sum(1) - (z * (G @ z)).sum(0))
     return {'log_variance': G.sum(keepdims=True)[0], 'log_length_scales': by_length}, posterior
 
-# For each point, (n,): the mean and the variance of f there, and the probability of class 1, averaged over both.
-Prediction = namedtuple('Prediction', 'mean variance probability')
-
 
 class Classifier:
     """What both share: features of mean 0 and deviation 1 over the examples of `fit`, and errors for what does not fit."""
 
-    def __init__(self):
-        self.centre, self.scale, self.features = 0.0, 1.0, None
+    centre, scale, features = 0.0, 1.0, None
 
     def examples(self, x, target, standardise=True):
         """Return (x, target), float64, scaled, or raise ValueError."""
-        x, target = checked_points(x), numpy.asarray(target)
+        x, target = finite(x, 'x', '(points, features)').astype(numpy.float64), numpy.asarray(target)
         if target.shape != x.shape[:1] or target.dtype.kind not in 'biuf' or not ((target == 0) | (target == 1)).all():
             raise ValueError(f'target has shape {target.shape} and dtype {target.dtype}; expected {x.shape[:1]}, of 0 and 1 alone')
         if standardise:
@@ -173,83 +143,70 @@ class Classifier:
         """Return x, scaled as the examples were. Raises RuntimeError before there were any, and ValueError if x does not fit them."""
         if self.features is None:
             raise RuntimeError(f'{type(self).__name__} has seen no examples: call fit first')
-        x = checked_points(x)
+        x = finite(x, 'x', '(points, features)').astype(numpy.float64)
         if x.shape[1] != self.features:
             raise ValueError(f'the points have {x.shape[1]} features, the examples had {self.features}')
         return (x - self.centre) / self.scale
 
 
-def checked_points(x):
-    """Return x as a float64 array (n, D), or raise ValueError."""
-    x = numpy.asarray(x)
-    if x.ndim != 2 or x.size == 0 or x.dtype.kind not in 'biuf' or not numpy.isfinite(x).all():
-        raise ValueError(f'x has shape {x.shape} and dtype {x.dtype}; expected (points, features), each a finite number')
-    return x.astype(numpy.float64)
-
-
 class GaussianProcess(Classifier):
-    """`fit` finds σ², `variance`, and ℓ, `length_scales`, (D,) or one for all, of scaled features; `condition` takes those that are there."""
+    """`fit` finds σ², `variance`, and ℓ, `length_scales`, of scaled features, (D,) or one for all; `condition` takes what is there."""
+
+    learnt = 'centre', 'scale', 'x', 'target', 'variance', 'length_scales'         # all else follows from these
 
     def __init__(self, variance=1.0, length_scales=1.0):
-        super().__init__()
         self.variance, self.length_scales = variance, length_scales
-
-    def condition(self, x, target):
-        """Learn from the examples x (n, D) and target (n,), hyperparameters and scaling as they are. Returns the classifier."""
-        return self._learn(*self.examples(x, target, standardise=False))
 
     def fit(self, x, target, steps=80, starts=2, seed=0):
         """Find scaling and hyperparameters, and learn from the examples. Returns the classifier.
 
         Maximises log q plus the logarithm of a prior by Adam, with a rate of 0.1 that falls to 0 over half a cosine, and takes the best of
         all steps of all `starts`. Our choice, for features of deviation 1: log ℓ_d ~ N(½ log D, 1), since distances in D dimensions grow as
-        √D; no prior for σ²; ℓ within LENGTH_SCALES, σ² within VARIANCES. The first start is σ² = 1 and the mean of the prior, the others are
-        drawn: log ℓ from the prior, log σ² from N(0, 1). The result does not depend on the number of cores, on all of which they run.
+        √D; no prior for σ²; ℓ within LENGTH_SCALES, σ² within VARIANCES. The first start is σ² = 1 and the mean of the prior, the others
+        are drawn: log ℓ from the prior, log σ² from N(0, 1). The result does not depend on the number of cores.
         """
         steps, starts, rng = positive(steps, 'steps'), positive(starts, 'starts'), numpy.random.default_rng(seed)
-        x, target = self.examples(x, target)
-        noise = [rng.standard_normal(x.shape[1] + 1) * (number > 0) for number in range(starts)]
-        found = parallel_for(noise, lambda start: climb(x, target, steps, start))
-        _, variance, self.length_scales = max(found, key=lambda each: each[0])
-        self.variance = float(variance[0])
-        return self._learn(x, target)
+        scaled, classes = self.examples(x, target)
+        noise = [rng.standard_normal(scaled.shape[1] + 1) * (number > 0) for number in range(starts)]
+        found = parallel_for(noise, lambda start: climb(scaled, classes, steps, start))
+        _, (self.variance,), self.length_scales = max(found, key=lambda each: each[0])
+        return self.condition(x, target)
 
     @one_thread_per_product()
-    def _learn(self, x, target):
-        self.variance = in_range('variance', self.variance, math.inf)
-        scales = numpy.asarray(self.length_scales, numpy.float64)
-        if scales.shape not in ((), x.shape[1:]) or not (numpy.isfinite(scales) & (scales > 0)).all():
-            raise ValueError(f'length_scales is {self.length_scales}; expected a positive number, or one for each of {x.shape[1]} features')
-        self.length_scales = numpy.broadcast_to(scales, x.shape[1:])
-        self.known = x / self.length_scales
-        self.posterior = laplace(squared_exponential(self.known, self.known, self.variance), target)
-        self.features = x.shape[1]
+    def condition(self, x, target):
+        """Learn from the examples x (n, D) and target (n,), hyperparameters and scaling as they are. Returns the classifier."""
+        self.x, self.variance, scales = x, in_range('variance', self.variance, math.inf), numpy.asarray(self.length_scales, numpy.float64)
+        scaled, self.target = self.examples(x, target, standardise=False)
+        if scales.shape not in ((), scaled.shape[1:]) or not (numpy.isfinite(scales) & (scales > 0)).all():
+            raise ValueError(f'length_scales is {scales}; expected a positive number, or one for each of {scaled.shape[1]} features')
+        self.length_scales = numpy.broadcast_to(scales, scaled.shape[1:])
+        self.known = scaled / self.length_scales
+        self.posterior = laplace(squared_exponential(self.known, self.known, self.variance), self.target)
+        self.features = scaled.shape[1]
         return self
 
     log_evidence = property(lambda self: self.posterior.log_evidence, doc='log q of the examples')
 
+    @one_thread_per_product()
     def predict(self, x, shift=0.0):
-        """Return the Prediction for points x (n, D), `shift` added to f (`odds_shift`): the mean is Σ_i k(x, x_i) (target_i − π_i), all pulls."""
-        z = self.points(x) / self.length_scales
-        parts = parallel_for(cut(len(z), POINTS), lambda some: self._moments(z[some]))
-        mean, variance = (numpy.concatenate(part) for part in zip(*parts))
-        return Prediction(mean + shift, variance, mean_probability(mean + shift, variance))
+        """Return the Prediction for points x (n, D), `shift` added to f (`odds_shift`).
 
-    def _moments(self, z):
-        k = squared_exponential(self.known, z, self.variance)                              # (n, points)
-        told = self.posterior.inverse @ (self.posterior.root[:, None] * k)
-        return self.posterior.a @ k, numpy.maximum(self.variance - (told * told).sum(0), 0)
+        With k the covariance of a point with the examples, the mean is kᵀ(target − π), all pulls, and the variance σ² − kᵀRk.
+        """
+        points = self.points(x) / self.length_scales
+        k = squared_exponential(self.known, points, self.variance)                         # (examples, points)
+        mean, variance = self.posterior.a @ k + shift, numpy.maximum(self.variance - (k * (self.posterior.R @ k)).sum(0), 0)
+        return Prediction(mean, variance, mean_probability(mean, variance))
 
 
 def climb(x, target, steps, noise):
     """Return (objective, σ² (1,), ℓ (D,)), the best of `steps` steps of Adam from where `noise` (1 + D,), in deviations, says."""
     usual = 0.5 * math.log(x.shape[1])
     theta = {'log_variance': noise[:1].copy(), 'log_length_scales': usual + noise[1:]}
-    bounds = {name: numpy.log(ends) for name, ends in (('log_variance', VARIANCES), ('log_length_scales', LENGTH_SCALES))}
     adam, rate, start, best = Adam(theta, 0.1), CosineSchedule(0.1, steps), None, (-math.inf,)
     for step in range(steps):
-        for name, ends in bounds.items():
-            theta[name].clip(*ends, out=theta[name])
+        for name, ends in ('log_variance', VARIANCES), ('log_length_scales', LENGTH_SCALES):
+            theta[name].clip(*numpy.log(ends), out=theta[name])
         gradient, posterior = evidence(x, target, **theta, start=start)
         away = theta['log_length_scales'] - usual
         if (value := posterior.log_evidence - 0.5 * (away**2).sum()) > best[0]:
@@ -271,20 +228,20 @@ def odds_shift(share, sampled_share):
 
     Source: King & Zeng 2001, for the b of a logistic regression; for a GP it is our choice.
     """
-    for name, value in ('share', share), ('sampled_share', sampled_share):
-        if not 0 < value < 1:
-            raise ValueError(f'{name} is {value}; expected a number between 0 and 1')
+    if not (0 < share < 1 and 0 < sampled_share < 1):
+        raise ValueError(f'share is {share} and sampled_share {sampled_share}; expected numbers between 0 and 1')
     return math.log(share / (1 - share)) - math.log(sampled_share / (1 - sampled_share))
 
 
 class LogisticRegression(Classifier):
-    """The linear control: maximises Σ log s(±f) − ½ ridge·|w|². The ridge keeps w finite where a plane parts the classes; variances are 0."""
+    """The linear control: maximises Σ log s(±f) − ½ ridge·|w|². The ridge keeps w finite where a plane parts the classes; no variances."""
+
+    learnt = 'centre', 'scale', 'weights'
 
     def __init__(self, ridge=1.0):
-        super().__init__()
-        self.ridge = in_range('ridge', ridge, math.inf)
-        if self.ridge == 0:
-            raise ValueError('ridge is 0; it must be positive, or no plane is best where one parts the classes')
+        if not 0 < ridge < math.inf:
+            raise ValueError(f'ridge is {ridge}; it must be positive, or no plane is best where one parts the classes')
+        self.ridge = ridge
 
     @one_thread_per_product()
     def fit(self, x, target):

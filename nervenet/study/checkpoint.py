@@ -3,7 +3,7 @@
 A file is a NumPy `.npz` archive, without pickle: opening one runs no code. Inside are plain arrays and one header:
 
     header                           JSON text as uint8: format, version, model class, its config and dtype, the extras
-    model/stem.conv1.weight, ...     parameters and buffers, under the names of `model.state_dict()`
+    model/stem.conv1.weight, ...     parameters and buffers, or what a chain has learnt, under the names of `model.state_dict()`
     extra/0, extra/1, ...            arrays found in the extras; the header says where they belong
 
 The config is the keyword arguments that built the model, so a file knows its own architecture and `load(path)` needs no
@@ -26,12 +26,14 @@ import zipfile
 
 import numpy
 
+from ..classical.chains import Chain
 from ..engine.backend import to_cpu
 from ..files import atomic_write
 from ..networks import NETWORKS
 
 FORMAT, VERSION = 'nervenet checkpoint', 1
 MODELS = {network.__name__: network for network in NETWORKS.values()}       # what a file may ask to be built
+CHAINS = {'Chain': Chain}                   # and the systems from before deep networks, where they will do as well
 SMALL_MODEL = 10**6                         # weights that a file may ask for whatever it holds: what does not fit is named then
 ARRAY = '__array__'                         # in the header, {ARRAY: 'extra/0'} stands for an array
 
@@ -54,8 +56,8 @@ def save(path, model, **extra):
     from .. import __version__          # which is set after this file has been read
 
     name = type(model).__name__
-    if name not in MODELS:
-        raise TypeError(f'cannot save a {name}: a file holds one of {", ".join(MODELS)} (nervenet.networks.NETWORKS)')
+    if name not in MODELS | CHAINS:
+        raise TypeError(f'cannot save a {name}: a file holds one of {", ".join(MODELS | CHAINS)} (nervenet.networks.NETWORKS)')
     arrays = {}
     header = dict(format=FORMAT, version=VERSION, library=__version__, model=name, dtype=model.dtype.name,
                   config=_pack(model.config, arrays, 'config'), extra=_pack(extra, arrays, 'extra'))
@@ -72,20 +74,23 @@ def save(path, model, **extra):
 
 
 def load(path):
-    """Return the model in the file `path`, on the CPU, in inference mode: `model.train()` to go on training. Raises CheckpointError."""
-    return load_checkpoint(path)[0]
+    """Return the model in the file `path`, a network or a chain.
+
+    A network is on the CPU, in inference mode: `model.train()` to go on training. Raises CheckpointError.
+    """
+    return load_checkpoint(path, MODELS | CHAINS)[0]
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, models=MODELS):
     """Return `(model, extra)` from the file `path`: the model as from `load`, and `extra`, the dict of what was saved beside it.
 
     Raises CheckpointError, in one line, for whatever is wrong: no such file, cut or damaged, not a file of this
-    library, a later format, an unknown model class, arrays that do not fit the architecture.
+    library, a later format, a model class that is not in `models`, arrays that do not fit the architecture.
     """
     try:
         header, arrays = _read(path)
         state = {key[len('model/'):]: array for key, array in arrays.items() if key.startswith('model/')}
-        return _build(header, state), header['extra']
+        return _build(header, state, models), header['extra']
     except CheckpointError as error:
         raise CheckpointError(f'{path}: {error}') from error.__cause__
     except FileNotFoundError:
@@ -162,23 +167,24 @@ def _read_array(archive, entry):
     return numpy.ndarray(shape, dtype, values, order='F' if is_fortran else 'C').copy()
 
 
-def _build(header, state):
-    """Return the model that `header` describes, with the arrays of `state`."""
-    if header['model'] not in MODELS:
-        raise CheckpointError(f'holds a model of class {header["model"]!r}; known are {", ".join(MODELS)}')
-    config, depth = header['config'], header['config']['depth']
-    if not 1 <= depth <= min(len(state), 64):
-        raise CheckpointError(f'its header asks for depth {depth}, its {len(state)} arrays do not')
-    for name, array in state.items():
+def _build(header, state, models):
+    """Return the model that `header` describes, one of `models`, with the arrays of `state`."""
+    name, config, options = header['model'], header['config'], {}
+    if name not in models:
+        raise CheckpointError(f'holds a model of class {name!r}; expected one of {", ".join(models)}')
+    for key, array in state.items():
         if array.dtype.name != header['dtype']:
-            raise CheckpointError(f'its {name} is {array.dtype}, its header says {header["dtype"]}')
-    limit = SMALL_MODEL + 2 * sum(array.size for array in state.values())
+            raise CheckpointError(f'its {key} is {array.dtype}, its header says {header["dtype"]}')
+    if name in MODELS:
+        if not 1 <= config['depth'] <= min(len(state), 64):
+            raise CheckpointError(f'its header asks for depth {config["depth"]}, its {len(state)} arrays do not')
+        options = dict(dtype=header['dtype'], rng=_Bounded(SMALL_MODEL + 2 * sum(array.size for array in state.values())))
     try:
-        model = MODELS[header['model']](**config, dtype=header['dtype'], rng=_Bounded(limit))
+        model = models[name](**config, **options)
         model.load_state_dict(state)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f'its {header["model"]} cannot be built: {_reason(error)}') from error
-    return model.eval()
+        raise CheckpointError(f'its {name} cannot be built: {_reason(error)}') from error
+    return model.eval() if name in MODELS else model
 
 
 class _Bounded(numpy.random.Generator):

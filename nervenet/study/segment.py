@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy
 
-from ..classical.chains import Chain
 from ..classical.graph_cut import largest_component
 from ..engine.backend import move, select_device, to_cpu
 from ..engine.plan import planned
@@ -27,7 +26,7 @@ from ..images.data import FITS, as_intensities, fitted, intensity_oddity, oddity
 from ..layers import Dropout, sigmoid
 from ..metrics import SegmentationScores, ratio
 from ..train import predict
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import CHAINS, CheckpointError, load_checkpoint
 from .uncertainty import band, with_temperature
 from .uncertainty import temperature as fitted_temperature
 
@@ -228,9 +227,9 @@ class Segmenter:
 class ChainSegmenter(Segmenter):
     """A chain from before deep networks, `classical.chains`, used as a network is."""
 
-    def __init__(self, chain, settings=Settings()):
-        super().__init__([], chain.size, settings, fit=chain.options['fit'])
-        self.models = [chain]
+    def __init__(self, chain, settings=Settings(), intensities=(0, 1)):
+        super().__init__([], chain.size, settings, fit=chain.config['fit'])
+        self.models, self._intensities = [chain], tuple(intensities)
 
     def maps(self, prepared, members=None):
         flip = self.settings.flip_average
@@ -244,28 +243,25 @@ class ChainSegmenter(Segmenter):
 
     @property
     def intensities(self):
-        return tuple(self.model.extra.get('intensity', (0, 1)))
+        return self._intensities
 
 
 def is_chain(path):
     """Return whether the file holds a chain; False too if it cannot be opened, which whoever reads it then says."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return 'chain.npy' in archive.namelist()
+            return 'model/levels.npy' in archive.namelist()
     except (OSError, zipfile.BadZipFile):
         return False
 
 
 def read_chain(path):
     """Return (chain, extra) of a file that `classical.py` wrote, `extra` as `read_network` has it. Raises CheckpointError."""
-    try:
-        chain = Chain.load(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    extra, mask = {**chain.extra, 'fit': chain.options['fit'], 'size': [*chain.size]}, chain.extra.get('mean_training_mask')
-    mean, *std = extra.get('intensity', (0, 1))
-    if not (all(isinstance(number, float | int) for number in (mean, *std)) and len(std) == 1 and std[0] > 0):
-        raise CheckpointError(f'{path}: gives {extra["intensity"]!r} as mean and deviation of the intensities of training')
+    chain, extra = load_checkpoint(path, CHAINS)
+    extra |= {'fit': chain.config['fit'], 'size': [*chain.size]}
+    intensities, mask = extra.setdefault('intensity', [0, 1]), extra.get('mean_training_mask')
+    if not (isinstance(intensities, list) and len(intensities) == 2 and all(isinstance(n, float | int) for n in intensities) and intensities[1] > 0):
+        raise CheckpointError(f'{path}: gives {intensities!r} as mean and deviation of the intensities of training')
     if mask is not None and getattr(mask, 'shape', None) != chain.size:
         raise CheckpointError(f'{path}: its mean training mask is not an array {chain.size}')
     check_what_was_seen(path, extra)
@@ -362,8 +358,8 @@ def open_segmenter(args):
         if len(files) > 1:
             raise CheckpointError(f'{chains[0]}: is a chain, which predicts alone; give no other model')
         chain, extra = read_chain(files[0])
-        print(f'model:    {files[0]}, {chain.options["kind"]} chain, {chain.size[0]}x{chain.size[1]}, fit {extra["fit"]}; it is computed on the CPU')
-        return ChainSegmenter(chain, Settings(**given)), [extra]
+        print(f'model:    {files[0]}, {chain.config["kind"]} chain, {chain.size[0]}x{chain.size[1]}, fit {extra["fit"]}; it is computed on the CPU')
+        return ChainSegmenter(chain, Settings(**given), extra['intensity']), [extra]
     device, _, reason = select_device(args.device, args.precision)
     segmenter, extras = Segmenter.from_files(files, **given)
     for model in segmenter.models:
