@@ -186,6 +186,24 @@ def probe_gpu():
     return None
 
 
+def use_gpu(number):
+    """Let this process compute on the GPU of this number, counted round and round; return what tells that GPU from the others here."""
+    device = cupy.cuda.Device(number % cupy.cuda.runtime.getDeviceCount())
+    device.use()
+    return device.pci_bus_id
+
+
+def has_nccl():
+    """Say whether CuPy can send arrays from one GPU to another."""
+    return bool(getattr(getattr(cupy.cuda, 'nccl', None), 'available', False))
+
+
+def communicator_of_gpus(size, rank):
+    """Return NCCL's communicator of `size` processes, each with a GPU of its own, of which this is number `rank`; MPI introduces them."""
+    from cupyx.distributed import init_process_group
+    return init_process_group(size, rank, backend='nccl', use_mpi=True)
+
+
 def select_device(request='auto', precision=None):
     """Turn 'auto', 'gpu' or 'cpu' into `(device, precision, reason)`.
 
