@@ -17,8 +17,9 @@ from nervenet import UNet
 from nervenet.images.data import Loader, Reader
 from nervenet.images.samples import find_samples
 from nervenet.networks import NETWORKS
+from nervenet.study.claims import claim
 from nervenet.study.fit import PlateauSchedule
-from nervenet.study.run_folder import claim, read_config
+from nervenet.study.run_folder import read_config
 from nervenet.study.segment import Segmenter, Settings, score
 
 

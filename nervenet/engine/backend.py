@@ -109,7 +109,8 @@ def copied_ahead(batches, device):
 def pinned_array(memory, place, like):
     """Return an array of the shape and dtype of `like` on pinned memory, from the dict `memory` if it holds enough at `place`."""
     if place not in memory or memory[place].nbytes < like.nbytes:
-        memory[place] = numpy.frombuffer(cupy.cuda.alloc_pinned_memory(like.nbytes), numpy.uint8, like.nbytes)
+        size = max(like.nbytes, 1)                          # a batch may be empty, memory may not
+        memory[place] = numpy.frombuffer(cupy.cuda.alloc_pinned_memory(size), numpy.uint8, size)
     return memory[place][:like.nbytes].view(like.dtype).reshape(like.shape)
 
 

@@ -76,6 +76,10 @@ class Communicator:
         """Return a list of the values of all processes, by rank."""
         return [value]
 
+    def rows(self, images):
+        """Return which of so many images of a batch are this process's: a slice, of no images where there are fewer than processes."""
+        return slice(images * self.rank // self.size, images * (self.rank + 1) // self.size)
+
     def any(self, flag):
         """Return whether the flag is true in any process."""
         return any(self.gather(bool(flag)))
