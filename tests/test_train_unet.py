@@ -417,8 +417,8 @@ def test_what_can_be_refused_is_refused_before_an_image_is_read(arguments, messa
     config = options | {'data': str(tmp_path / 'data'), 'device': 'cpu', 'precision': 'fp32'}
     (tmp_path / 'cv' / 'config.json').write_text(json.dumps(config | {'folds': 3, 'epochs': 7}))
     (tmp_path / 'used' / 'config.json').write_text(json.dumps(config))
-    release = claim(tmp_path / 'used')
     before = sorted(tmp_path.rglob('*'))
+    release = claim(tmp_path / 'used')
     places = {name.upper(): tmp_path / name for name in ('taken', 'foreign', 'file', 'cv', 'data', 'used')} | {
         'FILE/run': tmp_path / 'file' / 'run'}
     given = [places.get(argument, argument) for argument in arguments]

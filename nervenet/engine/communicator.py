@@ -151,7 +151,7 @@ class MPI(Communicator):
         arrived, start = self.ends.Ibarrier(), time.monotonic()
         while not arrived.Test():
             if error is not None and time.monotonic() - start > PATIENCE:
-                os.write(2, f'{self.said(error)}\n'.encode(errors='backslashreplace'))
+                os.write(2, f'{Path(sys.argv[0]).name}: {self.said(error)}\n'.encode(errors='backslashreplace'))
                 self.world.Abort(1)
             time.sleep(0.01)
         errors = [text for text in self.ends.allgather(error and self.said(error)) if text]
@@ -161,8 +161,7 @@ class MPI(Communicator):
     def said(self, error):
         """Return one line about an error of this process."""
         text = ' '.join(str(error).split())
-        return (f'{Path(sys.argv[0]).name}: process {self.rank + 1} of {self.size}, on {socket.gethostname()}: '
-                + (f'{type(error).__name__}: {text}' if text else type(error).__name__))
+        return f'process {self.rank + 1} of {self.size}, on {socket.gethostname()}: {type(error).__name__}' + f': {text}' * bool(text)
 
 
 ALONE = Communicator()
