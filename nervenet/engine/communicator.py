@@ -26,17 +26,18 @@ each, so with S seconds for the vector and one core's t seconds for an image, a 
 
     B·t/p + 2·S·(p − 1)/p        which falls as long as B·t > 2·S, and never below 2·S: the most that is gained is B·t / 2·S
 
-Base 64 has four times the parameters of base 32, and takes about four times as long for an image: it is the batch that decides, not the
-network. By 43, 150 and 560 ms for an image of 96×128 on one core, and a batch of 16:
+Twice the channels are four times the parameters, and nearly as many times t: it is the batch that decides, less the network. For images
+of 96×128 on one core, in batches of 16:
 
-    base    parameters   bytes     t        one Allreduce, 2·S, at 1, 10, 100 Gbit/s     most that is gained at 1, 10, 100 Gbit/s
-    16      1.94 M       7.8 MB    43 ms    124 ms, 12 ms, 1.2 ms                        6, 55, 550 times
-    32      7.76 M       31 MB     150 ms   497 ms, 50 ms, 5 ms                          5, 48, 480 times
-    64      31.0 M       124 MB    560 ms   2.0 s, 199 ms, 20 ms                         5, 45, 450 times
+    base    parameters   bytes     t        an Allreduce among many, 2·S, at 1, 10, 100 Gbit/s    most that is gained at 1, 10, 100 Gbit/s
+    16      1.94 M       7.8 MB    43 ms    124 ms, 12 ms, 1.2 ms                                 6, 55, 550 times
+    32      7.76 M       31 MB     120 ms   497 ms, 50 ms, 5.0 ms                                 4, 39, 390 times
+    64      31.0 M       124 MB    400 ms   2.0 s, 199 ms, 20 ms                                  3, 32, 320 times
 
-So two machines of 8 cores, each a process of 8 threads (t is an eighth), gain nothing from each other at 1 Gbit/s, and nearly a factor of
-two at 10. The messages of batch norm wait for the line 54 times in a step, 50 µs each on a common network: 3 ms, however fast it is. Within
-a machine threads are the better way as long as they have work, and processes beside each other on two cores come close to two threads.
+It stops paying where the batch has fewer than 2·S/t images: at 1 Gbit/s 3, 4 and 5 of them. Machines of 8 cores, each a process of 8 threads,
+have an eighth of t, and gain an eighth, or need 8 times the images: at base 16 and 1 Gbit/s two of them are slower than one (105 ms a step
+against 86), at 10 Gbit/s 1.75 times as fast. The messages of batch norm, and a handful of others, wait for the line 60 times in a step, say
+50 µs each: 3 ms on any network. Within one machine nothing is to be gained over threads.
 """
 
 import contextlib
