@@ -61,13 +61,16 @@ def test_alone_a_total_is_the_sum_itself(rng):
 
 
 def test_the_shares_of_all_processes_are_the_batches_of_one():
+    def noisy(images, masks, rngs):
+        return images + numpy.array([rng.random() for rng in rngs])[:, None, None, None], masks
+
     def loaders(size):
         for rank in range(size):
             process = Communicator()
             process.rank, process.size = rank, size
-            yield Loader(SAMPLES[:7], Made(), 3, seed=2, shuffle=True, rows=process.rows)
+            yield Loader(SAMPLES[:7], Made(), 3, seed=2, shuffle=True, positive_share=1, transform=noisy, rows=process.rows)
 
-    (alone,), several = ([[*loader.epoch(4)] for loader in loaders(size)] for size in (1, 5))
+    (alone,), several = ([[*loader.epoch(4)] for loader in loaders(size)] for size in (1, 5))       # of 7 images, 3 come again and again
     assert [len(images) for images, _ in several[4]] == [1, 1, 1] and [len(images) for images, _ in several[0]] == [0, 0, 0]
     for parts, (images, masks) in zip(zip(*several), alone, strict=True):
         for joined, whole in zip(map(numpy.concatenate, zip(*parts)), (images, masks)):
@@ -145,6 +148,11 @@ def epochs_in(folder):
     return len(list(csv.DictReader((folder / 'history.csv').read_text().splitlines()))) if (folder / 'history.csv').exists() else 0
 
 
+def one_of(mpiexec):
+    """Return the number of a process, not the first, of those that mpiexec has started."""
+    return int(Path(f'/proc/{mpiexec.pid}/task/{mpiexec.pid}/children').read_text().split()[-1])
+
+
 def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -155,28 +163,31 @@ def wait_for(condition, process):
 @pytest.mark.skipif(not Path('/proc/self/task').is_dir(), reason='this system does not say which processes another one has started')
 def test_a_run_survives_a_killed_process_and_a_stop_and_goes_on_with_other_numbers(tmp_path, rng, main):
     write_pairs(tmp_path / 'data', rng, images=5)
-    options = ['--data', tmp_path / 'data', *TINY, '--epochs', 6]
+    options = ['--data', tmp_path / 'data', *TINY, '--epochs', 12]
     killed = start(3, ROOT / 'examples' / 'train_unet.py', *options, '--out', tmp_path / 'run')
     wait_for(lambda: epochs_in(tmp_path / 'run') >= 1, killed)
-    ranks = Path(f'/proc/{killed.pid}/task/{killed.pid}/children').read_text().split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    os.kill(one_of(killed), signal.SIGKILL)
     out, error = killed.communicate(timeout=60)
     assert killed.returncode != 0 and 'Traceback' not in error and out.count('nervenet ') == 1
     assert 'processes:   3, which train one network; this one uses 1 threads' in out
     before = load_checkpoint(tmp_path / 'run' / 'last.npz')[1]['epoch']
-    assert 1 <= before < 6
+    assert 1 <= before < 12
 
-    stopped = start(2, ROOT / 'examples' / 'train_unet.py', '--resume', tmp_path / 'run')
-    wait_for(lambda: epochs_in(tmp_path / 'run') > before, stopped)
-    stopped.send_signal(signal.SIGUSR1)                     # which mpiexec passes on to all
-    out, error = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130 and 'Traceback' not in error, error
-    assert error.count('stopping after this batch') == 1 and error.count('epochs are saved. Go on with:') == 1
+    for number in 2, 3:
+        stopped, before = start(number, ROOT / 'examples' / 'train_unet.py', '--resume', tmp_path / 'run'), epochs_in(tmp_path / 'run')
+        wait_for(lambda: epochs_in(tmp_path / 'run') > before, stopped)
+        if number == 2:
+            os.kill(one_of(stopped), signal.SIGTERM)        # all stop when one is asked
+        else:
+            stopped.send_signal(signal.SIGUSR1)             # which mpiexec passes on to all
+        out, error = stopped.communicate(timeout=60)
+        assert stopped.returncode == 130 and 'Traceback' not in error, error
+        assert error.count('epochs are saved. Go on with:') == 1 and error.count('stopping after this batch') == (number == 3)
 
     main('--resume', tmp_path / 'run')
     main(*options, '--out', tmp_path / 'alone')
     histories = [list(csv.DictReader((tmp_path / name / 'history.csv').read_text().splitlines())) for name in ('run', 'alone')]
-    assert len(histories[0]) == 6
+    assert len(histories[0]) == 12
     for row, expected in zip(*histories):
         for name in 'train_loss', 'validation_loss', 'train_soft_dice_pooled', 'validation_soft_dice_pooled', 'learning_rate':
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-3), (row['epoch'], name)
