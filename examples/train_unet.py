@@ -24,7 +24,11 @@ that comes out lies in the run folder:
     report.html    all of it in one file, for any browser
 
 A cross-validation has such a folder for each fold, fold_1, fold_2, …, beside split.json, summary.txt and curves.png of all.
-`--fold 2` trains one fold only, so several processes with the same --out can train side by side.
+`--fold 2` trains one fold only, so several processes with the same --out can train side by side, and goes on where one was killed. And
+
+    mpiexec -n 4 python examples/train_unet.py ...
+
+trains one network with four processes, on one machine or several that see the same folders: see nervenet/engine/communicator.py.
 """
 
 import sys
@@ -33,6 +37,8 @@ import numpy
 
 import nervenet
 from nervenet.engine.backend import select_device
+from nervenet.engine.communicator import current, together
+from nervenet.engine.parallel import number_of_threads
 from nervenet.images.augment import median_filter
 from nervenet.images.data import Filtered, Loader, data_warning, holds_foreground, intensity_statistics
 from nervenet.images.samples import DataError, on_both_sides, own_subjects, refuse_common_files, split_by_subject
@@ -40,9 +46,9 @@ from nervenet.images.phantom import Phantom
 from nervenet.metrics import Baselines
 from nervenet.networks import NETWORKS
 from nervenet.optim import ConstantSchedule, CosineSchedule
+from nervenet.study.claims import claimed
 from nervenet.study.fit import Interrupted, PlateauSchedule, WeightAverage, fit, seconds_of, stopping_on_signals
-from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, claimed, each_image_alone, folds_by_subject, read_split, sides,
-                                  write_split)
+from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_image_alone, folds_by_subject, read_split, sides, write_split)
 from nervenet.study.options import (LOSSES, OPTIMIZERS, architecture, augmentation, check_memory, default_epochs, describe_need,
                                     options_to_store, parse)
 from nervenet.study.page import write_page
@@ -53,10 +59,16 @@ from nervenet.study.scans import found, noted, open_reader, subjects_by
 
 
 def main(arguments=None):
-    args = parse(arguments)
+    processes = current()
+    if len({*processes.gather(tuple(arguments or sys.argv[1:]))}) > 1:
+        raise ValueError('the processes were started together, and with different options; to train folds side by side, start each by itself')
+    args = processes.from_first(lambda: parse(arguments))
     args.device, args.precision, reason = select_device(args.device, args.precision)
+    processes.use_device(args.device)
     print(f'nervenet {nervenet.__version__}, {reason}')
-    stored = read_config(args.resume) if args.resume else {}
+    if processes.size > 1:
+        print(f'processes:   {processes.size}, which train one network; this one uses {number_of_threads()} threads')
+    stored = processes.from_first(lambda: read_config(args.resume) if args.resume else {})
     before = stored.get('device', args.device), stored.get('precision') or args.precision
     if before != (args.device, args.precision):
         print(f'So far the run was computed on the {before[0]} in {before[1]}, now it is on the {args.device} in '
@@ -85,7 +97,7 @@ def main(arguments=None):
         samples = each_image_alone(samples)
 
     if args.preview_augmentation:
-        preview_augmentation(args.preview_augmentation, augmentation(args), samples, reader, args.seed)
+        processes.from_first(lambda: preview_augmentation(args.preview_augmentation, augmentation(args), samples, reader, args.seed))
         return
     # Whatever can be refused is refused before the images are read: options, folders and names are known by now.
     with room_for_results(args.out, joins=bool(args.resume or args.folds)) as args.out:
@@ -110,7 +122,7 @@ def main(arguments=None):
 
 def cross_validate(args, samples, reader, note):
     """Train the folds that are not complete yet, or the one that --fold names, and summarise those that are, `note` first."""
-    by = BY_IMAGE if args.leaky_split_by_image else BY_SUBJECT
+    by, processes = BY_IMAGE if args.leaky_split_by_image else BY_SUBJECT, current()
     if args.split and not args.resume:
         given = read_split(args.split, samples, args.folds, by)
     elif not args.resume:                                   # when a run goes on, the split is in its folder
@@ -122,28 +134,34 @@ def cross_validate(args, samples, reader, note):
         folds = given if args.split else folds_by_subject(samples, positive, args.folds, args.seed)
         write_split(path, samples, positive, folds, by)
 
-    whole = CrossValidation(args.out, options_to_store(args), deal, join=bool(args.resume or args.fold),
-                            read=lambda path: read_split(path, samples, args.folds, by), more_epochs=bool(args.resume))
+    whole = processes.from_first(lambda: CrossValidation(
+        args.out, options_to_store(args), deal, join=bool(args.resume or args.fold),
+        read=lambda path: read_split(path, samples, args.folds, by), more_epochs=bool(args.resume)))
     note = noted(args, samples, reader, note)
     for number in [args.fold] if args.fold else range(1, args.folds + 1):
-        print(f'\nFold {number} of {args.folds}' + (' is complete' if whole.is_complete(number) else ''))
-        if not whole.is_complete(number):
+        is_complete = processes.from_first(lambda: whole.is_complete(number))
+        print(f'\nFold {number} of {args.folds}' + (' is complete' if is_complete else ''))
+        if not is_complete:
             try:
                 train(args, whole.fold(number), reader, *sides(samples, whole.folds, number), note, fold=number)
             except BlockingIOError as error:                # the other folds may be free
                 if args.fold:
                     raise
                 print(f'skipped: {error}')
-    text = whole.summarize(args.folds, note)
-    print('\n' + (text or 'No fold is complete yet.'))
-    if text:
-        with claimed(args.out):                             # other processes may have come to their end too
-            write_page(args.out, text.partition('\n\n')[0], [whole.fold(number) for number in whole.complete(args.folds)])
+
+    def finish():
+        text = whole.summarize(args.folds, note)
+        print('\n' + (text or 'No fold is complete yet.'))
+        if text:
+            with claimed(args.out):                         # other processes may have come to their end too
+                write_page(args.out, text.partition('\n\n')[0], [whole.fold(number) for number in whole.complete(args.folds)])
+
+    processes.from_first(finish)
 
 
 def train(args, path, reader, training_samples, validation_samples, note, fold=None):
     """Train one network in the run folder `path`, or go on with it, and write down what came out, `note` first."""
-    parts = {'training': training_samples} | ({'validation': validation_samples} if validation_samples else {})
+    parts, processes = {'training': training_samples} | ({'validation': validation_samples} if validation_samples else {}), current()
     if args.inner_share:
         positive = holds_foreground(training_samples, reader)
         parts['training'], parts['inner'] = split_by_subject(training_samples, args.inner_share, args.seed, positive)
@@ -167,9 +185,9 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     in_order = {part: Loader(chosen, reader, args.batch_size) for part, chosen in parts.items()}
     validation, inner = in_order.get('validation'), in_order.get('inner')
     training = Loader(parts['training'], reader, args.batch_size, seed=args.seed, shuffle=True,
-                      positive_share=args.foreground_share, transform=augmentation(args), device=args.device)
+                      positive_share=args.foreground_share, transform=augmentation(args), device=args.device, rows=processes.rows)
     # What the network is scored on after each epoch goes where it computes; baselines, choices and pictures are made here.
-    scored = {part: Loader(chosen, reader, args.batch_size, device=args.device) for part, chosen in parts.items()
+    scored = {part: Loader(chosen, reader, args.batch_size, device=args.device, rows=processes.rows) for part, chosen in parts.items()
               if part != 'training'}
     counted = Baselines()
     for _, masks in in_order['training'].epoch(0):
@@ -189,10 +207,11 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     config = {**options_to_store(args), 'fold': fold, 'nervenet': nervenet.__version__, 'numpy': numpy.__version__}
     for part, chosen in parts.items():
         config |= {f'{part}_subjects': sorted({sample.subject for sample in chosen}), f'{part}_images': len(chosen)}
-    run = RunFolder(path, config | {'baselines': baselines}, resume=args.resume is not None)
+    goes_on = args.resume is not None or args.fold is not None          # a job that is started again goes on
+    run = processes.from_first(lambda: RunFolder(path, config | {'baselines': baselines}, resume=goes_on))
     run.restore(model, optimizer, average)
     if args.init and not run.history:
-        model.load_state_dict(nervenet.load(args.init).state_dict())
+        model.load_state_dict(processes.from_first(lambda: nervenet.load(args.init).state_dict()))
     steps = (args.epochs - run.begun) * len(training)
     warmup = min(steps // 10, len(training))
     schedule = {'cosine': lambda: CosineSchedule(args.learning_rate, steps, warmup),
@@ -232,18 +251,22 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     if len(run.history) < args.epochs:
         print(f'stopped early: no better epoch on the inner subjects for {args.patience} epochs')
 
-    draw_run(run, average.averaged if average else model, validation, baselines)
-    draw_learning(run, validation, watched)
-    chosen = run.choose_settings(args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
-    said = '\n'.join(filter(None, [note, *warnings]))
-    write_page(run.path, said)
-    print('\n' + run.summarize(baselines, chosen['last.npz'], said))               # the sign that the run is complete
+    def finish():
+        draw_run(run, average.averaged if average else model, validation, baselines)
+        draw_learning(run, validation, watched)
+        chosen = run.choose_settings(args.device, validation, inner, counted.mean_mask()[:, :, 0].astype('uint8'))
+        said = '\n'.join(filter(None, [note, *warnings]))
+        write_page(run.path, said)
+        print('\n' + run.summarize(baselines, chosen['last.npz'], said))           # the sign that the run is complete
+
+    processes.from_first(finish)
 
 
 if __name__ == '__main__':
     print_whatever_comes()
     try:
-        main()
+        with together():
+            main()
     except Interrupted as error:
         print(f'train_unet.py: {error}', file=sys.stderr)
         sys.exit(130)

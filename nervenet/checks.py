@@ -5,6 +5,7 @@ import math
 import numpy
 
 from .engine.backend import get_array_module
+from .engine.communicator import whole_batch
 
 
 def positive(value, name, least=1):
@@ -63,18 +64,18 @@ def check_channels(shape, channels):
 def checked_target(logits, target):
     """Return (y, doubt): the target in the dtype of the logits, and a number to add to the loss, 0, or NaN on a GPU for a bad target.
 
-    Raises ValueError unless logits are floating-point and target numbers, of one shape (N, H, W, C) with at least one pixel
-    (broadcasting would compare the wrong pixels in silence), and, on the CPU, unless the target lies in [0, 1]. Both may be complex,
+    Raises ValueError unless logits are floating-point and target numbers, of one shape (N, H, W, C) with at least one pixel in the whole
+    batch (broadcasting would compare the wrong pixels in silence), and, on the CPU, unless the target lies in [0, 1]. Both may be complex,
     for the complex step.
     """
-    if logits.shape != target.shape or logits.ndim != 4 or logits.size == 0:
+    if logits.shape != target.shape or logits.ndim != 4 or not math.prod(whole_batch(logits)[0]):
         raise ValueError(f'logits {logits.shape} and target {target.shape} differ in shape, or are no images; both must be '
                          '(N, H, W, C) with at least one pixel')
     if logits.dtype.kind not in 'fc' or target.dtype.kind not in 'buifc':
         raise ValueError(f'logits are {logits.dtype} and target is {target.dtype}; expected floating-point logits, and a target of '
                          'numbers')
     y, doubt = target.astype(logits.dtype, copy=False), 0.0
-    if target.dtype.kind != 'b':
+    if target.dtype.kind != 'b' and target.size:
         xp, low, high = get_array_module(target), target.real.min(), target.real.max()
         if xp is not numpy:
             doubt = xp.where((low >= 0) & (high <= 1), 0.0, math.nan)

@@ -13,9 +13,7 @@ memory, so a layer that mixes channels is a matrix product over the last axis.
 
 Where every value is treated by itself, the formula is a plain function such as `relu` below, and `in_blocks(relu, x)` is relu(x),
 computed in pieces that stay in the cache, on all cores. Within `nervenet.plain()` it is relu(x) itself, and convolution and batch norm
-are computed by their plain formulas too.
-
-The order is from the simplest layer up: ReLU, LeakyReLU, Sigmoid, Add, Concat, MaxPool2D, Conv2D, ConvTranspose2D, BatchNorm2D, Dropout.
+are computed by their plain formulas too. Layers come in order, from the simplest up.
 """
 
 import contextlib
@@ -30,8 +28,9 @@ from .checks import check_channels, check_match, in_range, positive
 from .convolution import Geometry
 from .engine import pooling
 from .engine.backend import device_of, generator_like, get_array_module, move
+from .engine.communicator import total, whole_batch
 from .engine.paths import only_plain
-from .engine.pixelwise import add, apart, channel_moments, channel_sums, in_blocks, side_by_side
+from .engine.pixelwise import add, apart, channel_moments, channel_sums, in_blocks, pixels_of_batch, side_by_side
 
 _inferring = contextvars.ContextVar('inference', default=False)
 
@@ -56,9 +55,8 @@ class Layer:
     trained. `children` names the layers inside a layer, in definition order; a dotted name, `downs.0.conv1.weight`, is the
     way from the outermost layer to an array.
 
-    `training` decides how a layer behaves (batch norm, dropout); `keep_cache` decides whether forward keeps what backward
-    needs. A new layer is in training mode. `keeps` says which arrays that are as large as input or output it keeps: accounting
-    of memory asks for it.
+    `training` decides how a layer behaves (batch norm, dropout); `keep_cache` decides whether forward keeps what backward needs. A new layer
+    is in training mode. `keeps` says which arrays as large as input or output it keeps: accounting of memory asks for it.
     """
 
     keeps = ('output',)
@@ -259,9 +257,8 @@ def leaky_relu_gradient(dy, y, negative_slope, out=None):
 class LeakyReLU(Layer):
     """y = x where x > 0, else negative_slope·x, element by element: a unit that is off still learns a little.
 
-    So dx = dy where x > 0, else negative_slope·dy; at the kink, x = 0, the latter. As for ReLU, y > 0 exactly where x > 0.
-    Source: Maas, Hannun & Ng 2013, "Rectifier nonlinearities improve neural network acoustic models". Raises ValueError for a slope
-    outside [0, 1).
+    So dx = dy where x > 0, else negative_slope·dy; at the kink, x = 0, the latter. As for ReLU, y > 0 exactly where x > 0. Source: Maas,
+    Hannun & Ng 2013, "Rectifier nonlinearities improve neural network acoustic models". Raises ValueError for a slope outside [0, 1).
     """
 
     def __init__(self, negative_slope=0.01):
@@ -543,10 +540,9 @@ def normalized_gradient(dx_hat, x, mean, variance, eps):
 
     (That the mean also enters the variance adds nothing: Σ(x − mean) = 0.)
     """
-    xp, M, axes = get_array_module(x), x.size // x.shape[3], (0, 1, 2)
+    xp, M, axes = get_array_module(x), pixels_of_batch(x), (0, 1, 2)
     centred, std = x - mean.astype(x.dtype), xp.sqrt(variance + eps).astype(x.dtype)
-    dmean = -(dx_hat / std).sum(axis=axes)                                      # (C,)
-    dvariance = -(dx_hat * centred).sum(axis=axes) / (2 * std**3)              # (C,)
+    dmean, dvariance = total(-(dx_hat / std).sum(axis=axes), -(dx_hat * centred).sum(axis=axes) / (2 * std**3))        # (C,)
     return dx_hat / std + dmean / M + dvariance * 2 * centred / M
 
 
@@ -582,7 +578,8 @@ class BatchNorm2D(Layer):
     In training, mean and variance are those of the batch, and running averages of them are kept for inference:
     running ← (1 − momentum)·running + momentum·batch. The running variance is the unbiased one, Σ(x − mean)² / (M − 1); with
     one value per channel there is none, and it keeps its old value; x̂ is 0 then, whatever x is. In inference mean and variance are
-    constants, and nothing goes through them.
+    constants, and nothing goes through them. Where processes share a batch, M and all sums are those of the whole batch, but for the
+    gradients of weight and bias: these are summed with all others (`engine.communicator`).
     """
 
     keeps = ('input',)
@@ -601,9 +598,7 @@ class BatchNorm2D(Layer):
 
     def forward(self, x):
         if only_plain():
-            statistics = self.statistics(x)
-            self.keep(x, *statistics)
-            return self.params['weight'] * normalized(x, *statistics, self.eps) + self.params['bias']
+            return self.params['weight'] * normalized(x, *self.statistics(x), self.eps) + self.params['bias']
         return in_blocks(scaled_and_shifted, x, channels=self.slope_and_shift(x))
 
     def backward(self, dy, sums=None):
@@ -625,31 +620,31 @@ class BatchNorm2D(Layer):
         if not self.training:
             return in_blocks(get_array_module(dy).multiply, dy, channels=(slope,))
         # The three terms in the bracket, sorted by what changes from pixel to pixel: dy + x·factor + rest.
-        M = dy.size // dy.shape[3]
+        (dbias, dweight), M = total(dbias, dweight), pixels_of_batch(x)
         factor = -scale * dweight / M
         rest = -dbias / M - mean * factor
         return in_blocks(through_statistics, dy, x, channels=(factor.astype(dy.dtype), rest.astype(dy.dtype), slope))
 
     def statistics(self, x):
-        """Return mean and variance (C,) that x is normalised with: its own in training, which also move the running ones."""
+        """Return mean and variance (C,) that x is normalised with, and keep them: its own in training, which also move the running ones."""
         check_channels(x.shape, len(self.params['weight']))
-        if not self.training:
-            return self.buffers['running_mean'], self.buffers['running_var']
-        mean, variance = channel_moments(x)                                    # as all statistics in float64
-        self.update_running(mean, variance, x.size // x.shape[3])
+        if self.training:
+            mean, variance = channel_moments(x)                                # as all statistics in float64
+            self.update_running(mean, variance, pixels_of_batch(x))
+        else:
+            mean, variance = self.buffers['running_mean'], self.buffers['running_var']
+        self.keep(x, mean, variance)
         return mean, variance
 
     def mean_and_scale(self, mean, variance, x):
         """Return mean and 1 / √(variance + eps), (C,) each in the dtype of x; of one value per channel the scale is 0, as x̂ is."""
         scale = 1 / get_array_module(mean).sqrt(variance + self.eps)
-        one_value = self.training and x.size == x.shape[-1]
+        one_value = self.training and pixels_of_batch(x) == 1
         return mean.astype(x.dtype), (0 * scale if one_value else scale).astype(x.dtype)
 
     def slope_and_shift(self, x):
         """Return slope and shift, (C,) each, with which y = x·slope + shift, and keep what backward needs."""
-        statistics = self.statistics(x)
-        self.keep(x, *statistics)
-        return self.as_slope_and_shift(*self.mean_and_scale(*statistics, x))
+        return self.as_slope_and_shift(*self.mean_and_scale(*self.statistics(x), x))
 
     def running_slope_and_shift(self):
         """Return slope and shift, (C,) each, of inference."""
@@ -663,9 +658,7 @@ class BatchNorm2D(Layer):
 
     def update_running(self, mean, variance, M):
         """Move the running statistics towards those of this batch, in place: the optimizer and checkpoints hold these arrays."""
-        statistics = {'running_mean': mean}
-        if M > 1:
-            statistics['running_var'] = variance * (M / (M - 1))
+        statistics = {'running_mean': mean} | ({'running_var': variance * (M / (M - 1))} if M > 1 else {})
         for name, value in statistics.items():
             running = self.buffers[name]
             running[...] = ((1 - self.momentum) * running + self.momentum * value.real).astype(running.dtype)
@@ -675,7 +668,8 @@ class Dropout(Layer):
     """In training, set each value to 0 with probability p and divide the others by 1 − p; in inference, do nothing.
 
     The network may not rely on any single feature, and the expected value stays the same (Srivastava et al. 2014). Backward
-    multiplies by the same mask: what was dropped moved nothing. `rng` is the `numpy.random.Generator` the masks are drawn from.
+    multiplies by the same mask: what was dropped moved nothing. `rng` is the `numpy.random.Generator` the masks are drawn from; where
+    processes share a batch, each draws for all of it, and takes the masks of its own images: they are those that one process draws.
     """
 
     def __init__(self, p, *, rng=None):
@@ -687,7 +681,8 @@ class Dropout(Layer):
         if not self.training or self.p == 0:
             self.keep(None)
             return x
-        kept = generator_like(x, self.rng).random(x.shape, dtype='float32') >= self.p
+        shape, rows = whole_batch(x)
+        kept = generator_like(x, self.rng).random(shape, dtype='float32')[rows] >= self.p
         mask = kept / x.dtype.type(1 - self.p)                                 # 0 or 1 / (1 − p), the dtype of x
         self.keep(mask)
         return x * mask

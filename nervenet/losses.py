@@ -5,22 +5,22 @@ A loss is a layer whose output is that number:
     value = loss.forward(logits, target)     # 0-d, float64, on the device of the logits
     dlogits = loss.backward()                # ∂value/∂logits, in the shape and dtype of the logits
 
-`logits` (N, H, W, C) are the network's raw outputs, any real numbers; `target` (N, H, W, C) is 0 for background and 1
-for foreground, or between them where that is uncertain, in any dtype. The losses apply the sigmoid p = σ(logits)
-themselves, because the two together can be computed for logits of any size, where the logarithm of a sigmoid that has
-rounded to 0 is −∞.
+`logits` (N, H, W, C) are the network's raw outputs, any real numbers; `target` (N, H, W, C) is 0 for background and 1 for foreground, or
+between them where that is uncertain, in any dtype. The losses apply the sigmoid p = σ(logits) themselves, because the two together can be
+computed for logits of any size, where the logarithm of a sigmoid that has rounded to 0 is −∞.
 
-A target outside [0, 1], such as a mask of 0 and 255, would make nonsense of every loss. On the CPU it raises ValueError.
-On a GPU, where to look would be to wait, the loss is NaN.
+A target outside [0, 1], such as a mask of 0 and 255, would make nonsense of every loss. On the CPU it raises ValueError. On a GPU, where
+to look would be to wait, the loss is NaN.
 
-Sums run over many pixels, so they accumulate in float64 whatever the dtype of the logits. Nothing here fetches the
-value from the device: the caller decides when to wait for it.
+Sums run over many pixels, so they accumulate in float64 whatever the dtype of the logits, and over the whole batch, of which several
+processes may each have a share (`total`). Nothing here fetches the value from the device: the caller decides when to wait for it.
 """
 
 import math
 
 from .checks import checked_target
 from .engine.backend import get_array_module
+from .engine.communicator import total, whole_batch
 from .layers import Layer, sigmoid
 
 
@@ -29,12 +29,12 @@ class DiceLoss(Layer):
 
         L = −(2·Σpy + s) / (Σp + Σy + s)        p = σ(logits), s = smooth
 
-    The sums run over all pixels of the batch, or, if `per_image` is true, over each image by itself, and L is the mean
-    over the images. With several output channels each channel has sums of its own, and L is the mean over the channels
-    too. `smooth` is positive: it gives −1 where target and prediction are both empty, instead of 0/0.
+    The sums run over all pixels of the batch, or, if `per_image` is true, over each image by itself, and L is the mean over the images. With
+    several output channels each channel has sums of its own, and L is the mean over the channels too. `smooth` is positive: it gives −1
+    where target and prediction are both empty, instead of 0/0.
 
-    Dice counts foreground only, so it does not drown in background as a mean over all pixels does: where 3 % of the
-    pixels are nerve, an empty mask has an accuracy of 97 % and a Dice of 0.
+    Dice counts foreground only, so it does not drown in background as a mean over all pixels does: where 3 % of the pixels are nerve, an
+    empty mask has an accuracy of 97 % and a Dice of 0.
 
     Source: Milletari, Navab & Ahmadi 2016 (arXiv:1606.04797), §3, with plain sums in place of squared ones, and with s.
     """
@@ -49,10 +49,13 @@ class DiceLoss(Layer):
         """Return L. Raises ValueError unless logits and target, both (N, H, W, C), fit; see `checked_target`."""
         y, doubt = checked_target(logits, target)
         p = sigmoid(logits)
-        overlap = 2 * self.sums(p * y) + self.smooth                     # (1, 1, 1, C), or (N, 1, 1, C) per image
-        extent = self.sums(p) + self.sums(y) + self.smooth               # the same
-        self.keep(logits, y, overlap, extent)
-        return doubt - (overlap / extent).mean()
+        common, predicted, true = self.sums(p * y, p, y)                 # (1, 1, 1, C), or (N, 1, 1, C) per image
+        overlap, extent = 2 * common + self.smooth, predicted + true + self.smooth
+        value, fractions = (overlap / extent).sum(), overlap.size
+        if self.per_image:
+            (value,), fractions = total(value), math.prod(whole_batch(overlap)[0])
+        self.keep(logits, y, overlap, extent, fractions)
+        return doubt - value / fractions
 
     def backward(self):
         """Return ∂L/∂logits, (N, H, W, C).
@@ -61,19 +64,19 @@ class DiceLoss(Layer):
 
             ∂L/∂p = overlap / extent² − 2y / extent        ∂p/∂logits = p·(1 − p) = σ(x)·σ(−x)
 
-        In the last form no digits are lost where p is near 1: in float32, 1 − p is 0 from x = 17 on, and a false alarm
-        that the network is sure of would never be unlearned.
+        In the last form no digits are lost where p is near 1: in float32, 1 − p is 0 from x = 17 on, and a false alarm that the network is
+        sure of would never be unlearned.
         """
-        logits, y, overlap, extent = self.take()
-        fractions, dtype = overlap.size, logits.dtype                    # L is the mean of so many
-        background = (overlap / extent**2 / fractions).astype(dtype)     # what every pixel receives
-        foreground = (2 / extent / fractions).astype(dtype)              # what pixels with y = 1 receive on top
+        logits, y, overlap, extent, fractions = self.take()              # L is the mean of so many
+        background = (overlap / extent**2 / fractions).astype(y.dtype)   # what every pixel receives
+        foreground = (2 / extent / fractions).astype(y.dtype)            # what pixels with y = 1 receive on top
         return (background - foreground * y) * (sigmoid(logits) * sigmoid(-logits))
 
-    def sums(self, x):
-        """Return the sums over x (N, H, W, C) that a Dice fraction is made of, in float64 or complex128."""
-        axes = (1, 2) if self.per_image else (0, 1, 2)
-        return x.sum(axis=axes, keepdims=True, dtype=get_array_module(x).result_type(x.dtype, 'float64'))
+    def sums(self, *arrays):
+        """Return the sums over the arrays (N, H, W, C) that a Dice fraction is made of, in float64 or complex128."""
+        axes, dtype = (1, 2) if self.per_image else (0, 1, 2), get_array_module(arrays[0]).result_type(arrays[0].dtype, 'float64')
+        sums = [x.sum(axis=axes, keepdims=True, dtype=dtype) for x in arrays]
+        return sums if self.per_image else total(*sums)
 
 
 class BCEWithLogitsLoss(Layer):
@@ -90,13 +93,14 @@ class BCEWithLogitsLoss(Layer):
         xp = get_array_module(logits)
         positive = xp.maximum(logits, 0)
         softplus = positive + xp.log1p(xp.exp(logits - 2 * positive))    # x − 2·max(x, 0) is −|x|
-        self.keep(logits, y)
-        return doubt + (softplus - logits * y).mean(dtype=xp.result_type(logits.dtype, 'float64'))
+        number = math.prod(whole_batch(logits)[0])
+        self.keep(logits, y, number)
+        return doubt + total((softplus - logits * y).sum(dtype=xp.result_type(logits.dtype, 'float64')))[0] / number
 
     def backward(self):
         """Return ∂L/∂logits, (N, H, W, C): as ln(1 + eˣ) has the derivative σ(x), a pixel receives (p − y) / number."""
-        logits, y = self.take()
-        return (sigmoid(logits) - y) / logits.size
+        logits, y, number = self.take()
+        return (sigmoid(logits) - y) / number
 
 
 class WeightedSum(Layer):

@@ -20,6 +20,7 @@ A Dice score says nothing by itself: a test part with many empty masks gives the
 import numpy
 
 from .engine.backend import get_array_module, to_cpu
+from .engine.communicator import current
 
 # What `SegmentationScores.compute` gives that a history records; and those of them that are of masks, not of probabilities.
 SCORES = ('soft_dice_pooled', 'soft_dice_per_image', 'dice_pooled', 'dice_per_image', 'iou_pooled', 'iou_per_image', 'accuracy',
@@ -95,6 +96,10 @@ class SegmentationScores:
         counted = p * y, p, m & y, m, y, xp.ones_like(y)        # the order in which compute takes them apart
         counts = xp.stack([pixels.sum(axis=(1, 2), dtype='float64') for pixels in counted])      # (6, N, C)
         self.counts.append(counts + 0 * counts[1] + doubt)      # Σp, NaN if one p is, makes all counts of its image so
+
+    def pool(self):
+        """Take in what the other processes of the training, if there are any, have counted: then all of them score the same images."""
+        self.counts = [counts for of_process in current().gather(self.counts) for counts in of_process]
 
     def compute(self):
         """Return the scores of everything counted so far: a dict of name → float.

@@ -6,6 +6,7 @@ Everything this library computes comes together in the few lines of `train_step`
 import numpy
 
 from .engine.backend import get_array_module, move, to_cpu
+from .engine.communicator import add_up, sharing, whole_batch
 from .engine.plan import planned
 from .layers import forwards_replaced, inference, sigmoid
 from .metrics import SegmentationScores
@@ -18,9 +19,10 @@ def train_step(model, loss, optimizer, x, target, max_norm=None, observe=None):
     `max_norm` bounds the norm of the whole gradient; `observe` is passed on to the model's forward.
     """
     model.drop_gradients()                                              # those of the last step: room for what backward will need
-    with planned(model, 'training', x.shape):                           # memory as in the last step
+    with planned(model, 'training', x.shape), sharing(len(x)):          # memory as in the last step; the batch with other processes
         value = loss.forward(model.forward(x, observe), target)
         model.backward(loss.backward(), input_gradient=False)
+        add_up(model.gradients())                                       # over all processes, if there are several
         if max_norm is not None:
             clip_gradients(model.gradients(), max_norm)
         optimizer.step(model.gradients())
@@ -44,8 +46,7 @@ def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
     step would make the host wait, only the losses are looked at, at the end of the epoch.
     """
     model.train()
-    device = model.device
-    scores, losses, images = SegmentationScores(), [], []
+    device, scores, losses, images = model.device, SegmentationScores(), [], []
     for number, (x, target) in enumerate(batches, 1):
         x, target = move(x, device), move(target, device)
         before = generator_states(model)
@@ -57,11 +58,11 @@ def train_epoch(model, loss, optimizer, batches, schedule=None, max_norm=None):
                     raise FloatingPointError(f'the logits are not finite at batch {number}; the first values that are not are '
                                              f'in {first_not_finite(model, x)}: lower --learning-rate, or look at that batch')
                 scores.update(sigmoid(y), target)
+                images.append(whole_batch(y)[0][0])
 
         if schedule is not None:
             optimizer.learning_rate = schedule(optimizer.steps)
         losses.append(train_step(model, loss, optimizer, x, target, max_norm, observe=count))
-        images.append(len(x))
         if device == 'cpu' and not numpy.isfinite(losses[-1]):
             break
     return account(scores, losses, images)
@@ -101,21 +102,21 @@ def set_generator_states(model, states):
 
 def evaluate(model, loss, batches):
     """Return the scores of the model on every batch, in inference mode: a dict of name → float, 'loss' among them."""
-    device = model.device
-    scores, losses, images = SegmentationScores(), [], []
+    device, scores, losses, images = model.device, SegmentationScores(), [], []
     with inference():
         for x, target in batches:
             x, target = move(x, device), move(target, device)
-            with planned(model, 'evaluation', x.shape):
+            with planned(model, 'evaluation', x.shape), sharing(len(x)):
                 logits = model.forward(x)
                 losses.append(loss.forward(logits, target))
                 scores.update(sigmoid(logits), target)
-            images.append(len(x))
+                images.append(whole_batch(x)[0][0])
     return account(scores, losses, images)
 
 
 def account(scores, losses, images):
     """Return all scores and the mean loss, each batch weighted by its number of images. Raises FloatingPointError."""
+    scores.pool()
     losses = to_cpu(get_array_module(*losses).stack(losses)).tolist()               # fetched once, not one by one
     for number, value in enumerate(losses, 1):
         if not numpy.isfinite(value):

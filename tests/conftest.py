@@ -223,7 +223,8 @@ class StandIn(types.ModuleType):
             _routines_linalg=types.SimpleNamespace(COMPUTE_TYPE_TF32=self.TF32, COMPUTE_TYPE_DEFAULT=1))
         self.cuda = types.SimpleNamespace(
             runtime=types.SimpleNamespace(getDeviceCount=lambda: 1, getDeviceProperties=lambda device: {'name': b'stand-in'}),
-            Device=lambda: types.SimpleNamespace(compute_capability=self.capability, id=0), Stream=Stream, Event=Event,
+            Device=lambda number=0: types.SimpleNamespace(compute_capability=self.capability, id=number, pci_bus_id=f'0000:{number:02}',
+                                                          use=lambda: None), Stream=Stream, Event=Event,
             get_current_stream=lambda: self.stream, get_elapsed_time=lambda start, end: 1.5,
             alloc_pinned_memory=lambda size: memoryview(bytearray(size)))
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def test_summary_is_made_of_the_folds_that_are_complete_and_says_which_are_missi
     complete(whole, 3, 0.25)
     whole.fold(2).mkdir()
     text = whole.summarize(3, 'LEAKS: never quote')
-    assert text.startswith('LEAKS: never quote\n1 of 3 folds; not complete yet: 1, 2\n')
+    assert text.startswith('LEAKS: never quote\n1 of 3 folds; not complete yet: 1, 2\nfold 1: not begun\nfold 2: 0 of None epochs, stopped\n\n')
     complete(whole, 1, 0.75)
     text = whole.summarize(3)
     assert text.startswith('2 of 3 folds; not complete yet: 2\n') and (whole.path / 'summary.txt').read_text() == text
@@ -216,10 +217,30 @@ def test_a_cross_validation_is_joined_only_under_the_same_config(tmp_path):
     assert os.listdir(tmp_path / 'foreign') == ['mine.partial']
 
 
+def test_the_account_tells_of_each_fold_that_is_missing_where_it_is(tmp_path):
+    whole = CrossValidation(tmp_path / 'cv', {'folds': 5, 'epochs': 9}, lambda path: path.write_text('{}'))
+    complete(whole, 1, 0.5)
+    (whole.fold(1) / 'config.json').write_text('{"epochs": 9}')
+    for number, silent_for in (2, 30), (3, 9999), (4, None):
+        whole.fold(number).mkdir()
+        (whole.fold(number) / 'history.csv').write_text('epoch\n' + '1\n' * number)
+        if silent_for is not None:
+            claim = whole.fold(number) / f'claim_node{number}_77_1'
+            claim.write_text(json.dumps({'host': f'node{number}', 'process': 77, 'job': '12_3', 'start': 0}))
+            os.utime(claim, (time.time() - silent_for,) * 2)
+    lines = whole.account(5).splitlines()
+    assert [line.partition(', last sign of life')[0] for line in lines] == [
+        'fold 2: 2 of 9 epochs, in training: process 77 on node2, Slurm job 12_3',
+        'fold 3: 3 of 9 epochs, died: process 77 on node3, Slurm job 12_3',
+        'fold 4: 4 of 9 epochs, stopped', 'fold 5: not begun']
+
+
 STARTED_AT_ONCE = '''
 import sys, time
+from nervenet.study import claims
 from nervenet.study.kfold import CrossValidation, folds_by_subject, read_split, write_split
 sys.path.insert(0, sys.argv[2])
+claims.fcntl = claims.fcntl if sys.argv[3] == 'flock' else None
 from test_kfold import make
 samples, positive = make({str(n): (n, 1) for n in range(1, 30)})
 
@@ -233,9 +254,9 @@ assert len(read_split(whole.split, samples, 5)) == 5
 '''
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a system with flock')
-def test_processes_that_start_at_once_deal_once(tmp_path):
-    command = [sys.executable, '-c', STARTED_AT_ONCE, str(tmp_path / 'cv'), str(Path(__file__).parent)]
+@pytest.mark.parametrize('lock', ['flock', 'no flock'])
+def test_processes_that_start_at_once_deal_once(tmp_path, lock):
+    command = [sys.executable, '-c', STARTED_AT_ONCE, str(tmp_path / 'cv'), str(Path(__file__).parent), lock]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
     results = [(*process.communicate(), process.returncode) for process in processes]
     assert all(code == 0 for _, _, code in results), results

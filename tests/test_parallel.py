@@ -251,7 +251,15 @@ def test_cut_images_gives_several_small_images_or_strips_of_one():
 def test_only_cores_that_this_process_may_use_count(monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {3, 5, 7})
     monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    monkeypatch.delenv('NERVENET_THREADS', raising=False)
     assert parallel.number_of_threads() == 3
+    monkeypatch.setenv('NERVENET_THREADS', '2')             # the environment says less, or more, and the program has the last word
+    assert parallel.number_of_threads() == 2
+    with parallel.set_threads(4):
+        assert parallel.number_of_threads() == 4
+    monkeypatch.setenv('NERVENET_THREADS', 'all')
+    with pytest.raises(ValueError, match="NERVENET_THREADS is 'all'; expected a whole number"):
+        parallel.number_of_threads()
 
 
 def test_set_threads_holds_and_returns():

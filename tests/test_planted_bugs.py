@@ -22,7 +22,7 @@ from nervenet import DiceLoss, UNet
 from nervenet.files import atomic_write
 from nervenet.images.data import Loader
 from nervenet.optim import SGD
-from nervenet.study import kfold, options, report, run_folder
+from nervenet.study import claims, kfold, options, report, run_folder
 from nervenet.study.fit import Interrupted, fit, stopping_on_signals
 from nervenet.study.run_folder import RunFolder
 from nervenet.train import train_epoch, train_step
@@ -266,6 +266,19 @@ def check_a_seed_of_its_own_deals_otherwise(folder, job):
     assert len(set(map(frozenset, dealt))) == 4
 
 
+def check_a_folder_of_another_machine_is_refused_until_that_is_silent(folder, job):
+    (folder / 'used').mkdir()
+    file = folder / 'used' / 'claim_elsewhere_7_1'
+    file.write_text(json.dumps({'host': 'elsewhere', 'process': os.getpid()}))
+    with pytest.raises(BlockingIOError):
+        claims.claim(folder / 'used')
+    assert claims.claims_in(folder / 'used') == [file.name]
+    os.utime(file, (1, 1))
+    assert not claims.is_alive(file, 10**6)
+    claims.claim(folder / 'used')()
+    assert claims.claims_in(folder / 'used') == []
+
+
 def check_too_much_memory_is_refused(folder, job):
     args = options.parse(['--size', '320x320'])
     args.device = 'cpu'
@@ -277,15 +290,15 @@ def check_too_much_memory_is_refused(folder, job):
 
 # --- The register
 
-TRAIN, FILES, FIT, RUN, REPORT, KFOLD, OPTIONS, STEP = (
+TRAIN, FILES, FIT, RUN, REPORT, KFOLD, OPTIONS, STEP, CLAIMS = (
     'examples/train_unet.py', 'nervenet/files.py', 'nervenet/study/fit.py', 'nervenet/study/run_folder.py', 'nervenet/study/report.py',
-    'nervenet/study/kfold.py', 'nervenet/study/options.py', 'nervenet/train.py')
+    'nervenet/study/kfold.py', 'nervenet/study/options.py', 'nervenet/train.py', 'nervenet/study/claims.py')
 
 bug('the baseline is the mean of all masks', TRAIN, "for _, masks in in_order['training'].epoch(0):",
     'for _, masks in [batch for each in in_order.values() for batch in each.epoch(0)]:', check_method)
 bug('intensities are those of all images', TRAIN, "intensity_statistics(parts['training'], reader)",
     'intensity_statistics(sum(parts.values(), []), reader)', check_method)
-bug('validation is augmented', TRAIN, 'args.batch_size, device=args.device) for',
+bug('validation is augmented', TRAIN, 'args.batch_size, device=args.device, rows=processes.rows) for',
     'args.batch_size, device=args.device, transform=augmentation(args)) for', check_method)
 bug('training is not augmented', TRAIN, 'transform=augmentation(args), device', 'transform=None, device', check_method)
 bug('training is not shuffled', TRAIN, 'shuffle=True', 'shuffle=False', check_method)
@@ -316,8 +329,8 @@ bug('the config is not written whole', RUN, 'with atomic_write(path) as file', "
     check_no_file_is_ever_half_written)
 bug('the split is not written whole', KFOLD, 'with atomic_write(path) as file', "with open(path, 'wb') as file",
     check_no_file_is_ever_half_written)
-bug('records come before the network', RUN, '        self.history.append(row)\n',
-    '        self.history.append(row)\n        self.write_records(model)\n', check_records_follow_the_network)
+bug('records come before the network', RUN, '        self.history.append(row)\n        self.learning',
+    '        self.history.append(row)\n        self.write_records(model)\n        self.learning', check_records_follow_the_network)
 bug('the last row of the history is dropped', RUN, 'writer.writerows(self.history)', 'writer.writerows(self.history[:-1])',
     check_records_follow_the_network)
 bug('the best file is that of the last epoch', RUN, 'if best_row(self.history) is self.history[-1] and self.is_scored:', 'if True:',
@@ -330,7 +343,7 @@ bug('the generators are not restored', RUN, "set_generator_states(model, extra['
 bug('epochs count from 0', FIT, 'training.epoch(epoch))), len', 'training.epoch(epoch - 1))), len', check_epochs_count_from_one)
 bug('signal handlers are not put back', FIT, '    finally:\n        set_handlers(before)', '    finally:\n        before',
     check_signals_are_given_back)
-bug('the second signal asks again', FIT, '        set_handlers(before)\n        os.write', '        os.write', check_signals_are_given_back)
+bug('the second signal asks again', FIT, '        set_handlers(before)\n        if first', '        if first', check_signals_are_given_back)
 bug('signals are handled in any thread', FIT, 'if threading.current_thread() is not threading.main_thread():', 'if False:',
     check_signals_are_given_back)
 bug('fit forgets the bound on the gradient', FIT, 'batches, schedule, max_norm)', 'batches, schedule)', check_fit_hands_on_norm_and_schedule)
@@ -366,8 +379,12 @@ bug('a fold is left out of the summary', KFOLD, 'read_fold(self.fold(number)) fo
     'read_fold(self.fold(number)) for number in complete[:-1])', check_a_cross_validation_sums_up_all_its_folds)
 bug('the drawn baselines are those of the first fold', KFOLD, 'for each in baselines]))', 'for each in baselines[:1]]))',
     check_a_cross_validation_sums_up_all_its_folds)
-bug('a fold without summary counts', KFOLD, "(self.fold(number) / 'summary.txt').exists()", 'self.fold(number).exists()',
+bug('a fold without summary counts', KFOLD, "'summary.txt' in names", 'names',
     check_a_cross_validation_sums_up_all_its_folds)
+bug('other claims are not looked at', CLAIMS, 'if is_alive(self.folder / name,', 'if not is_alive(self.folder / name,', check_a_folder_of_another_machine_is_refused_until_that_is_silent)
+bug('the dead keep their claims', CLAIMS, 'if now - beaten(file) > SILENCE or', 'if', check_a_folder_of_another_machine_is_refused_until_that_is_silent)
+bug('who has lost leaves a claim', CLAIMS, '        except BaseException:\n            self.let_go()', '        except BaseException:\n            self.folder',
+    check_a_folder_of_another_machine_is_refused_until_that_is_silent)
 bug('memory is not looked at', OPTIONS, 'needed > there:', 'needed < 0:', check_too_much_memory_is_refused)
 
 

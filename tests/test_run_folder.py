@@ -15,7 +15,8 @@ from nervenet import UNet
 from nervenet.images.data import Loader
 from nervenet.optim import Adam
 from nervenet.study.checkpoint import CheckpointError
-from nervenet.study.run_folder import RunFolder, check_resumable, claim, read_config, room_for_results
+from nervenet.study.claims import claim
+from nervenet.study.run_folder import RunFolder, check_resumable, read_config, room_for_results
 from nervenet.study.segment import Settings
 
 
@@ -39,7 +40,7 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     run.release()
     RunFolder(tmp_path / 'run', {}, resume=True)
     release = claim(tmp_path)
-    command = f'from nervenet.study.run_folder import claim; claim({str(tmp_path)!r})'
+    command = f'from nervenet.study.claims import claim; claim({str(tmp_path)!r})'
     held = subprocess.run([sys.executable, '-c', command], capture_output=True, text=True, cwd=ROOT)
     assert 'is in use' in held.stderr
     release()
@@ -68,6 +69,7 @@ def test_resuming_a_complete_run_trains_no_more_and_keeps_its_files(loaders, tmp
     before = {path.name: path.read_bytes() for path in run.path.iterdir()}
     _, resumed, more = train(loaders, tmp_path / 'run', resume=True)
     assert more == [] and resumed.history == rows
+    resumed.release()
     assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
     _, extra = nervenet.load_checkpoint(run.last)
     assert 'state' not in extra and extra['settings'] == {'threshold': 0.3}

@@ -18,8 +18,9 @@ from nervenet import UNet
 from nervenet.images.data import Loader, Reader
 from nervenet.images.samples import find_samples
 from nervenet.networks import NETWORKS
+from nervenet.study.claims import claim
 from nervenet.study.fit import PlateauSchedule
-from nervenet.study.run_folder import claim, read_config
+from nervenet.study.run_folder import read_config
 from nervenet.study.segment import Segmenter, Settings, score
 
 
@@ -417,8 +418,8 @@ def test_what_can_be_refused_is_refused_before_an_image_is_read(arguments, messa
     config = options | {'data': str(tmp_path / 'data'), 'device': 'cpu', 'precision': 'fp32'}
     (tmp_path / 'cv' / 'config.json').write_text(json.dumps(config | {'folds': 3, 'epochs': 7}))
     (tmp_path / 'used' / 'config.json').write_text(json.dumps(config))
-    release = claim(tmp_path / 'used')
     before = sorted(tmp_path.rglob('*'))
+    release = claim(tmp_path / 'used')
     places = {name.upper(): tmp_path / name for name in ('taken', 'foreign', 'file', 'cv', 'data', 'used')} | {
         'FILE/run': tmp_path / 'file' / 'run'}
     given = [places.get(argument, argument) for argument in arguments]

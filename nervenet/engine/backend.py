@@ -109,7 +109,8 @@ def copied_ahead(batches, device):
 def pinned_array(memory, place, like):
     """Return an array of the shape and dtype of `like` on pinned memory, from the dict `memory` if it holds enough at `place`."""
     if place not in memory or memory[place].nbytes < like.nbytes:
-        memory[place] = numpy.frombuffer(cupy.cuda.alloc_pinned_memory(like.nbytes), numpy.uint8, like.nbytes)
+        size = max(like.nbytes, 1)                          # a batch may be empty, memory may not
+        memory[place] = numpy.frombuffer(cupy.cuda.alloc_pinned_memory(size), numpy.uint8, size)
     return memory[place][:like.nbytes].view(like.dtype).reshape(like.shape)
 
 
@@ -184,6 +185,24 @@ def probe_gpu():
     if product.tolist() != [[7, 10], [15, 22]]:
         return f'the GPU computes wrongly (a 2×2 product gave {product.tolist()})'
     return None
+
+
+def use_gpu(number):
+    """Let this process compute on the GPU of this number, counted round and round; return what tells that GPU from the others here."""
+    device = cupy.cuda.Device(number % cupy.cuda.runtime.getDeviceCount())
+    device.use()
+    return device.pci_bus_id
+
+
+def has_nccl():
+    """Say whether CuPy can send arrays from one GPU to another."""
+    return bool(getattr(getattr(cupy.cuda, 'nccl', None), 'available', False))
+
+
+def communicator_of_gpus(size, rank):
+    """Return NCCL's communicator of `size` processes, each with a GPU of its own, of which this is number `rank`; MPI introduces them."""
+    from cupyx.distributed import init_process_group
+    return init_process_group(size, rank, backend='nccl', use_mpi=True)
 
 
 def select_device(request='auto', precision=None):

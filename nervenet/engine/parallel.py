@@ -95,12 +95,12 @@ _number_of_threads = None
 
 
 def number_of_threads():
-    """Return how many threads share the blocks: what `set_threads` said, else the cores this process may use."""
-    return _number_of_threads or _available_cores()
+    """Return how many threads share the blocks: what `set_threads` said, else NERVENET_THREADS in the environment, else as many as `cores`."""
+    return _number_of_threads or _threads_of_environment() or len(cores())
 
 
 def set_threads(number):
-    """Use `number` threads from now on; None returns to the cores this process may use. No result depends on it.
+    """Use `number` threads from now on; None returns to what `number_of_threads` says by itself. No result depends on it.
 
     Use it in a `with` to change it for a while:  `with set_threads(1): ...`. Raises ValueError below 1.
     """
@@ -119,10 +119,18 @@ class _restore_threads(contextlib.AbstractContextManager):
         set_threads(self.before)
 
 
-def _available_cores():
-    if hasattr(os, 'sched_getaffinity'):            # Linux: a container or `taskset` may grant fewer cores
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _threads_of_environment():
+    text = os.environ.get('NERVENET_THREADS') or '0'
+    if not text.isdigit():
+        raise ValueError(f'NERVENET_THREADS is {text!r}; expected a whole number of threads')
+    return int(text)
+
+
+def cores():
+    """Return the numbers of the cores that this process may use, a set."""
+    if hasattr(os, 'sched_getaffinity'):            # Linux: a container, a launcher or `taskset` may grant fewer than there are
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 # --- The helpers ------------------------------------------------------------------------------------------------------

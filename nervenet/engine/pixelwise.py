@@ -28,10 +28,12 @@ What is no real NumPy array (a device array, or complex numbers) is computed in 
 
 import functools
 import itertools
+import math
 
 import numpy
 
 from .backend import get_array_module
+from .communicator import total, whole_batch
 from .memory import empty, scratch
 from .parallel import block_size, cut, cut_images, parallel_for
 from .paths import note, only_plain
@@ -119,16 +121,25 @@ def in_blocks_with_sums(formula, a, b, x):
     return y, _add_up(parallel_for(blocks, work))
 
 
+def pixels_of_batch(x):
+    """Return how many pixels the whole batch has that x (N, H, W, C) is in, or of which it is this process's share."""
+    return math.prod(whole_batch(x)[0][:3])
+
+
 def channel_moments(x):
     """Return (mean, variance) of x (N, H, W, C) over all pixels, (C,) each, in float64. The variance divides by N·H·W.
+
+    Where processes share a batch, these are the moments of the whole batch: the sums over blocks are sums over those of all processes.
 
     One walk over x: each block has a mean m and a sum of squares about it. The squares about the common mean are those about m,
     plus n times the square of m's distance from it: Σ(x − mean)² = Σ(x − m)² + n·(m − mean)². Nothing large is subtracted from
     something large, as it would be in Σx² − n·mean² (Chan, Golub & LeVeque 1979).
     """
+    M = pixels_of_batch(x)
     if not are_real_numpy(x):
-        mean = x.mean(axis=(0, 1, 2), dtype=_accurate(x))
-        return mean, get_array_module(x).square(x - mean.astype(x.dtype)).mean(axis=(0, 1, 2), dtype=_accurate(x))
+        mean = total(x.sum(axis=(0, 1, 2), dtype=_accurate(x)))[0] / M
+        squares = get_array_module(x).square(x - mean.astype(x.dtype)).sum(axis=(0, 1, 2), dtype=_accurate(x))
+        return mean, total(squares)[0] / M
     (flat,), _, blocks = _cut([x])
     C = x.shape[3]
 
@@ -140,11 +151,11 @@ def channel_moments(x):
         return pixels, m, _sum(centred, C), _sum_of_products(centred, centred, C)
 
     n, m, rest, squares = (numpy.array(part, 'float64') for part in zip(*parallel_for(blocks, work)))
-    n, M = n[:, None], n.sum()                                              # (blocks, 1); the others (blocks, C)
+    n = n[:, None]                                                          # (blocks, 1); the others (blocks, C)
     m += rest / n                                                           # what rounding m to the dtype of x left over
     squares -= rest * rest / n
-    mean = (n * m).sum(axis=0) / M
-    return mean, (squares + n * (m - mean)**2).sum(axis=0) / M
+    mean = total((n * m).sum(axis=0))[0] / M
+    return mean, total((squares + n * (m - mean)**2).sum(axis=0))[0] / M
 
 
 def are_real_numpy(*arrays):

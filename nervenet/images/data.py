@@ -649,20 +649,22 @@ class Loader:
     read_ahead  how many batches to prepare while the caller works on one; it changes no result
     device      'cpu' or 'gpu': where `epoch` hands out its batches. On a GPU they are copied there ahead of their use, and transformed
                 there
+    rows        where several processes compute together: `rows(images)` is the slice of a batch of so many that `epoch` hands out here.
+                The others are not read, and it may be empty
 
     After an epoch, `waited_seconds` is the time the caller spent waiting for batches in it. Raises DataError without
     samples, or if positive_share asks for a kind that there is none of.
     """
 
     def __init__(self, samples, reader, batch_size, *, seed=0, shuffle=False, positive_share=None, transform=None,
-                 read_ahead=2, device='cpu'):
+                 read_ahead=2, device='cpu', rows=lambda images: slice(0, images)):
         if not samples:
             raise DataError('no samples to load')
         if batch_size < 1:
             raise ValueError(f'batch_size is {batch_size}; expected 1 or more')
         self.samples, self.reader, self.batch_size = list(samples), reader, batch_size
         self.seed, self.shuffle, self.transform, self.read_ahead = seed, shuffle, transform, read_ahead
-        self.device = device
+        self.device, self.rows = device, rows
         self.waited_seconds, self.kinds = 0.0, None
         if positive_share is not None:
             if not shuffle or not 0 <= positive_share <= 1:
@@ -703,7 +705,7 @@ class Loader:
         return images, masks, rngs
 
     def transformed(self, images, masks, rngs):
-        return (images, masks) if self.transform is None else self.transform(images, masks, rngs)
+        return self.transform(images, masks, rngs) if self.transform and len(images) else (images, masks)
 
     def epoch(self, number):
         """Yield the batches (images, masks) of one epoch. An error in the background is raised here, as itself."""
@@ -716,7 +718,8 @@ class Loader:
 
         def prepare(start):
             part = slice(start, start + self.batch_size)
-            return (self.batch if self.device == 'cpu' else self.read)(order[part], number, draws[part])
+            rows = self.rows(len(order[part]))
+            return (self.batch if self.device == 'cpu' else self.read)(order[part][rows], number, draws[part][rows])
 
         def waited(batches):
             for _ in starts:

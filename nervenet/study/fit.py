@@ -12,6 +12,7 @@ import numpy
 
 from ..checks import in_range
 from ..engine.backend import move, to_cpu
+from ..engine.communicator import current, whole_batch
 from ..metrics import SCORES
 from ..optim import ConstantSchedule
 from ..train import evaluate, train_epoch, train_step
@@ -24,24 +25,25 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stopping_on_signals():
-    """Yield a function that says whether Ctrl-C or SIGTERM has asked to stop; the second time they stop the process at once.
+    """Yield a function that says whether Ctrl-C, SIGTERM or SIGUSR1 has asked to stop; the second time they stop the process at once.
 
-    Python hands signals to the main thread alone. In any other this answers No, and signals do what they did before.
+    SIGUSR1 is the one that launchers of MPI pass on to all processes, and leave it at that. Python hands signals to the main thread alone. In any other this answers No, and signals do what they did before.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = []
+    asked, first = [], current().rank == 0
 
     def ask(number, frame):
         asked.append(number)
         set_handlers(before)
-        os.write(2, b'\nstopping after this batch; once more to stop at once\n')     # print may not run twice at a time
+        if first:
+            os.write(2, b'\nstopping after this batch; once more to stop at once\n')     # print may not run twice at a time
 
     def set_handlers(handlers):
         return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
-    before = set_handlers({signal.SIGINT: ask, signal.SIGTERM: ask})
+    before = set_handlers(dict.fromkeys([signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)], ask))
     try:
         yield lambda: bool(asked)
     finally:
@@ -98,16 +100,24 @@ class WeightAverage:
 class Watching:
     """A loss that also looks at what the network makes of a few images of a part, whose batches come in order.
 
-    `masks` are those of the images `indices`, (K, H, W) bool, where the probability is above one half: where the logit is above 0.
+    `masks` are those of the images `indices`, (K, H, W) bool, where the probability is above one half: where the logit is above 0. Of images
+    that other processes have, they have the masks.
     """
 
     def __init__(self, loss, indices):
-        self.loss, self.indices, self.seen, self.masks = loss, [*indices], 0, []
+        self.loss, self.indices, self.seen, self.found = loss, [*indices], 0, {}
 
     def forward(self, logits, target):
-        self.masks += [to_cpu(logits[index - self.seen, ..., 0]) > 0 for index in self.indices if self.seen <= index < self.seen + len(logits)]
-        self.seen += len(logits)
+        shape, rows = whole_batch(logits)
+        first = self.seen + (rows.start or 0)
+        self.found |= {index: to_cpu(logits[index - first, ..., 0]) > 0 for index in self.indices if first <= index < first + len(logits)}
+        self.seen += shape[0]
         return self.loss.forward(logits, target)
+
+    @property
+    def masks(self):
+        found = {index: mask for of_process in current().gather(self.found) for index, mask in of_process.items()}
+        return [found[index] for index in self.indices]
 
 
 def seconds_of(model, loss, optimizer, shape, steps, images):
@@ -115,7 +125,7 @@ def seconds_of(model, loss, optimizer, shape, steps, images):
 
     `model` and `optimizer` are for this alone: three steps are done with them, on noise, of which the first, that makes room, does not count.
     """
-    x = move(numpy.random.default_rng(0).random(shape).astype(model.dtype), model.device)
+    x = move(numpy.random.default_rng(0).random(shape).astype(model.dtype)[current().rows(shape[0])], model.device)
     for _ in range(3):
         start = time.perf_counter()
         float(to_cpu(train_step(model, loss, optimizer, x, (x > 0.9).astype(x.dtype))))              # a GPU is waited for
@@ -140,11 +150,15 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
 
     Epochs that `run` has already are not repeated: `RunFolder.restore` puts model, optimizer and average behind the last of them, and
     since every draw follows from the seed, the epoch and the restored states, training goes on bit for bit as without a stop.
+
+    Where several processes compute together, all of them call this, with Loaders that hand out their rows; all stop after the same batch.
     """
+    processes = current()
+
     def watched(batches):
         for batch in batches:
             yield batch
-            if stop():
+            if processes.any(stop()):
                 raise Interrupted
 
     def averaging(batches):
@@ -175,5 +189,6 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
         row = {'epoch': epoch, 'learning_rate': optimizer.learning_rate, 'seconds': round(time.perf_counter() - start, 2),
                'images_per_second': round(speed, 1), 'waited_seconds': round(waited, 3),
                **{f'{part}_{name}': values[name] for part, values in scores.items() for name in columns}}
+        row = processes.from_first(lambda: row)             # whatever is decided by it, such as when to stop, is decided alike
         run.record(row, scored, optimizer, watching.masks, trained=model if average else None)
         yield row

@@ -12,9 +12,9 @@ run. A `CrossValidation` is the folder of them all: each fold is a run folder in
 side by side, and the summary is made from whatever folds are complete.
 """
 
-import contextlib
 import csv
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +25,9 @@ from ..files import atomic_write, make_folder, refuse_content
 from ..images.samples import DataError, natural_key
 from ..metrics import HARD_SCORES, SCORES
 from . import figures
+from .claims import claimed, whose
 from .report import summaries
-from .run_folder import check_config, claim, move_config, or_go_on, read_config, wants_more_epochs, write_config
+from .run_folder import begun_in, check_config, move_config, or_go_on, read_config, wants_more_epochs, write_config
 
 BY_SUBJECT = 'subject'
 BY_IMAGE = 'image: leaks, frames of one subject are on both sides'
@@ -145,8 +146,8 @@ def read_split(path, samples, number, by=BY_SUBJECT):
 class CrossValidation:
     """The folder of a cross-validation: config.json, split.json, fold_1 … fold_k, summary.txt, curves.png.
 
-    Any number of processes may work in it, each on folds of its own: the split is written once, whole, and a fold's
-    folder belongs to the process that trains it (see RunFolder).
+    Any number of processes on any machines that see it may work in it, each on folds of its own: the split is written once, whole, a fold's
+    folder belongs to the process that trains it (see `claims`), and whoever finishes last has all folds for the summary.
     """
 
     def __init__(self, path, config, deal, join=False, read=None, more_epochs=False):
@@ -159,7 +160,6 @@ class CrossValidation:
         config. A folder that is not taken up, because of that or because `read` raises, stays as it is.
         """
         self.path, self.split = Path(path), Path(path) / 'split.json'
-        begun = {'split.json', 'split.json.partial', 'config.json.partial'}         # killed before the config was there
         make_folder(self.path, '--out')
         path, self.config = self.path / 'config.json', json.loads(json.dumps(config))
         with claimed(self.path):
@@ -167,6 +167,7 @@ class CrossValidation:
             if joins:
                 check_config(path, self.config, more_epochs and wants_more_epochs(read_config(self.path), self.config))
             else:
+                begun = 'split.json', 'split.json.partial', *begun_in(self.path)         # killed before the config was there
                 refuse_content(self.path, '--out', but=begun, or_else=or_go_on(self.path, 'cross-validation'))
                 deal(self.split)
             self.folds = read and read(self.split)
@@ -182,16 +183,30 @@ class CrossValidation:
             epochs = read_config(self.fold(number)).get('epochs')
         except (OSError, ValueError):
             epochs = self.config.get('epochs')              # `summarize` tells that this file is missing or damaged
-        return (self.fold(number) / 'summary.txt').exists() and epochs == self.config.get('epochs')
+        # Listed, not asked for by name: a network disk may remember for a while that another machine's file was not there.
+        names = os.listdir(self.fold(number)) if self.fold(number).is_dir() else []
+        return 'summary.txt' in names and epochs == self.config.get('epochs')
 
     def complete(self, folds):
         """Return the numbers of those of `folds` folds that are complete."""
         return [number for number in range(1, folds + 1) if self.is_complete(number)]
 
+    def account(self, folds):
+        """Return a line for each of `folds` folds that is not complete: whether it is being trained, by whom, or how far it had come."""
+        lines = []
+        for number in range(1, folds + 1):
+            folder, history = self.fold(number), self.fold(number) / 'history.csv'
+            epochs = len(history.read_text().splitlines()) - 1 if history.exists() else 0
+            if not folder.is_dir():
+                lines.append(f'fold {number}: not begun')
+            elif not self.is_complete(number):
+                lines.append(f'fold {number}: {epochs} of {self.config.get("epochs")} epochs, {whose(folder, self.path)}')
+        return '\n'.join(lines)
+
     def summarize(self, folds, note=''):
         """Write summary.txt and curves.png from the folds that are complete; return the text, None if there are none.
 
-        The text begins with `note`, if there is something to be said first, and with which folds are missing.
+        The text begins with `note`, if there is something to be said first, and with which folds are missing, and why.
         """
         with claimed(self.path):
             complete = self.complete(folds)
@@ -202,7 +217,7 @@ class CrossValidation:
             histories, baselines, chosen = zip(*(read_fold(self.fold(number)) for number in complete))
             empty = [str(number) for number, scores in zip(complete, baselines) if scores['empty mask']['dice_pooled'] == 1]
             count += f'; no foreground at all is validated in fold {", ".join(empty)}, where Dice says little' if empty else ''
-            text = summaries(histories, baselines, chosen, f'{note}\n{count}' if note else count)
+            text = summaries(histories, baselines, chosen, '\n'.join(filter(None, [note, count, self.account(folds)])))
             mean = {name: {score: float(numpy.mean([each[name][score] for each in baselines])) for score in scores}
                     for name, scores in baselines[0].items()}
             title = f'{note.partition(",")[0]} · {count}' if note else count
@@ -210,16 +225,6 @@ class CrossValidation:
             with atomic_write(self.path / 'summary.txt') as file:
                 file.write(text.encode(errors='backslashreplace'))
             return text
-
-
-@contextlib.contextmanager
-def claimed(folder):
-    """Within this context no other process claims the folder; wait until the one that has it is done."""
-    release = claim(folder, wait=True)
-    try:
-        yield
-    finally:
-        release()
 
 
 def read_fold(folder):

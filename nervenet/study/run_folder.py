@@ -18,38 +18,15 @@ from pathlib import Path
 
 import numpy
 
+from ..engine.communicator import current
 from ..files import atomic_write, make_folder, refuse_content
 from ..train import generator_states, set_generator_states
 from .checkpoint import load_checkpoint, save
+from .claims import claim, claims_in
 from .report import best_row, summaries
 from .segment import Settings, choose_from, choose_temperature, count_masks, reading_of, score
 
-try:
-    import fcntl
-except ImportError:                     # Windows: there, nobody is kept from training in one folder twice at a time
-    fcntl = None
-
 WHERE = 'data', 'masks', 'subjects', 'test', 'test_masks', 'split', 'device', 'precision'     # of a config: where the data lie and what computes; a run may go on elsewhere
-
-
-def claim(folder, wait=False):
-    """Keep other processes from claiming the folder, until this one ends or calls the function that is returned.
-
-    If another process has claimed it, wait until it is free, or, by default, raise BlockingIOError. A killed process keeps no
-    claim. It takes a system and a disk that know `flock`; on others, as on Windows, nothing is claimed.
-    """
-    if fcntl is None:
-        return lambda: None
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(file)
-        raise BlockingIOError(f'{folder} is in use: another process is training there') from None
-    except OSError:                     # some network folders refuse: then as on Windows
-        os.close(file)
-        return lambda: None
-    return lambda: os.close(file)
 
 
 @contextlib.contextmanager
@@ -59,12 +36,15 @@ def room_for_results(path, joins=False):
     `path` is made, and taken away again if the work fails before it has written anything; for None that is a `dated_folder`. With
     `joins` something may lie there already, which whoever uses it will look at. Raises OSError.
     """
+    def make():
+        folder = path or dated_folder()
+        make_folder(folder, '--out')
+        if not joins:
+            refuse_content(folder, '--out', but=begun_in(folder), or_else=or_go_on(folder, 'run'))
+        return folder
+
     is_new = path is None or not path.exists()
-    if path is None:
-        path = dated_folder()
-    make_folder(path, '--out')
-    if not joins:
-        refuse_content(path, '--out', but=['config.json.partial'], or_else=or_go_on(path, 'run'))
+    path = current().from_first(make)
     try:
         yield path
     except BaseException:
@@ -72,6 +52,11 @@ def room_for_results(path, joins=False):
             with contextlib.suppress(OSError):              # something lies in it, so it stays
                 path.rmdir()
         raise
+
+
+def begun_in(folder):
+    """Return the names of what a run leaves in its folder that was killed before anything of it was there."""
+    return ['config.json.partial', *(claims_in(folder) if folder.is_dir() else [])]
 
 
 def dated_folder():
@@ -87,7 +72,7 @@ def dated_folder():
 
 def check_resumable(folder):
     """Raise, before any work, if the run or cross-validation in `folder` cannot go on: BlockingIOError, CheckpointError."""
-    claim(folder)()
+    claim(folder, wait=(folder / 'split.json').exists())()      # that of a cross-validation is only in use for moments, by other folds
     for last in [folder / 'last.npz', *folder.glob('fold_*/last.npz')]:
         if last.exists() and not (last.parent / 'summary.txt').exists():
             load_checkpoint(last)
@@ -117,7 +102,8 @@ class RunFolder:
         self.best, self.last, self.history, self.learning = self.path / 'best.npz', self.path / 'last.npz', [], []
         self.config = {**json.loads(json.dumps(config)), 'begun': 0}
         make_folder(self.path, '--out')
-        self.release = weakref.finalize(self, claim(self.path))
+        self.claim = claim(self.path)
+        self.release = weakref.finalize(self, self.claim)
         if resume and (self.path / 'config.json').exists():
             stored = read_config(self.path)
             more = wants_more_epochs(stored, self.config)
@@ -127,9 +113,12 @@ class RunFolder:
                 (self.path / 'summary.txt').unlink(missing_ok=True)             # that of the run as it was
             move_config(self.path / 'config.json', self.config)
         else:
-            refuse_content(self.path, '--out', but=['config.json.partial'], or_else=or_go_on(self.path, 'run'))
+            refuse_content(self.path, '--out', but=begun_in(self.path), or_else=or_go_on(self.path, 'run'))
             write_config(self.path / 'config.json', self.config)
         self.begun = self.config['begun']
+
+    def __reduce__(self):
+        return Follower, (self.path, self.begun)                        # to another process goes what it may have of a run folder
 
     def write(self, name, text):
         with atomic_write(self.path / name) as file:
@@ -140,9 +129,10 @@ class RunFolder:
 
         Raises CheckpointError for a damaged file, ValueError for one of another network.
         """
-        if not self.last.exists():
+        found = current().from_first(lambda: load_checkpoint(self.last) if self.last.exists() else None)
+        if found is None:
             return
-        stored, extra = load_checkpoint(self.last)
+        stored, extra = found
         if stored.config != model.config:
             name = next(name for name in model.config if stored.config[name] != model.config[name])
             raise ValueError(f'{self.last}: its network has {name} {stored.config[name]}, this run gives '
@@ -170,8 +160,9 @@ class RunFolder:
         """Add an epoch's row, and save the model as last.npz and, if it is the best so far, as best.npz.
 
         `masks`, (K, H, W) bool, are what the network makes of a few images; they are kept as bits. `trained` is the network that steps are
-        made with, if `model` is the average of what it has been.
+        made with, if `model` is the average of what it has been. Raises BlockingIOError if another process has gone on in this folder.
         """
+        self.claim.check()
         self.history.append(row)
         self.learning.append(numpy.packbits(numpy.array(masks, bool)))
         save(self.last, model, **self.extra(), history=self.history, learning=numpy.array(self.learning),
@@ -262,6 +253,20 @@ class RunFolder:
         text = summaries([self.history], [baselines], [chosen or {}], note)
         self.write('summary.txt', text)
         return text
+
+
+class Follower(RunFolder):
+    """The run folder as all processes have it that compute together, but the first: they know the history, and write nothing."""
+
+    def __init__(self, path, begun):
+        self.path, self.begun, self.history, self.learning = path, begun, [], []
+        self.best, self.last = path / 'best.npz', path / 'last.npz'
+
+    def record(self, row, model, optimizer, masks=(), trained=None):
+        self.history.append(row)
+
+    def write_records(self, model):
+        """Leave all files to the first process."""
 
 
 def read_config(folder):
