@@ -11,6 +11,8 @@ order. Of pixels, a few frames are held, of WebP the compressed file too.
 Frames are counted from 1. Whatever is wrong with a file raises DataError, one line that names the file and the frame.
 """
 
+import io
+import itertools
 import math
 import re
 import struct
@@ -19,12 +21,14 @@ import zlib
 from dataclasses import replace
 
 import numpy
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from ..engine.parallel import number_of_threads, parallel_for
 from .layout import FORMATS, DataError
 
 OPEN = 8                                # loops held open: training reads an image and its masks, and two loops where one follows the other
+# What a TIFF says of how a page is stored: sizes, depth, compression, what is white, order, orientation, strips, tiles, predictor, palette, colours.
+PIXEL_TAGS = {254, 256, 257, 258, 259, 262, 266, 274, 277, 278, 284, 292, 293, 317, 320, 322, 323, 338, 339, 347, 530, 531, 532}
 MILLISECONDS = 50                       # that a frame is shown if its file does not say: 20 frames per second
 
 
@@ -136,13 +140,12 @@ class _Loop:
                 self._open()
             if not 1 <= frame <= self.frames:
                 raise DataError(f'{self.path}: has no frame {frame}, it holds {_said(self.frames)}')
-            if self.kind == 'TIFF':                             # it turns pages upright by itself; a copy would lose their tags
-                page = convert(self._page(frame), self.kind)
-            else:
-                image = self._drawn(frame)
+            image = self._page(frame) if self.kind == 'TIFF' else self._drawn(frame)
             if frame == self.frames if self.kind == 'TIFF' else self.at == self.frames and not self.ahead:
                 self._close()
-        return page if self.kind == 'TIFF' else convert(ImageOps.exif_transpose(image), self.kind)
+        if self.kind == 'TIFF':                                 # Pillow turns a page upright by itself
+            return convert(Image.open(image, formats=('TIFF',)), self.kind)
+        return convert(ImageOps.exif_transpose(image), self.kind)
 
     def _open(self):
         self.file = open(self.path, 'rb')
@@ -163,12 +166,29 @@ class _Loop:
         self.file.close()
 
     def _page(self, frame):
-        """Return the Pillow image of a TIFF at a page."""
+        """Return a page as a TIFF of its own, in a file in memory: in a large one, libtiff walks over all pages to decode one of them."""
         self.image.seek(frame - 1)
         if self.image.size != self.size:
             raise DataError(f'{self.path}, frame {frame}: is {self.image.height}×{self.image.width} pixels (height×width), the first frame is '
                             f'{self.size[1]}×{self.size[0]}; all frames of a loop are equally large')
-        return self.image
+        tags = self.image.tag_v2
+        places, lengths = (324, 325) if 324 in tags else (273, 279)         # tiles, or strips
+        alone, pixels = TiffImagePlugin.ImageFileDirectory_v2(prefix=tags.prefix), []
+        for start, length in zip(tags[places], tags[lengths]):
+            self.file.seek(start)
+            pixels.append(self.file.read(length))
+        for tag in PIXEL_TAGS & tags.keys():
+            alone.tagtype[tag], alone[tag] = tags.tagtype[tag], tags[tag]
+        alone.tagtype[places] = alone.tagtype[lengths] = 4                  # whole numbers of 32 bits
+        alone[places] = alone[lengths] = tuple(map(len, pixels))
+        # Pillow counts strips from the end of the table, tiles from the start of the file; the table is as long whatever it says.
+        first = 0 if places == 273 else 8 + len(alone.tobytes(8))
+        alone[places] = tuple(itertools.accumulate(map(len, pixels[:-1]), initial=first))
+        file = io.BytesIO()
+        alone.save(file)
+        file.write(b''.join(pixels))
+        file.seek(0)
+        return file
 
     def _drawn(self, frame):
         """Return a frame that is drawn over those before it, as a Pillow image of its own."""
