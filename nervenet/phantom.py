@@ -56,7 +56,8 @@ def write(out, subjects, frames, seed=0, size=(HEIGHT, WIDTH), report=print, loo
 def writer(path, files, is_loop):
     """Return a function that writes a grey image (H, W) uint8 to the file `path`, or, if it is a loop, appends it; `files` is an ExitStack that ends it."""
     if is_loop:
-        return files.enter_context(closing(Pages(files.enter_context(open(path, 'wb'))))).append
+        pages = files.enter_context(closing(Pages(files.enter_context(open(path, 'wb')))))
+        return lambda grey: pages.append(Pages.packed(grey))
     return lambda grey: Image.fromarray(grey).save(path, compression='tiff_lzw')
 
 

@@ -358,14 +358,14 @@ def test_pages_come_back(tmp_path, rng, dtype):
     frames = levels(rng, 5, dtype=dtype)
     with atomic_write(tmp_path / 'x.tif') as file, closing(Pages(file)) as pages:
         for frame in frames:
-            pages.append(frame)
+            pages.append(Pages.packed(frame))
     with Image.open(tmp_path / 'x.tif') as image:
         assert image.n_frames == 5 and image.mode == ('L' if dtype == 'uint8' else 'I;16')
         for number in 3, 0, 4, 1, 2:
             image.seek(number)
             assert (numpy.array(image) == frames[number]).all()
     with pytest.raises(ValueError, match='dtype bool; expected uint8 or uint16'):
-        pages.append(frames[0] > 3)
+        Pages.packed(frames[0] > 3)
 
 
 def test_more_than_a_tiff_can_hold_is_refused(tmp_path):
@@ -373,7 +373,7 @@ def test_more_than_a_tiff_can_hold_is_refused(tmp_path):
         pages = Pages(file)
         pages.end = 2**32 - 200
         with pytest.raises(OSError, match='x.tif: would be larger than 4 GiB'):
-            pages.append(numpy.zeros((20, 30), 'uint8'))
+            pages.append(Pages.packed(numpy.zeros((20, 30), 'uint8')))
 
 
 def test_an_animation_shows_the_overlays(tmp_path, rng):
@@ -598,7 +598,7 @@ def test_memory_does_not_grow_with_the_loop(data, rng):
         path, frame = data.parent / f'{number}.tif', levels(rng, 1, (400, 450))[0]
         with atomic_write(path) as file, closing(Pages(file)) as pages:
             for place in range(number):
-                pages.append(numpy.roll(frame, place, axis=0))
+                pages.append(Pages.packed(numpy.roll(frame, place, axis=0)))
         done = run_script(script, '--model', data.parent / 'model.npz', '--input', path, '--output', data.parent / f'out{number}', '--smooth-frames', 5,
                           '--batch-size', 4, '--device', 'cpu')
         assert done.returncode == 0, done.stderr

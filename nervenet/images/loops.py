@@ -2,7 +2,7 @@
 
     samples = with_frames(find_samples('DIR'))                 every frame of a loop is a sample of its own: 1_2#1, 1_2#2, …
     with atomic_write('masks.tif') as file, closing(Pages(file)) as pages:
-        pages.append(mask)                                     (H, W) uint8 or uint16
+        pages.append(Pages.packed(mask))                       (H, W) uint8 or uint16
 
 A page of a TIFF can be read without those before it. A frame of the other formats is drawn over the one before: to read the tenth, nine are
 decoded. So a loop stays open between two frames, and whoever asks for them in order decodes each once; threads that share a loop come nearly in
@@ -231,18 +231,26 @@ class Pages:
         self.file, self.end = file, 4           # what is written; there the place of the next table is to stand
         file.write(b'II*\0')                    # little-endian
 
-    def append(self, page):
-        """Append a page (H, W), uint8 or uint16, 0 being black. Raises ValueError for another dtype, OSError beyond 4 GiB, which a TIFF cannot hold."""
+    @staticmethod
+    def packed(page):
+        """Return a page (H, W), uint8 or uint16, 0 being black, as `append` takes it: the work, which a thread can do while another one is written.
+
+        Raises ValueError for another dtype.
+        """
         if page.dtype not in (numpy.uint8, numpy.uint16):
             raise ValueError(f'a page has dtype {page.dtype}; expected uint8 or uint16')
-        (H, W), pixels = page.shape, zlib.compress(numpy.ascontiguousarray(page, page.dtype.newbyteorder('<')), 1)
+        return *page.shape, page.itemsize, zlib.compress(numpy.ascontiguousarray(page, page.dtype.newbyteorder('<')), 1)
+
+    def append(self, packed):
+        """Append a page that `packed` returned. Raises OSError beyond 4 GiB, which a TIFF cannot hold."""
+        H, W, itemsize, pixels = packed
         pixels += bytes(len(pixels) % 2)                                # tables begin at even places
         start = self.end + 4
         table = start + len(pixels)
         if table >= 2**32 - 2**8:
             raise OSError(f'{self.file.name}: would be larger than 4 GiB, which a TIFF cannot be; cut the loop into several')
         long, short = 4, 3
-        properties = ((256, long, W), (257, long, H), (258, short, 8 * page.itemsize), (259, short, 8), (262, short, 1),      # deflate; 0 is black
+        properties = ((256, long, W), (257, long, H), (258, short, 8 * itemsize), (259, short, 8), (262, short, 1),      # deflate; 0 is black
                       (273, long, start), (277, short, 1), (278, long, H), (279, long, len(pixels)))                          # all rows in one strip
         self.file.write(struct.pack('<I', table) + pixels + struct.pack('<H', len(properties)))
         self.file.write(b''.join(struct.pack('<HHII', number, kind, 1, value) for number, kind, value in properties))

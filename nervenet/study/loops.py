@@ -48,13 +48,14 @@ def smoothed(frames, window):
 
 @dataclass
 class Drawn:
-    """What is to be written of a frame: mask (H, W) uint8 0 and 255, its row of results, and what else was asked for."""
+    """What is to be written of a frame: the page of its mask, its row of results, and what else was asked for."""
 
-    mask: numpy.ndarray
+    shape: tuple                                                # (H, W)
+    mask: tuple                                                 # as `Pages.append` takes it: 0 and 255
     row: dict
     true_row: dict | None = None
-    probability: numpy.ndarray | None = None                    # (H, W) uint16, 65535 being certain
-    overlay: bytes | None = None                                # of an `Animation`, and its size (height, width)
+    probability: tuple | None = None                            # 16 bits, 65535 being certain
+    overlay: bytes | None = None                                # as `Animation.append` takes it, and its size (height, width)
     size: tuple | None = None
 
 
@@ -67,12 +68,12 @@ def drawn(sample, mask, probability, picture=None, truth=None, with_probability=
     truth        (H, W) 0/1, the mask to compare with, if there is one
     """
     of_frame = {'image': sample.file_name, 'frame': sample.frame}
-    done = Drawn(mask.astype('uint8') * 255, {**of_frame, **describe(mask, probability), 'dice': ''})
+    done = Drawn(mask.shape, Pages.packed(mask.astype('uint8') * 255), {**of_frame, **describe(mask, probability), 'dice': ''})
     if truth is not None:
         true_row = describe(truth > 0, probability)
         done.true_row = {**of_frame, **{key: true_row[key] for key in ('area', 'row', 'column')}}
     if with_probability:
-        done.probability = numpy.round(numpy.clip(probability, 0, 1) * 65535).astype('uint16')
+        done.probability = Pages.packed(numpy.round(numpy.clip(probability, 0, 1) * 65535).astype('uint16'))
     if picture is not None:
         done.size = mask.shape if max(mask.shape) <= LONGEST else figures.display_size(mask.shape, LONGEST)
         done.overlay = figures.Animation.encoded(figures.overlay(picture, mask, truth, size=done.size))
@@ -123,13 +124,13 @@ class LoopWriter:
             file = self.files.enter_context(atomic_write(self.output / f'{sample.file_name}_{ending}', durable=False))
             return self.files.enter_context(closing(writer(file, *arguments)))
 
-        self.empty = numpy.zeros_like(frame.mask)
+        self.empty = numpy.zeros(frame.shape, 'uint8')
         self.masks = opened('mask.tif', Pages)
         self.probabilities = None if frame.probability is None else opened('probability.tif', Pages)
         self.overlays = None if frame.overlay is None else opened('overlay.gif', figures.Animation, frame.size, milliseconds_of(sample.image_path))
 
     def _append_lost(self, number):
         for _ in range(number):
-            self.masks.append(self.empty)
+            self.masks.append(Pages.packed(self.empty))
             if self.probabilities:
-                self.probabilities.append(self.empty.astype('uint16'))
+                self.probabilities.append(Pages.packed(self.empty.astype('uint16')))
