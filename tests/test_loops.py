@@ -640,6 +640,16 @@ def test_speckle_of_a_loop_is_neither_frozen_nor_new_in_each_frame():
     assert numpy.corrcoef(*strangers)[0, 1] < by_lag[0] - 0.2
 
 
+def test_leaving_the_plane_brings_other_scatterers_into_view(monkeypatch):
+    """Here the probe only tilts: what is in the plane stays where it is."""
+    alike, before = [], phantom.seen
+    monkeypatch.setattr(phantom, 'seen', lambda subject, index: before(subject, 100))
+    for slices in 0, phantom.SLICES:
+        monkeypatch.setattr(phantom, 'SLICES', slices)
+        alike.append(numpy.corrcoef(*(detail(make_frame(2, index, size=(210, 290), loop=1)[0]) for index in (1, 13)))[0, 1])
+    assert alike[1] < alike[0] - 0.03
+
+
 def test_frames_between_which_nothing_moved_are_equal(monkeypatch):
     monkeypatch.setattr(phantom, 'PACE', 0)
     one, other = make_frame(2, 1, size=(42, 58), loop=1), make_frame(2, 9, size=(42, 58), loop=1)
