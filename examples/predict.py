@@ -7,9 +7,14 @@ Writes into the output folder, for each image, {name}_mask.png (0 and 255, at th
 {name}_overlay.png (the prediction in orange; in blue the mask, where one is there to compare with), and for all of them
 results.csv: area, centroid, confidence, and Dice where there is a mask.
 
-With --uncertainty also {name}_uncertainty.png: where the prediction is not sure at all (entropy), and where the networks, and the image and
-its mirror image, disagree (mutual information); results.csv says how much their masks agree, and where masks are there to compare with,
-it is told whether that is worth anything: calibration, and Dice when the least sure go to a human.
+A loop, which is a multi-page TIFF, a GIF, an APNG or an animated WebP, is predicted frame by frame, each frame by itself unless
+--smooth-frames says otherwise, and never held as a whole. Its masks are {name}_mask.tif, a page for each frame; its overlays
+{name}_overlay.gif; its frames have a row each in results.csv, with their number, from 1; and {name}_over_time.png draws area, place and
+confidence. A frame that cannot be read has an empty page and no row. A mask loop of equal length is compared with frame by frame.
+
+With --uncertainty also {name}_uncertainty.png, but not of loops: where the prediction is not sure at all (entropy), and where the networks, and
+the image and its mirror image, disagree (mutual information); results.csv says how much their masks agree, and where masks are there to compare
+with, it is told whether that is worth anything: calibration, and Dice when the least sure go to a human.
 """
 
 import argparse
@@ -30,8 +35,10 @@ from nervenet.engine.parallel import number_of_threads
 from nervenet.files import atomic_write, make_folder, refuse_content
 from nervenet.images.data import MaskRule, in_background, mask_oddity, oddity_warning, read_image, read_mask_of, resize_mask, unfitted
 from nervenet.images.layout import name_of
+from nervenet.images.loops import DrawnOverLost, with_frames
 from nervenet.images.samples import DataError, Sample, find_samples, natural_key, some_of
 from nervenet.metrics import SegmentationScores
+from nervenet.study.loops import Drawn, LoopWriter, drawn, smoothed
 from nervenet.study.segment import READING, describe, intensity_warning, open_segmenter
 from nervenet.study.uncertainty import Assessment, decompose, near_truth, sureness
 from nervenet.study.submission import TEST_HEADER, encode, write_submission
@@ -79,26 +86,36 @@ def main(arguments=None):
     if args.submission:
         make_folder(args.submission.absolute().parent, '--submission')
 
-    members = {sample.name: unseen_by(sample, extras) for sample in samples}
     results, judged, failed, runs, odd_images, odd_masks, assessment = [], [], [], [], {}, [], Assessment()
+    samples = with_frames(samples, unequal := [])
+    for sample, error in unequal:
+        failed.append(sample.name)
+        print(f'predicted, but not scored: {error}', file=sys.stderr)
+    members = {sample.name: unseen_by(sample, extras) for sample in samples}
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
     read, write = partial(read_frame, args, segmenter, members), partial(write_frame, args, segmenter, mean_mask_at(extras[0]))
     # Files are read and written on all cores while the network computes; of the images themselves few are held at a time.
-    with (closing(in_background(read, samples, args.batch_size, number_of_threads())) as frames,
-          closing(in_background(write, predicted(args, segmenter, frames), args.batch_size, number_of_threads())) as written):
+    with (closing(in_background(read, samples, args.batch_size, number_of_threads())) as frames, LoopWriter(args.output) as loops,
+          closing(in_background(write, smoothed(predicted(args, segmenter, frames), args.smooth_frames), args.batch_size,
+                                number_of_threads())) as written):
         for frame in progress(written, len(samples), 'predicting', unit='images'):
             if frame.error:
                 failed.append(frame.sample.name)
                 what = 'skipped' if frame.result is None else 'predicted, but not scored'
-                print(f'{CLEAR_LINE if sys.stderr.isatty() else ""}{what}: {frame.error}', file=sys.stderr)
+                if not isinstance(frame.error, DrawnOverLost):              # of what is lost with a frame, the frame is told
+                    print(f'{CLEAR_LINE if sys.stderr.isatty() else ""}{what}: {frame.error}', file=sys.stderr)
+            if frame.sample.frame:
+                loops.append(frame.sample, frame.drawn)
+                frame.drawn = None
             if frame.result is None:
                 continue
             results.append(frame.result)
             runs.append((frame.sample.name, frame.run_lengths))
-            odd_images[frame.sample.image_path] = frame.odd_image
+            odd_images[frame.sample.image_path] = odd_images.get(frame.sample.image_path) or frame.odd_image
             if frame.scores:
                 judged.append(frame.result)
-                odd_masks.append(((frame.sample.mask_paths or [frame.sample.image_path])[0].name, frame.odd_mask))
+                odd_masks.append(((frame.sample.mask_paths or [frame.sample.image_path])[0].name + f'#{frame.sample.frame}' * bool(frame.sample.frame),
+                                  frame.odd_mask))
                 for name, counted in frame.scores.items():
                     scores[name].counts += counted.counts
                 if frame.near:
@@ -109,7 +126,8 @@ def main(arguments=None):
         for result, dice in zip(judged, scores['network'].dice_of_images()):
             result['dice'] = round(float(dice), 4)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS + ('sureness',) * args.uncertainty, lineterminator='\n')
+    of_loops = {sample.image_path for sample in samples if sample.frame}
+    writer = csv.DictWriter(text, COLUMNS[:1] + ('frame',) * bool(of_loops) + COLUMNS[1:] + ('sureness',) * args.uncertainty, lineterminator='\n')
     writer.writeheader()
     writer.writerows(results)
     with atomic_write(args.output / 'results.csv') as file:
@@ -118,7 +136,8 @@ def main(arguments=None):
         write_submission(args.submission, runs, TEST_HEADER)
 
     found = sum(result['area'] > 0 for result in results)
-    print(f'{len(results)} images predicted, {found} with {args.what}; masks and results.csv are in {args.output}')
+    print(f'{len(results)} images predicted, {f"frames of {len(of_loops)} loops among them, " if of_loops else ""}{found} with {args.what}; masks and '
+          f'results.csv are in {args.output}')
     with_mask = [sample for sample in samples if sample.mask_paths is not None]
     if with_mask:
         print_scores(scores, tell_known(with_mask, members, len(extras)))
@@ -151,6 +170,7 @@ class Frame:
     scores      {name: SegmentationScores of this image}, where there is a truth
     members     numbers of the networks that predict it
     samples     (T, h, w): what each of them makes of it, and of its mirror image
+    drawn       of a frame of a loop, what is to be written of it, in order
     near        what `near_truth` says of the pixels where uncertainty is judged
     """
 
@@ -169,6 +189,7 @@ class Frame:
     members: tuple = ()
     samples: numpy.ndarray | None = None
     near: dict | None = None
+    drawn: Drawn | None = None
 
 
 def how_to_read(args, stored):
@@ -233,7 +254,7 @@ def read_frame(args, segmenter, members, sample):
     frame = Frame(sample, members=has_mask and members[sample.name] or everybody)
     is_scored = has_mask and (len(everybody) == 1 or members[sample.name])
     try:
-        image = read_image(sample.image_path, args.white)
+        image = read_image(sample.image_path, args.white, sample.frame)
         frame.size, frame.prepared = image.shape, segmenter.prepare(image)
         frame.odd_image = segmenter.oddity(frame.prepared, frame.size)
         if args.overlays or args.uncertainty:
@@ -269,22 +290,28 @@ def write_frame(args, segmenter, mean_mask, frame):
         return frame
     probability = segmenter.restore(frame.probabilities, frame.size)
     mask = segmenter.mask(probability)
-    if '/' in frame.sample.name:                             # the image lies in a folder, and so do its results
-        (args.output / frame.sample.name).parent.mkdir(parents=True, exist_ok=True)
-    figures.save_mask(mask, args.output / f'{frame.sample.name}_mask.png')
-    if args.probabilities:
-        figures.save_probabilities(probability, args.output / f'{frame.sample.name}_probability.png')
-    if args.overlays:
-        figures.save(figures.overlay(frame.picture, mask, frame.truth, size=frame.size), args.output / f'{frame.sample.name}_overlay.png',
-                     durable=False, compress_level=1)
-    frame.result = {'image': frame.sample.name, **describe(mask, probability), 'dice': ''}
+    name = frame.sample.file_name
+    if '/' in name:                                          # the image lies in a folder, and so do its results
+        (args.output / name).parent.mkdir(parents=True, exist_ok=True)
+    if frame.sample.frame:
+        frame.drawn = drawn(frame.sample, mask, probability, frame.picture if args.overlays else None, frame.truth, args.probabilities)
+        frame.result = frame.drawn.row
+    else:
+        figures.save_mask(mask, args.output / f'{name}_mask.png')
+        if args.probabilities:
+            figures.save_probabilities(probability, args.output / f'{name}_probability.png')
+        if args.overlays:
+            figures.save(figures.overlay(frame.picture, mask, frame.truth, size=frame.size), args.output / f'{name}_overlay.png',
+                         durable=False, compress_level=1)
+        frame.result = {'image': name, **describe(mask, probability), 'dice': ''}
     if args.uncertainty:
         frame.result['sureness'] = round(sureness(frame.samples, segmenter.settings.mask), 4)
         mean, total, _, disagreement = (segmenter.restore(values.astype('float32'), frame.size) for values in decompose(frame.samples))
-        pictures = [figures.overlay(frame.picture, mask, frame.truth), *(figures.heat(frame.picture, values.clip(0), largest=numpy.log(2))
-                                                                         for values in (total, disagreement))]
-        figures.save(figures.grid([pictures], column_titles=['prediction', 'not sure: entropy', 'disagreement: mutual information']),
-                     args.output / f'{frame.sample.name}_uncertainty.png', durable=False, compress_level=1)
+        if not frame.sample.frame:
+            pictures = [figures.overlay(frame.picture, mask, frame.truth), *(figures.heat(frame.picture, values.clip(0), largest=numpy.log(2))
+                                                                             for values in (total, disagreement))]
+            figures.save(figures.grid([pictures], column_titles=['prediction', 'not sure: entropy', 'disagreement: mutual information']),
+                         args.output / f'{name}_uncertainty.png', durable=False, compress_level=1)
         if frame.truth is not None:
             frame.near = near_truth(mask, frame.truth, MARGIN, probability=probability, mean=mean, total=total, information=disagreement)
     if args.submission:
@@ -346,7 +373,7 @@ def draw_calibration(path, assessment):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split('\n')[0], formatter_class=HelpFormatter)
-    parser.add_argument('--input', type=Path, nargs='+', required=True, metavar='PATH', help='folders of images, or image files')
+    parser.add_argument('--input', type=Path, nargs='+', required=True, metavar='PATH', help='folders of images or loops, or their files')
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER', help='new folder for masks, overlays and results.csv')
     parser.add_argument('--submission', type=Path, metavar='FILE.csv',
                         help="also write the masks' run-length encoding, as the Kaggle competition takes it")
@@ -356,6 +383,8 @@ def parse(arguments):
     parser.add_argument('--uncertainty', action='store_true', help='also draw where the prediction is not sure, and say how sure it is of each image')
     parser.add_argument('--dropout-samples', type=natural, default=0, metavar='N',
                         help='with --uncertainty: ask each network N times with dropout kept on, instead of it and its view of the mirrored image')
+    parser.add_argument('--smooth-frames', type=int, default=1, metavar='N',
+                        help='of loops, average the probabilities over N frames around each, an odd number; fewer towards both ends')
     parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='images predicted at once')
     add_prediction_options(parser)
     add_reading_options(parser.add_argument_group('where masks are there to compare with', 'What in them is foreground, and whom an image shows, '
@@ -368,6 +397,8 @@ def parse(arguments):
         parser.error('--dropout-samples has no meaning without --uncertainty')
     if args.dropout_samples == 1:
         parser.error('--dropout-samples is 1; expected 2 or more: one alone cannot disagree')
+    if args.smooth_frames < 1 or args.smooth_frames % 2 == 0:
+        parser.error(f'--smooth-frames is {args.smooth_frames}; expected an odd number of 1 or more: the window is centred')
     if hasattr(args, 'label') and hasattr(args, 'mask_threshold'):
         parser.error('--label and --mask-threshold both say what is foreground; give one of them')
     return args

@@ -253,12 +253,12 @@ def test_whatever_is_left_out_or_taken_from_elsewhere_is_told(tmp_path, rng):
     kaggle(tmp_path / 'a' / 'train', rng)
     for name in ('beside.tif', 'test/5_1.tif', 'more/5_2.tif'):
         write(tmp_path / 'a' / name, GREY)
-    (tmp_path / 'a' / 'train' / '9_1.gif').write_bytes(b'')
+    (tmp_path / 'a' / 'train' / '9_1.jp2').write_bytes(b'')
     (tmp_path / 'a' / 'train' / '9_2.dcm').write_bytes(b'')
     (tmp_path / 'a' / 'train' / '9_3.tif').symlink_to(tmp_path / 'gone.tif')
     line, = told(tmp_path / 'a')
     for part in (f'{tmp_path / "a"}: images are taken from {tmp_path / "a" / "train"};', 'links that lead nowhere (9_3.tif)',
-                 'folders inside (more, test)', 'files of other formats (9_1.gif, 9_2.dcm)', 'images beside that (beside.tif)',
+                 'folders inside (more, test)', 'files of other formats (9_1.jp2)', 'ImageMagick', '(9_2.dcm)', 'images beside that (beside.tif)',
                  f'to score on {tmp_path / "a" / "test"} give it as --test'):
         assert part in line
     with pytest.raises(DataError, match='9_3.tif: is a link that leads nowhere'):
@@ -274,12 +274,12 @@ def test_whatever_is_left_out_or_taken_from_elsewhere_is_told(tmp_path, rng):
 
 
 def test_wrong_content_of_images_and_masks_is_listed_with_the_way_out(tmp_path):
-    plain(tmp_path / 'gif', ['0', '1'])
-    for path in (tmp_path / 'gif' / 'masks').iterdir():
-        path.rename(path.with_suffix('.gif'))
+    plain(tmp_path / 'jp2', ['0', '1'])
+    for path in (tmp_path / 'jp2' / 'masks').iterdir():
+        path.rename(path.with_suffix('.jp2'))
     with pytest.raises(DataError) as error:
-        find_samples(tmp_path / 'gif')
-    message(error, 'Found images/ with 0.png, 1.png, masks/ with 0.gif, 1.gif', 'convert them to PNG')
+        find_samples(tmp_path / 'jp2')
+    message(error, 'Found images/ with 0.png, 1.png, masks/ with 0.jp2, 1.jp2', 'convert them to PNG')
     (tmp_path / 'links').mkdir()
     (tmp_path / 'links' / '1_1.tif').symlink_to(tmp_path / 'gone')
     with pytest.raises(DataError) as error:
@@ -756,7 +756,7 @@ def test_a_file_of_several_pages_is_refused(tmp_path):
         for read in (read_image, read_mask):
             with pytest.raises(DataError) as error:
                 read(path)
-            message(error, path, '2 pages')
+            message(error, path, '2 frames')
 
 
 @pytest.mark.parametrize('limit', [10, 29])                                     # Pillow warns, or raises
@@ -961,7 +961,7 @@ def test_a_transform_cannot_spoil_what_the_reader_remembers(samples):
 
 def test_small_sets_are_read_once_and_large_ones_stay_within_the_budget(samples, monkeypatch):
     reads = []
-    monkeypatch.setattr(data, 'read_image', lambda path, white: reads.append(path) or read_image(path))
+    monkeypatch.setattr(data, 'read_image', lambda path, *rest: reads.append(path) or read_image(path, *rest))
     bytes_per_sample = 8 * 12 * 3
     for cache_bytes, expected in ((2**30, 12), (bytes_per_sample * 5 + 7, 12 + 2 * 7), (0, 36)):
         reads.clear()

@@ -124,8 +124,8 @@ def scanned(backscatter=0.0, specular=0.0, attenuation=0.0):
     subject = phantom.Subject(0, 1)
     subject.gain, subject.dynamics, subject.contact, subject.coupling = 0, 1, 0, lambda index: 0
     grid = numpy.zeros((len(phantom.Y), len(phantom.X)))
-    return phantom.scan(subject, 1, numpy.random.default_rng(0), grid + phantom.Y, phantom.X,
-                        grid + backscatter, grid + specular, grid + attenuation)
+    looks = phantom.speckle(subject, numpy.random.default_rng(0), grid + phantom.Y, phantom.X)
+    return phantom.scan(subject, 1, looks, grid + backscatter, grid + specular, grid + attenuation)
 
 
 def grain(patch):

@@ -114,6 +114,8 @@ def _contradictions(samples, reader, details):
         return resize_mask(reader.read(samples[i])[1][reader.place(samples[i])], reader.size)
 
     for i in numpy.flatnonzero(index < numpy.arange(len(index))):
+        if samples[i].frame and samples[i].image_path == samples[index[i]].image_path:
+            continue                                        # in a loop, what is meant comes into view from one frame to the next
         one, other = mask(i), mask(index[i])
         overlap, total = (one & (other[:, ::-1] if is_mirrored[i] else other)).sum(), one.sum(dtype=int) + other.sum(dtype=int)
         if total and 2 * overlap / total < 0.5:

@@ -24,13 +24,15 @@ from PIL import Image, ImageOps
 
 from ..engine.backend import copied_ahead
 from ..engine.parallel import parallel_for
+from .layout import DICOM, FORMATS, is_dicom
+from .loops import count_frames, frames_of, read_frame
 from .samples import DataError, some_of
 
-FORMATS = 'PNG', 'JPEG', 'TIFF', 'BMP'
 FITS = 'pad', 'crop', 'squeeze'         # how an image comes to a size of another shape, see `places`
 
-# `_read_grey` refuses such images itself, and names the file.
+# `_read_grey` refuses such images itself, and names the file; of damaged ones it tells what matters.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+warnings.filterwarnings('ignore', 'Corrupt EXIF data', module='PIL')
 
 
 # --- Reading one file -------------------------------------------------------------------------------------------------
@@ -55,26 +57,26 @@ def as_intensities(image):
     return image.astype(numpy.float32, copy=False)
 
 
-def read_image(path, white=None):
-    """Return the image at `path` as (H, W) float32 intensities in [0, 1].
+def read_image(path, white=None, frame=None):
+    """Return the image at `path` as (H, W) float32 intensities in [0, 1]; of a loop, a file of several frames, the one of number `frame`, from 1.
 
     8-bit grey is divided by 255, 16-bit grey by 65535, or integers of any kind by `white`, as 12 bits in 16-bit files
     need it: 4095. Floating-point grey is taken as it is. Colours, palettes included, become their luma, 0.299 R + 0.587
     G + 0.114 B; what is transparent counts as black. A camera's orientation mark is obeyed. Of a phone's JPEG that
     carries a second picture, the first is read.
 
-    Raises DataError for a file that cannot be read to its end, several pages, integers that are signed or of 32 bits
+    Raises DataError for a file that cannot be read to its end, several frames without `frame`, integers that are signed or of 32 bits
     unless `white` is given, levels above `white`, floats outside [0, 1], a palette that shows nothing.
     """
-    pixels, full = _read_grey(path)
+    pixels, full = _read_grey(path, frame=frame)
     if full is None and white is None:
-        raise DataError(f'{path}: holds signed or 32-bit integers ({pixels.min()} to {pixels.max()}), and nothing says which is '
+        raise DataError(f'{_named(path, frame)}: holds signed or 32-bit integers ({pixels.min()} to {pixels.max()}), and nothing says which is '
                         'white; save it with 8 or 16 bits, unsigned')
     if full == 1:
         white = 1
     white = white or full
     if not (pixels.min() >= 0 and pixels.max() <= white):                            # false for NaN as well
-        raise DataError(f'{path}: holds values from {pixels.min():g} to {pixels.max():g}, expected 0 to {white:g}; '
+        raise DataError(f'{_named(path, frame)}: holds values from {pixels.min():g} to {pixels.max():g}, expected 0 to {white:g}; '
                         + ('scale it, or save it with 8 or 16 bits' if full == 1 else 'is another value white?'))
     return numpy.divide(pixels, white, dtype=numpy.float32)
 
@@ -82,9 +84,9 @@ def read_image(path, white=None):
 def white_of(path):
     """Return the level that is likely white in an integer image of few levels, such as 4095 for 12 bits in a 16-bit file.
 
-    None if the image has 8 bits, uses more than an eighth of its range, or is one of floats. Raises DataError.
+    None if the image has 8 bits, uses more than an eighth of its range, or is one of floats. Of a loop the first frame says it. Raises DataError.
     """
-    pixels, full = _read_grey(path)
+    pixels, full = _read_grey(path, frame=1 if count_frames(path) > 1 else None)
     if full in (None, 1, 255) or pixels.max() > full // 8:
         return None
     return next(2**bits - 1 for bits in (8, 10, 12, 14) if pixels.max() < 2**bits)
@@ -106,8 +108,8 @@ class MaskRule:
     fill_outlines: bool | None = None
 
 
-def read_mask(path, threshold=None, label=None, fill_outlines=None):
-    """Return the mask at `path` as (H, W) uint8: 0 is background, 1 is foreground.
+def read_mask(path, threshold=None, label=None, fill_outlines=None, frame=None):
+    """Return the mask at `path` as (H, W) uint8: 0 is background, 1 is foreground; of a loop that of number `frame`, from 1.
 
     In the file, 0 is background and one other value, any, is foreground: 0/255, 0/1 and black/white are all the same. A
     file of the one value 0 is an empty mask, of one other value a full one. Where all colours of a palette look alike,
@@ -116,22 +118,23 @@ def read_mask(path, threshold=None, label=None, fill_outlines=None):
     Raises DataError for more values, as classes have them and lossy formats make them, unless `label` or `threshold` says which
     are foreground; for closed thin lines, unless `fill_outlines` says what they stand for, and with it for lines that are not closed: see MaskRule.
     """
-    return _read_mask(path, MaskRule(threshold, label, fill_outlines))[0]
+    return _read_mask(path, MaskRule(threshold, label, fill_outlines), frame)[0]
 
 
-def _read_mask(path, rule):
+def _read_mask(path, rule, frame=None):
     """Return (mask (H, W) uint8 0/1, value): the value in the file that is foreground, if nothing says it, and there is any; else None."""
     value = None
-    (values, _), classes = _read_grey(path, lambda image, kind: (_labels(image, kind), _classes(image, kind)))
+    (values, _), classes = _read_grey(path, lambda image, kind: (_labels(image, kind), _classes(image, kind)), frame)
+    name = _named(path, frame)
     if rule.label is not None:
         if classes is None or path.suffix.lower() in ('.jpg', '.jpeg'):
             problem = 'is drawn in colours' if classes is None else 'has a lossy format, which changes numbers'
-            raise DataError(f'{path}: {problem}, and --label {rule.label} asks for numbers; save it as grey or with a palette, as PNG')
+            raise DataError(f'{name}: {problem}, and --label {rule.label} asks for numbers; save it as grey or with a palette, as PNG')
         mask = classes != 0 if rule.label == 'all' else classes == rule.label
     elif rule.threshold is not None:
         mask = values >= rule.threshold
     else:
-        _check_two_values(path, values, classes)
+        _check_two_values(name, values, classes)
         mask = values != 0
         if mask.any():
             value = f'colour {values.max()}' if classes is None else classes[mask].max().item()
@@ -143,15 +146,15 @@ def _read_mask(path, rule):
     if rule.label is not None:
         filled[(classes != 0) & (mask == 0)] = 0            # another class, and no hole
     if rule.fill_outlines is None and is_outline(mask, filled):
-        raise DataError(f'{path}: is a line around a region, not the region: it encloses {filled.sum() / mask.sum() - 1:.1f} times its own area; give '
+        raise DataError(f'{name}: is a line around a region, not the region: it encloses {filled.sum() / mask.sum() - 1:.1f} times its own area; give '
                         '--fill-outlines, or --no-fill-outlines if the line itself is meant')
     if rule.fill_outlines and not encloses and is_thin(mask):
-        raise DataError(f'{path}: holds a line that is not closed, so nothing of what it goes around can be filled; close it, at the border of the '
+        raise DataError(f'{name}: holds a line that is not closed, so nothing of what it goes around can be filled; close it, at the border of the '
                         'image too')
     return filled if rule.fill_outlines else mask, value
 
 
-def _check_two_values(path, values, classes):
+def _check_two_values(name, values, classes):
     """Raise DataError if a mask holds other values than 0 and one more; say which options say what is foreground."""
     if ((values == 0) | (values == values.max())).all():
         return
@@ -171,7 +174,7 @@ def _check_two_values(path, values, classes):
     if 1 < len(classes) and classes[0] >= 0 and (len(classes) <= 6 or classes[-1] <= 30):      # a lossy format leaves more
         said = (f'if they are classes (numbers {listed(classes)} in the file), give --label {classes[classes > 0][0]}, or another, to train on that '
                 'one, or --label all; else, ')
-    raise DataError(f'{path}: a mask holds 0 and one other value, this file holds {len(found)} values, {listed(found)}; {said}to '
+    raise DataError(f'{name}: a mask holds 0 and one other value, this file holds {len(found)} values, {listed(found)}; {said}to '
                     'count all values from N up as foreground give --mask-threshold N'
                     + (f', for example {middle:g}' if middle else ', or save it with 0 as background'))
 
@@ -233,7 +236,7 @@ def read_pair(sample, rule=MaskRule(), white=None, seen=None):
     """Return (image (H, W) float32, mask (H, W) uint8) of a sample; see `read_mask_of`. Raises DataError, also if their sizes differ."""
     if sample.mask_paths is None:
         raise DataError(f'{sample.image_path}: has no mask')
-    image = read_image(sample.image_path, white)
+    image = read_image(sample.image_path, white, sample.frame)
     return image, read_mask_of(sample, image, rule, seen)
 
 
@@ -245,7 +248,7 @@ def read_mask_of(sample, image, rule=MaskRule(), seen=None):
     """
     union = numpy.zeros(image.shape, numpy.uint8)
     for path in sample.mask_paths:
-        mask, value = _read_mask(path, rule)
+        mask, value = _read_mask(path, rule, sample.frame)
         if image.shape != mask.shape:
             turned = ''
             if mask.shape == image.shape[::-1]:
@@ -264,24 +267,23 @@ def read_mask_of(sample, image, rule=MaskRule(), seen=None):
     return union
 
 
-def _read_grey(path, convert=None):
-    """Return (pixels (H, W), white): the grey levels as stored, and the level that is white, None if unknown.
+def _read_grey(path, convert=None, frame=None):
+    """Return (pixels (H, W), white): the grey levels as stored, and the level that is white, None if unknown; of a loop those of a frame.
 
     `convert` takes the opened image, upright, and its format to them; by default as an image, `_grey`.
     """
     limit = Image.MAX_IMAGE_PIXELS or numpy.inf
     try:
+        if frame is not None:
+            return read_frame(path, frame, convert or _grey)
         # Given a path, Pillow maps an uncompressed TIFF into memory, and scrambles it if it has an orientation mark.
         with open(path, 'rb') as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError
-            pages, kind = getattr(image, 'n_frames', 1), image.format
-            if kind == 'MPO':                       # a JPEG with a preview or a second view; programs show the first
-                pages = 1
-            elif stack := re.search(r'^images=(\d+)', str(getattr(image, 'tag_v2', {}).get(270, '')), re.MULTILINE):
-                pages = max(pages, int(stack[1]))   # ImageJ writes a large stack as one page and a note
-            if pages > 1:
-                raise DataError(f'{path}: holds {pages} pages, expected one; split it into one file per page')
+            if (frames := frames_of(image, path)) > 1:
+                raise DataError(f'{path}: holds {frames} frames, expected one image; predict.py and train_unet.py take loops, here save one frame as '
+                                'a file of its own')
+            kind = image.format
             if kind != 'TIFF':                      # Pillow turns a TIFF by itself
                 image = ImageOps.exif_transpose(image)
             return (convert or _grey)(image, kind)
@@ -290,8 +292,15 @@ def _read_grey(path, convert=None):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f'{path}: has more than {limit:,} pixels, the limit for one image; make it smaller') from None
     except Exception as error:              # Pillow's decoders raise OSError, SyntaxError, struct.error and others
+        if is_dicom(path):
+            raise DataError(f'{path}: is a DICOM file, which is not read; {DICOM}') from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(' <_io')[0]
-        raise DataError(f'{path}: cannot be read as an image ({reason})') from error
+        raise DataError(f'{_named(path, frame)}: cannot be read as an image ({reason})') from error
+
+
+def _named(path, frame):
+    """Return a file and, of a loop, the number of a frame, in words."""
+    return path if frame is None else f'{path}, frame {frame}'
 
 
 def _grey(image, kind):
@@ -371,7 +380,7 @@ def mask_oddity(sample, mask):
     """Return in words what is odd about the mask (H, W) 0/1 of a sample whose two files were read; '' if nothing is."""
     if mask.mean() > 0.5:
         return 'foreground for more than half (inverted?)'
-    if sample.image_path and sample.mask_paths:                 # else it was made, not read
+    if sample.image_path and sample.mask_paths and (sample.frame or 1) == 1:        # else it was made, not read, or is a later frame
         (mark, is_square), (mark_of_mask, _) = _header(sample.image_path), _header(sample.mask_paths[0])
         # Marks from 5 on exchange height and width. If only one file has such a mark, equal sizes show that both are upright.
         if mark != mark_of_mask and (is_square or (mark > 4) == (mark_of_mask > 4)):

@@ -22,8 +22,10 @@ from pathlib import Path
 
 from PIL import Image
 
-SUFFIXES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'
-MEDICAL = '.dcm', '.nii', '.gz', '.mha', '.mhd', '.nrrd', '.npy', '.npz', '.mat'          # images that Pillow does not know
+FORMATS = 'PNG', 'JPEG', 'TIFF', 'BMP', 'GIF', 'WEBP'
+SUFFIXES = '.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.apng', '.webp'
+DICOM = 'convert it, for example with "magick FILE.dcm FILE.tif" of ImageMagick: a loop becomes one TIFF of all its frames'
+MEDICAL = '.dcm', '.dicom', '.nii', '.gz', '.mha', '.mhd', '.nrrd', '.npy', '.npz', '.mat'          # images that Pillow does not know
 LAYOUTS = ('{subject}_{image}.tif beside {subject}_{image}_mask.tif, in this folder or in its train/; or two folders '
            f'images/ and masks/ with equal names ({", ".join(SUFFIXES)}); if masks lie elsewhere: --images DIR --masks DIR, or '
            "--mask-pattern '{image}_mask*'")
@@ -121,7 +123,9 @@ class Listing:
                 elif entry.suffix.lower() in SUFFIXES and entry.is_file():
                     self.files.append((place, name_of(entry.stem), entry, role))
         self.leave(entries, 'links that lead nowhere', lambda entry: entry.is_symlink() and not entry.exists())
-        self.leave(entries, 'files of other formats', is_of_another_format)
+        others = list(filter(is_of_another_format, entries))
+        self.leave(others, f'DICOM files ({DICOM})', is_dicom)
+        self.leave(others, 'files of other formats', lambda entry: not is_dicom(entry))
         return self
 
     def leave(self, entries, kind, belongs):
@@ -280,7 +284,18 @@ def holds_images(entry):
 def is_of_another_format(path):
     """Return whether a file looks like an image that is not read."""
     suffix = path.suffix.lower()
-    return suffix not in SUFFIXES and (suffix in Image.registered_extensions() or suffix in MEDICAL) and not path.is_dir()
+    if suffix in SUFFIXES or path.is_dir():
+        return False
+    return suffix in Image.registered_extensions() or suffix in MEDICAL or bool(re.fullmatch(r'(\.\d+)?', suffix)) and is_dicom(path)
+
+
+def is_dicom(path):
+    """Return whether a file is DICOM, by its suffix or, since many are called IM_0001 or 1.2.840.113619, by its content."""
+    try:
+        with open(path, 'rb') as file:
+            return path.suffix.lower() in ('.dcm', '.dicom') or file.read(132)[128:] == b'DICM'
+    except OSError:
+        return False
 
 
 def name_of(name):
@@ -318,9 +333,10 @@ def listing(root, is_plain):
         found = ', '.join(f'{part.name}/ with {listing(part, False)}' for part in parts)
         return found if len(parts) == 2 else f'{found}, and no masks/'
     entries = entries_of(root)
-    names = [entry.name + '/' * entry.is_dir() for entry in entries]
+    names, others = [entry.name + '/' * entry.is_dir() for entry in entries], list(filter(is_of_another_format, entries))
     reasons = {'links lead nowhere': any(entry.is_symlink() and not entry.exists() for entry in entries),
-               'files of other formats are not read, so convert them to PNG': any(map(is_of_another_format, entries))}
+               f'DICOM files are not read: {DICOM}': any(map(is_dicom, others)),
+               'files of other formats are not read, so convert them to PNG': not all(map(is_dicom, others))}
     reasons = ', '.join(reason for reason, holds in reasons.items() if holds)
     return some_of(names, 6) + f' ({reasons})' * bool(reasons) if names else 'nothing, the folder is empty'
 

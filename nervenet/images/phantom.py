@@ -22,9 +22,13 @@ peripheral nerves"). Its place, size and tilt, and the share of frames that hold
 frames of the Kaggle competition "Ultrasound Nerve Segmentation". Vessels, muscles and the gaps between them remain when
 it is gone.
 
+A loop is the same, with time running slowly: probe, tissue and nerve follow the same curves in small steps. Its speckle is neither frozen nor
+new in each frame: scatterers move with the tissue, and where the probe leaves the plane, those of one slice fade into those of the next. Two
+frames between which nothing moved are equal.
+
 All lengths are in pixels of a 420×580 frame, about 0.1 mm. `y` and `x` are places in the frame; `v` and `u` are the
 places in the tissue (depth and across) that these show, which motion and pressure shift. Every number follows from
-`(seed, subject, index)`, in float64, so that frames need no storage and agree to one grey level between machines.
+`(seed, subject, index)`, and of a loop its number, in float64, so that frames need no storage and agree to one grey level between machines.
 """
 
 from functools import lru_cache
@@ -47,6 +51,8 @@ U = np.arange(-MARGIN_X, WIDTH + MARGIN_X, STEP)                                
 AXIAL_SIGMA = 1.6                                # length of the pulse, as a standard deviation
 GREY_OF_0_DB, GREY_PER_DB = 76, 6.7              # the display: 255 grey levels show about 40 dB
 DECIBEL = np.log(10) / 20                        # amplitude = exp(DECIBEL · level): +20 dB is ten times the amplitude
+PACE, APART = 1 / 10, 100                        # steps of the index from one frame of a loop to the next, and from one loop to the next
+SLICES = 3                                       # thicknesses of the beam that the probe leaves the plane by where `sweep` changes by 1
 
 
 # Smooth random things. A sum of Gaussian bumps with random heights, one bump per sigma, is smooth noise: its variance
@@ -112,6 +118,20 @@ def sample(texture, v, u):
     corner = above * len(U) + column
     upper = texture.take(corner)
     return upper + (row - above) * (texture.take(corner + len(U)) - upper)
+
+
+def between(texture, v, u):
+    """Return `texture` (224, 352) at the places v (H, W), u (W,): linear in depth and across, so that it moves smoothly where they do."""
+    corner, down, right = _cell(v, u)
+    upper, lower = (texture.take(left) + right * (texture.take(left + 1) - texture.take(left)) for left in (corner, corner + len(U)))
+    return upper + down * (lower - upper)
+
+
+def _cell(v, u):
+    """Return (corner, down, right): of places in the tissue the grid point to the upper left, as an index, and the way from it, in [0, 1]."""
+    row, column = np.clip((v + MARGIN_Y) / STEP, 0, len(V) - 1.001), np.clip((u + MARGIN_X) / STEP, 0, len(U) - 1.001)
+    above, left = row.astype(int), column.astype(int)
+    return above * len(U) + left, row - above, column - left
 
 
 class Subject:
@@ -248,15 +268,18 @@ def subject_of(seed, number):
     return Subject(seed, number)
 
 
-def add_nerve(subject, index, v, u, backscatter, specular):
-    """Draw the nerve of frame `index` into `backscatter` and `specular` (168, 240), and return its level (168, 240).
+def add_nerve(subject, index, v, u, backscatter, specular, at=sample):
+    """Draw the nerve of frame `index` into `backscatter` and `specular` (168, 240), and return its level (168, 240). `at` reads textures.
 
     The level is 1 in the middle of the nerve, 0 on its outline and negative outside, −1 everywhere if there is none.
     Where the section comes near the nerve without showing it clearly, a trace of it is drawn, as in real frames.
     """
     level = np.full(v.shape, -1.0)
     visible = subject.presence(index) - subject.threshold
-    contrast = subject.contrast * np.clip(0.75 + visible / 1.5 if visible > 0 else 0.25 + visible, 0, 1)
+    if at is sample:
+        contrast = subject.contrast * np.clip(0.75 + visible / 1.5 if visible > 0 else 0.25 + visible, 0, 1)
+    else:                                                            # the same, without the step
+        contrast = subject.contrast * np.interp(visible, (-0.25, -0.1, 0.1, 0.375), (0, 0.15, 0.75 + 0.1 / 1.5, 1))
     if contrast == 0:
         return level
     dv, du, log_area, log_aspect, tilt = (change(index) for change in subject.nerve_changes)
@@ -272,8 +295,8 @@ def add_nerve(subject, index, v, u, backscatter, specular):
     rows = np.flatnonzero((v.max(axis=1) > centre_v - 1.6 * major) & (v.min(axis=1) < centre_v + 1.6 * major))
     box = slice(rows[0], rows[-1] + 1), slice(*np.searchsorted(u, [centre_u - 1.6 * major, centre_u + 1.6 * major]))
     v, u = v[box], u[box[1]]
-    dv = v - centre_v + 0.4 * sample(subject.wobble[0], v, u)
-    du = u - centre_u + 0.4 * sample(subject.wobble[1], v, u)
+    dv = v - centre_v + 0.4 * at(subject.wobble[0], v, u)
+    du = u - centre_u + 0.4 * at(subject.wobble[1], v, u)
     p, q = (cos * du + sin * dv) / major, (cos * dv - sin * du) / minor
     r = np.sqrt(p * p + q * q)
     if visible > 0:
@@ -293,7 +316,7 @@ def add_nerve(subject, index, v, u, backscatter, specular):
     backscatter[box] += sheath * (subject.sheath - backscatter[box])
     backscatter[box] += core * (subject.core - backscatter[box])
     specular[box] *= (1 - 0.6 * sheath) * (1 - core)
-    specular[box] += contrast * subject.rim * (0.3 + 0.7 * sample(subject.broken, v, u)) * (
+    specular[box] += contrast * subject.rim * (0.3 + 0.7 * at(subject.broken, v, u)) * (
         clarity * line(nearest - 1, 0.14) * (0.2 + 0.8 * facing) * (r < 1.1)
         + 0.75 * line(r - 1, 0.07) * (0.2 + 0.8 * outward))
     return level
@@ -321,17 +344,39 @@ def beam(width):
     return transfer, np.sqrt(4 * np.pi * AXIAL_SIGMA * sigma) / STEP
 
 
-def scan(subject, index, rng, v, u, backscatter, specular, attenuation):
-    """Return the B-mode image (168, 240), grey levels 0 to 255, of tissue given at every grid point."""
-    # 1. What is there: scatterers with random phases, and surfaces whose echoes add in phase. Two looks are taken, one
-    #    at scatterers that stay with the tissue, one at those that this frame alone brings into view.
+def speckle(subject, rng, v, u):
+    """Return two looks (2, 168, 240) at random scatterers: at those that stay with the tissue, and at those that this frame alone brings into view."""
     row = np.clip((v + MARGIN_Y) / STEP + 0.5, 0, len(V) - 1).astype(int)
     column = np.clip((u + MARGIN_X) / STEP + 0.5, 0, len(U) - 1).astype(int)
-    looks = np.stack([subject.scatterers.take(row * len(U) + column),
-                      rng.standard_normal((*v.shape, 2)).view(complex)[..., 0]])          # (2, 168, 240)
+    return np.stack([subject.scatterers.take(row * len(U) + column),
+                     rng.standard_normal((*v.shape, 2)).view(complex)[..., 0]])          # (2, 168, 240)
+
+
+@lru_cache(maxsize=4)
+def slice_of(seed, subject, number):
+    """Return the scatterers (224, 352) of a slice of the tissue of a subject, as thick as the beam."""
+    return np.random.default_rng([seed, subject, 2**20, number]).standard_normal((len(V), len(U), 2)).view(complex)[..., 0]
+
+
+def moving_speckle(subject, slices, place, v, u):
+    """Return two looks (2, 168, 240) at random scatterers: at those that are in all slices, and at those of the two slices at `place`.
+
+    `slices(k)` are the scatterers of slice k. From k to k + 1 one fades into the other, by cosine and sine, and between grid points likewise:
+    independent numbers of variance 1 whose squared weights sum to 1 have variance 1, so speckle is as strong wherever it is looked at.
+    """
+    corner, down, right = _cell(v, u)
+    strength = np.sqrt(((1 - down) ** 2 + down ** 2) * ((1 - right) ** 2 + right ** 2))
+    first = int(np.floor(place))
+    angle = np.pi / 2 * (place - first)
+    faded = np.cos(angle) * slices(first) + np.sin(angle) * slices(first + 1)
+    return np.stack([between(scatterers, v, u) / strength for scatterers in (subject.scatterers, faded)])
+
+
+def scan(subject, index, looks, backscatter, specular, attenuation):
+    """Return the B-mode image (168, 240), grey levels 0 to 255, of tissue given at every grid point; `looks` are what `speckle` returns."""
+    # 1. What is there: scatterers with random phases, and surfaces whose echoes add in phase.
     transfer, gain = beam(subject.beam_width)
-    looks *= gain * np.sqrt(0.5) * np.exp(DECIBEL * backscatter)
-    looks += specular
+    looks = looks * (gain * np.sqrt(0.5) * np.exp(DECIBEL * backscatter)) + specular
     # 2. What comes back: sound passes all tissue above twice, down and up.
     looks *= np.exp(-2 * DECIBEL * STEP * np.cumsum(attenuation, axis=0))
     # 3. The pulse smears it, across (wider away from the focus) and in depth.
@@ -387,22 +432,28 @@ def check_numbers(subject, index, seed, size):
 
 
 @one_thread_per_product()
-def make_frame(subject, index, seed=0, size=(96, 128)):
+def make_frame(subject, index, seed=0, size=(96, 128), loop=None):
     """Return frame `index` of subject number `subject`: `(image, mask)`, (H, W) uint8 in 0 … 255 and (H, W) bool.
 
     Both count from 1, as file names do (a seed sequence ignores trailing zeros, so index 0 would share its stream with
-    the subject). The frame follows from `(seed, subject, index)` alone and is the same picture at every `size`. Raises
-    ValueError if a number is not a whole one in its range.
+    the subject). The frame follows from `(seed, subject, index)` alone and is the same picture at every `size`. With `loop`, a number from 1,
+    it is frame `index` of that loop, which follows smoothly on the one before. Raises ValueError if a number is not a whole one in its range.
     """
     check_numbers(subject, index, seed, size)
+    if loop is not None:
+        check_numbers(subject, loop, seed, size)
     anatomy = subject_of(int(seed), int(subject))
-    rng = np.random.default_rng([seed, subject, index])
-    v, u = seen(anatomy, index)
-    share = 0.5 + 0.5 * np.sin(anatomy.sweep(index))                 # how near to the first section the probe is
-    backscatter, specular = (sample(share * first + (1 - share) * second, v, u)
+    time, at = (index, sample) if loop is None else (APART * loop + PACE * index, between)
+    v, u = seen(anatomy, time)
+    share = 0.5 + 0.5 * np.sin(anatomy.sweep(time))                  # how near to the first section the probe is
+    backscatter, specular = (at(share * first + (1 - share) * second, v, u)
                              for first, second in (anatomy.backscatter, anatomy.specular))
-    level = add_nerve(anatomy, index, v, u, backscatter, specular)
-    grey = scan(anatomy, index, rng, v, u, backscatter, specular, sample(anatomy.attenuation, v, u))
+    level = add_nerve(anatomy, time, v, u, backscatter, specular, at)
+    if loop is None:
+        looks = speckle(anatomy, np.random.default_rng([seed, subject, index]), v, u)
+    else:
+        looks = moving_speckle(anatomy, lambda k: slice_of(int(seed), int(subject), k + 2**10), SLICES * anatomy.sweep(time), v, u)
+    grey = scan(anatomy, time, looks, backscatter, specular, at(anatomy.attenuation, v, u))
     down, across = resize_matrix(size[0], len(Y)), resize_matrix(size[1], len(X) - 2 * EDGE).T
     image, level = (down @ grid[:, EDGE:len(X) - EDGE] @ across for grid in (add_overlay(grey), level))
     return np.rint(image).astype(np.uint8), level > 0
@@ -411,6 +462,7 @@ def make_frame(subject, index, seed=0, size=(96, 128)):
 class Phantom(Remembering):
     """`frames` frames of each of `subjects` subjects, made when they are asked for: a Reader for a Loader.
 
+    loops         number of loops of each subject, of `frames` frames each; None: single frames
     size          (H, W) of the frames
     first         number of the first subject: two sets of one seed whose numbers do not overlap share no subject
     cache_bytes   memory for frames already made; what does not fit is made anew each time
@@ -419,16 +471,22 @@ class Phantom(Remembering):
     anatomy takes ten times as long as a frame, and only the last few are kept.
     """
 
-    def __init__(self, subjects=60, frames=15, seed=0, size=(96, 128), first=1, cache_bytes=2**30):
-        for name, count in ('subjects', subjects), ('frames', frames):
+    def __init__(self, subjects=60, frames=15, seed=0, size=(96, 128), first=1, cache_bytes=2**30, loops=None):
+        for name, count in ('subjects', subjects), ('frames', frames), *([('loops', loops)] if loops is not None else []):
             if not isinstance(count, (int, np.integer)) or count < 1:
                 raise ValueError(f'{name} is {count!r}; expected a whole number of 1 or more')
         check_numbers(first, 1, seed, size)
         super().__init__(cache_bytes)
         self.seed, self.size = seed, tuple(size)
-        self.samples = [Sample(f'{subject}_{index}', str(subject), None, None)
-                        for subject in range(first, first + subjects) for index in range(1, frames + 1)]
+        numbers = range(first, first + subjects)
+        if loops is None:
+            self.samples = [Sample(f'{subject}_{index}', str(subject), None, None) for subject in numbers for index in range(1, frames + 1)]
+        else:
+            self.samples = [Sample(f'{subject}_{loop}#{index}', str(subject), None, None, index, frames)
+                            for subject in numbers for loop in range(1, loops + 1) for index in range(1, frames + 1)]
 
     def make(self, sample):
-        image, mask = make_frame(*map(int, sample.name.split('_')), self.seed, self.size)
+        subject, index = map(int, sample.file_name.split('_'))
+        of_loop = (sample.frame, self.seed, self.size, index) if sample.frame else (index, self.seed, self.size)
+        image, mask = make_frame(subject, *of_loop)
         return image.astype(np.uint16) * 257, mask.astype(np.uint8)

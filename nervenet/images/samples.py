@@ -27,13 +27,21 @@ class Sample:
     """One image on disk: its name without suffix, whom it shows, and where its masks are, of which it is the union.
 
     The name begins with the folders it lies in below the one that was given, P1/scan_2. mask_paths is None if it is not known what the
-    image shows, and () if it is known to show nothing.
+    image shows, and () if it is known to show nothing. Of a loop, a file of several frames (see `loops.py`), a sample is the frame with the number
+    `frame`, from 1, of so many `frames`; its name is P1/loop_2#17.
     """
 
     name: str
     subject: str
     image_path: Path
     mask_paths: tuple | None
+    frame: int | None = None
+    frames: int | None = None
+
+    @property
+    def file_name(self):
+        """The name of the image, of a frame that of its loop."""
+        return self.name if self.frame is None else self.name.removesuffix(f'#{self.frame}')
 
 
 # --- Which files there are --------------------------------------------------------------------------------------------
@@ -44,7 +52,7 @@ def find_samples(folder, subject_pattern=None, masks='required', tell=None, *, m
 
     Which file is a mask of which is said in `layout.py`: `{subject}_{image}.tif` with `{subject}_{image}_mask.tif`, in `folder` or in
     its `train/`; two folders `images/` and `masks/` with equal names; or as `masks_folder` and `mask_pattern` say. Folders are read
-    with all inside them. Formats are PNG, JPEG, TIFF and BMP, and may differ within a pair. Names are compared in composed form
+    with all inside them. Formats are PNG, JPEG, TIFF, BMP, GIF and WebP, and may differ within a pair. Names are compared in composed form
     (NFC), whatever form a system wrote them in; bytes that are not UTF-8 are spelled out in a sample's name.
 
     The subject of an image is what the table in the CSV file `subjects` says, of two columns, the image's name and its subject; or
@@ -124,10 +132,12 @@ def describe(samples):
     empty = [sample.name for sample in samples if sample.mask_paths == ()]
     subjects = {sample.subject for sample in samples}
     example = next((sample for sample in samples if sample.mask_paths), samples[0])
-    said = f'{example.name}{example.image_path.suffix}'
+    said = f'{example.file_name}{example.image_path.suffix}'
     if example.mask_paths:
         said += f' with {os.path.relpath(example.mask_paths[0], example.image_path.parent)}'
-    lines = [f'{len(samples):,} images with {sum(len(sample.mask_paths or ()) for sample in samples):,} masks, {len(subjects)} '
+    loops = {sample.image_path for sample in samples if sample.frame}
+    of_loops = f'{sum(sample.frame is not None for sample in samples):,} of them frames of {len(loops):,} loops, ' if loops else ''
+    lines = [f'{len(samples):,} images with {sum(len(sample.mask_paths or ()) for sample in samples):,} masks, {of_loops}{len(subjects)} '
              f'subject{"s" * (len(subjects) != 1)}; such as {said}, subject {example.subject}']
     if joined:
         lines.append(f'{len(joined)} images have several masks, which are joined: {some_of(joined)}')
@@ -220,7 +230,8 @@ def subject_warning(samples, how=None):
 
     unknown = [sample.name for sample in samples if not is_known(sample)]
     if how is None and len(unknown) == len(samples) or how is not None and len(subjects) == len(samples):
-        said.append('WARNING: no subject is known, so every image counts as its own. If several images show one subject, some '
+        each = 'image, and every loop,' if any(sample.frame for sample in samples) else 'image'
+        said.append(f'WARNING: no subject is known, so every {each} counts as its own. If several images show one subject, some '
                     'land on both sides of the split and the scores are too good to be true: ' + likely_subjects(samples))
     elif how is None and unknown:
         said.append(f'WARNING: {len(unknown)} of {len(samples)} names do not say their subject as {{subject}}_{{image}} does, '
@@ -240,7 +251,7 @@ def subject_warning(samples, how=None):
 
 def own_subjects(test):
     """Return the samples of a test part; those of which no subject is known count as others than images of that name elsewhere."""
-    return [replace(sample, subject=f'test/{sample.name}') if sample.subject == sample.name else sample for sample in test]
+    return [replace(sample, subject=f'test/{sample.file_name}') if sample.subject == sample.file_name else sample for sample in test]
 
 
 def refuse_common_files(samples, test):

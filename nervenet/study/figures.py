@@ -3,12 +3,13 @@
 Every function takes NumPy arrays, lists and dicts and returns a `PIL.Image`, which `save` writes.
 
     curves, fold_curves         training and validation over the epochs: one run, or all folds with mean and band
+    over_time                   area, place and confidence of a mask over the frames of a loop
     overlay, heat, rectangle    masks, a map of magnitudes, a box of pixels, drawn on an image
     predictions                 image, truth, prediction and overlay side by side, case by case
     feature_maps                what each stage of a network makes of an image
     picture, grid               one image enlarged; many pictures in rows, with captions
 
-`save_animation` makes a GIF of several.
+`save_animation` makes a GIF of several, `Animation` one of overlays, frame by frame.
 
 Images are (H, W), uint8 or floats in [0, 1]; masks are (H, W), binary: bool, {0, 1} or {0, 255}. Both may have a last
 axis of one channel. Small images are enlarged by a whole factor, so that all pixels stay equally large.
@@ -17,12 +18,13 @@ The colours are those of Okabe & Ito, *Color Universal Design* (2008), which col
 and outlines are drawn enlarged and averaged down, which smooths their steps.
 """
 
+import struct
 import unicodedata
 import zlib
 from functools import lru_cache
 
 import numpy
-from PIL import Image, ImageDraw, ImageFont
+from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 
 from ..files import atomic_write
 from ..metrics import ratio
@@ -81,6 +83,45 @@ def save_animation(frames, path, milliseconds=400):
     with atomic_write(path) as file:
         frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], loop=0,
                        duration=[milliseconds] * (len(frames) - 1) + [5 * milliseconds])
+
+
+class Animation:
+    """Appends overlays to a GIF that goes round, each written as it comes, so none is held; `close` ends it.
+
+    file          opened for writing in binary, and empty
+    size          (height, width) of all pictures
+    milliseconds  that each is shown, in steps of 10
+
+    A GIF has 256 colours. Those of overlays are known before any is drawn: greys, and greys under a pale fill, and the two outlines.
+    """
+
+    def __init__(self, file, size, milliseconds):
+        self.file, self.milliseconds = file, milliseconds
+        file.write(struct.pack('<6sHHBBB', b'GIF89a', *size[::-1], 0b11110111, 0, 0) + bytes(_overlay_palette().getpalette()))
+        file.write(b'!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0')                               # without end
+
+    @staticmethod
+    def encoded(shown):
+        """Return a picture that `overlay` drew as the bytes of a frame: the work, which a thread can do while another frame is written."""
+        return b''.join(GifImagePlugin.getdata(shown.quantize(palette=_overlay_palette(), dither=Image.Dither.NONE), interlace=0))
+
+    def append(self, encoded):
+        self.file.write(struct.pack('<4sHH', b'!\xf9\x04\0', round(self.milliseconds / 10), 0) + encoded)
+
+    def close(self):
+        self.file.write(b';')
+
+
+@lru_cache
+def _overlay_palette():
+    """Return a Pillow image with the colours of overlays: 63 greys, as they are and under the fill of truth, prediction and both; both outlines."""
+    greys = numpy.linspace(0, 255, 63)[:, None].repeat(3, axis=1)
+    fills = [greys, *(0.75 * greys + 0.25 * numpy.array(colour) for colour in (TRUTH, PREDICTION))]
+    fills.append(0.75 * fills[1] + 0.25 * numpy.array(PREDICTION))
+    colours = numpy.concatenate([*fills, [TRUTH, PREDICTION, PAPER, (0, 0, 0)]])                      # (256, 3)
+    palette = Image.new('P', (1, 1))
+    palette.putpalette(colours.round().astype('uint8').tobytes())
+    return palette
 
 
 def save_mask(mask, path):
@@ -171,6 +212,34 @@ def _figure(histories, panels, baselines, title):
     return image
 
 
+def over_time(rows, truth=(), title=''):
+    """Return how a mask changes over the frames of a loop: a panel each for its area, confidence, and the row and column of its centroid.
+
+    rows    dicts as a table of results has them: frame, area, confidence, row, column; '' where there is no such value, and no row for a frame
+            that was not predicted: there the curve has a gap
+    truth   the same of the masks to compare with, if there are any
+
+    Raises ValueError without a row.
+    """
+    if not rows:
+        raise ValueError('there is no frame to draw; expected one at least')
+    frames = numpy.arange(rows[0]['frame'], rows[-1]['frame'] + 1)
+    panels = (('area', 'Area in pixels'), ('confidence', 'Confidence'), ('row', 'Row of the centroid, from the top'),
+              ('column', 'Column of the centroid, from the left'))
+    margin, gap, top, width, height = 34, 54, 34 + (54 if title else 0), 640, 400
+    image = Image.new('RGB', (2 * (width + margin) + gap, top + 2 * height + margin // 2), PAPER)
+    if title:
+        _write(ImageDraw.Draw(image), (margin, margin), title, TITLE, width=2 * width + gap)
+    for k, (key, name) in enumerate(panels):
+        parts = []
+        for label, colour, of in (('true mask', TRUTH, truth), ('prediction', PREDICTION, rows)):
+            if any(key in row for row in of):
+                columns = {'epoch': numpy.array([row['frame'] for row in of]), key: [row[key] for row in of]}
+                parts.append((label, colour, _values([columns], frames, key)))
+        _panel(image, (margin + k % 2 * (width + gap), top + k // 2 * height), (width, height), name, frames, parts, (), legend_rows=1, along='frame')
+    return image
+
+
 def nice_ticks(low, high, count=5, whole=False):
     """Return about `count` numbers in [low, high], 1, 2 or 5 times a power of ten apart; if `whole`, whole numbers."""
     rough = (high - low) / count
@@ -202,13 +271,13 @@ def _runs(there):
     return numpy.flatnonzero(numpy.diff(there, prepend=False, append=False)).reshape(-1, 2)
 
 
-def _panel(image, corner, size, name, epochs, parts, levels, legend_rows):
-    """Draw one panel: title, legend, axes, broken lines for `levels`, and the curves of `parts`."""
+def _panel(image, corner, size, name, epochs, parts, levels, legend_rows, along='epoch'):
+    """Draw one panel: title, legend, axes, broken lines for `levels`, and the curves of `parts` over the `epochs`, or what they run `along`."""
     draw = ImageDraw.Draw(image)
     (left, top), (width, height) = corner, size
     _write(draw, (left, top), name, HEADING, width=width)
 
-    _legend(draw, (left, top + 36), width, parts, levels)
+    _legend(draw, (left, top + 36), width, parts, levels, with_values=along == 'epoch')
     # The plot lies inside the panel: numbers on its left, title and legend above it, numbers and a word below it.
     above = 52 + 26 * legend_rows
     left, top, width, height = left + 66, top + above, width - 66, height - above - 78
@@ -240,7 +309,7 @@ def _panel(image, corner, size, name, epochs, parts, levels, legend_rows):
         x = left + round(x_of(tick))
         draw.line((x, top + height, x, top + height + 5), FAINT)
         _write(draw, (x, top + height + 10), _number(tick, 1), anchor='ma')
-    _write(draw, (left + width / 2, top + height + 34), 'epoch', colour=FAINT, anchor='ma')
+    _write(draw, (left + width / 2, top + height + 34), along, colour=FAINT, anchor='ma')
 
     for (_, level), (on, off) in zip(levels, DASHES):
         y = round(y_of(level) * FINE)
@@ -267,16 +336,16 @@ def _panel(image, corner, size, name, epochs, parts, levels, legend_rows):
     draw.line((left, top + height, left + width, top + height), FAINT)
 
 
-def _legend(draw, corner, width, parts, levels):
-    """Write what the lines are and their last values: `parts` in one row, `levels` in the next."""
+def _legend(draw, corner, width, parts, levels, with_values=True):
+    """Write what the lines are, and their last values: `parts` in one row, `levels` in the next."""
     left, y = corner
     x = left
     for label, colour, values in parts:
         ends = numpy.array([row[numpy.isfinite(row)][-1] for row in values if numpy.isfinite(row).any()])
         if ends.size:
             draw.rectangle((x, y + 8, x + 26, y + 11), colour)
-            text = f'{label} {_number(ends.mean())}' + (f' ± {_number(ends.std())}' if len(values) > 1 else '')
-            x += 62 + _write(draw, (x + 34, y), text)
+            text = f' {_number(ends.mean())}' + (f' ± {_number(ends.std())}' if len(values) > 1 else '')
+            x += 62 + _write(draw, (x + 34, y), label + text * with_values)
     x, y = left, y + 26
     for (label, level), (on, off) in zip(levels, DASHES):
         for dash in range(0, 27, on + off):

@@ -2,6 +2,7 @@
 
 from ..images.copies import copies_warning
 from ..images.data import MaskRule, Reader, crop_warning
+from ..images.loops import with_frames
 from ..images.samples import describe, find_samples
 
 
@@ -11,9 +12,13 @@ def open_reader(args):
 
 
 def found(args, folder, masks, label):
-    """Return the samples in a folder, found as `args` say, with their masks in the folder `masks` if that is not None; print what was found."""
+    """Return the samples in a folder, frames of loops among them, found as `args` say, with their masks in the folder `masks` if that is not None.
+
+    Prints what was found. Raises DataError.
+    """
     samples = find_samples(folder, args.subject_pattern, tell=print, masks_folder=masks, mask_pattern=args.mask_pattern,
                            subject_from=args.subject_from, subjects=args.subjects, no_mask_is_empty=args.no_mask_is_empty)
+    samples = with_frames(samples)
     for line in describe(samples):
         print(f'{label + ":" if label else "":12} {line}')
         label = ''
