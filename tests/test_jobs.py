@@ -51,8 +51,9 @@ def job(tmp_path, rng):
         script, line = (recipe.replace('--folds 5', '--folds 3').replace(' DIR ', f' {tmp_path / "data"} ').replace('RUN', run) for recipe in recipes())
         environment = {**os.environ, 'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}', 'PYTHONPATH': str(ROOT), 'NERVENET_THREADS': '1'}
         if by == 'Slurm':
-            (tmp_path / 'folds.sh').write_text(script)
-            command, environment = [BASH, tmp_path / 'folds.sh'], environment | {'SLURM_ARRAY_TASK_ID': str(fold), 'SLURM_JOB_ID': f'70{fold}'}
+            file = tmp_path / f'folds_{fold}.sh'                # of its own: bash reads a script while it runs
+            file.write_text(script)
+            command, environment = [BASH, file], environment | {'SLURM_ARRAY_TASK_ID': str(fold), 'SLURM_JOB_ID': f'70{fold}'}
         else:
             wrapped = re.fullmatch(r'NERVENET_THREADS=1 parallel --jobs 5 (.*) ::: 1 2 3 4 5\n', line)[1].replace('{}', str(fold))
             command = [BASH, '-c', 'exec ' + wrapped]
@@ -77,7 +78,7 @@ def test_a_cross_validation_is_finished_by_jobs_of_which_one_was_killed_and_one_
     again = [job(fold, 'Slurm') for fold in (1, 2)]
     said = [(*process.communicate(), process.returncode) for process in again]
     assert [code for _, _, code in said] == [0, 0], said
-    assert all('going on after epoch' in out for out, _, _ in said)
+    assert all('going on after epoch' in out for out, _, _ in said), said
     text = (whole / 'summary.txt').read_text()
     assert text.startswith('3 of 3 folds\n\n') and sum(text in out for out, _, _ in said) >= 1, 'whoever finishes last has them all'
     assert sorted(os.listdir(whole)) == ['config.json', 'curves.png', 'fold_1', 'fold_2', 'fold_3', 'report.html', 'split.json', 'summary.txt']

@@ -66,7 +66,7 @@ def test_a_run_is_shown_in_one_file(tmp_path, rng, main):
     assert [attributes['alt'] for tag, attributes in page.tags if tag == 'img'] == [
         'Scores over the epochs', 'Predictions after each epoch', 'Predictions: best, median and worst']
     usual = page.text.index('As they are by default')
-    assert page.text.index('inner share') < usual < page.text.index('loss', usual) and 'base channels' in page.text[:usual]
+    assert page.text.index('inner share') < usual < page.text.index('optimizer', usual) and 'base channels' in page.text[:usual]
 
     rows = list(csv.DictReader((tmp_path / 'run' / 'validation.csv').read_text().splitlines()))
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())
