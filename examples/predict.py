@@ -114,8 +114,8 @@ def main(arguments=None):
             odd_images[frame.sample.image_path] = odd_images.get(frame.sample.image_path) or frame.odd_image
             if frame.scores:
                 judged.append(frame.result)
-                odd_masks.append(((frame.sample.mask_paths or [frame.sample.image_path])[0].name + f'#{frame.sample.frame}' * bool(frame.sample.frame),
-                                  frame.odd_mask))
+                mask_name = (frame.sample.mask_paths or [frame.sample.image_path])[0].name
+                odd_masks.append((mask_name + f'#{frame.sample.frame}' * bool(frame.sample.frame), frame.odd_mask))
                 for name, counted in frame.scores.items():
                     scores[name].counts += counted.counts
                 if frame.near:
@@ -136,8 +136,8 @@ def main(arguments=None):
         write_submission(args.submission, runs, TEST_HEADER)
 
     found = sum(result['area'] > 0 for result in results)
-    print(f'{len(results)} images predicted, {f"frames of {len(of_loops)} loops among them, " if of_loops else ""}{found} with {args.what}; masks and '
-          f'results.csv are in {args.output}')
+    among = f'frames of {len(of_loops)} loops among them, ' if of_loops else ''
+    print(f'{len(results)} images predicted, {among}{found} with {args.what}; masks and results.csv are in {args.output}')
     with_mask = [sample for sample in samples if sample.mask_paths is not None]
     if with_mask:
         print_scores(scores, tell_known(with_mask, members, len(extras)))

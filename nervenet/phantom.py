@@ -54,7 +54,7 @@ def write(out, subjects, frames, seed=0, size=(HEIGHT, WIDTH), report=print, loo
 
 
 def writer(path, files, is_loop):
-    """Return a function that writes a grey image (H, W) uint8 to the file `path`, or, if it is a loop, appends it; `files` is an ExitStack that ends it."""
+    """Return a function that writes a grey image (H, W) uint8 to the file `path`, or appends it if that is a loop, which the ExitStack `files` ends."""
     if is_loop:
         pages = files.enter_context(closing(Pages(files.enter_context(open(path, 'wb')))))
         return lambda grey: pages.append(Pages.packed(grey))

@@ -116,6 +116,15 @@ def test_few_loops_stay_open(tmp_path, rng):
         assert sum(os.path.realpath(f'/proc/self/fd/{name}').startswith(str(tmp_path)) for name in os.listdir('/proc/self/fd')) == loops.OPEN
 
 
+def test_files_that_cannot_be_opened_leave_room_for_others(tmp_path, rng):
+    for number in range(2 * loops.OPEN):
+        (tmp_path / f'{number}.gif').write_bytes(b'damaged')
+        with pytest.raises(DataError, match=f'{number}.gif, frame 1: cannot be read'):
+            read_image(tmp_path / f'{number}.gif', frame=1)
+    loops._Loop(tmp_path / 'never read').close()
+    assert read_image(write(tmp_path / 'x.gif', levels(rng, 3)), frame=2).shape == SIZE
+
+
 def test_a_loop_that_was_written_anew_is_read_anew(tmp_path, rng):
     for frames in levels(rng, 3), levels(rng, 4), levels(rng, 4):
         path = write(tmp_path / 'x.tif', frames)
@@ -154,12 +163,13 @@ def test_tiles_and_strips_are_read(tmp_path, rng):
         file.write(b'MM\0*\0\0\0\x08')                                                                     # big-endian
         for number, frame in enumerate(frames):
             start = file.tell()
-            tags = [(256, 3, 48 << 16), (257, 3, 16 << 16), (258, 3, 16 << 16), (259, 3, 1 << 16), (262, 3, 1 << 16), (277, 3, 1 << 16), (322, 3, 16 << 16),
-                    (323, 3, 16 << 16), (324, 4, start + 126), (325, 4, start + 138)]
+            short = {256: 48, 257: 16, 258: 16, 259: 1, 262: 1, 277: 1, 322: 16, 323: 16}
+            tags = [*((tag, 3, value << 16) for tag, value in short.items()), (324, 4, start + 126), (325, 4, start + 138)]
             counts = {324: 3, 325: 3}
-            file.write(struct.pack('>H', len(tags)) + b''.join(struct.pack('>HHII', tag, kind, counts.get(tag, 1), value) for tag, kind, value in tags))
+            file.write(struct.pack('>H', len(tags)))
+            file.write(b''.join(struct.pack('>HHII', tag, kind, counts.get(tag, 1), value) for tag, kind, value in tags))
             pixels = start + 150
-            file.write(struct.pack('>I', 0 if number else pixels + 3 * 512) + struct.pack('>3I', *(pixels + 512 * k for k in range(3))) + struct.pack('>3I', *[512] * 3))
+            file.write(struct.pack('>7I', 0 if number else pixels + 3 * 512, *(pixels + 512 * k for k in range(3)), *[512] * 3))
             file.write(b''.join(frame[:, 16 * k:16 * k + 16].astype('>u2').tobytes() for k in range(3)))
     write(tmp_path / 'strips.tif', levels(rng, 2, (400, 300)), compression='tiff_lzw')
     with Image.open(tmp_path / 'strips.tif') as image:
@@ -168,6 +178,20 @@ def test_tiles_and_strips_are_read(tmp_path, rng):
         assert (read_image(tmp_path / 'strips.tif', frame=2) * 255 == numpy.array(image)).all()
     for number, frame in enumerate(frames, 1):
         assert (numpy.rint(read_image(tmp_path / 'tiles.tif', frame=number) * 65535) == frame).all()
+
+
+@pytest.mark.parametrize('mode, compression', [('RGB', 'jpeg'), ('L', 'jpeg'), ('1', 'group4'), ('1', 'raw'), ('L', 'packbits'), ('P', 'tiff_lzw'),
+                                               ('I;16', 'tiff_adobe_deflate'), ('LA', 'tiff_lzw'), ('F', 'tiff_lzw'), ('CMYK', 'raw')])
+def test_pages_are_those_that_pillow_reads(tmp_path, rng, mode, compression):
+    pictures = [Image.fromarray(numpy.kron(frame // 64 * 64, numpy.ones((8, 8), 'uint8'))) for frame in levels(rng, 3)]
+    pictures = [Image.fromarray((numpy.asarray(picture).astype('uint16') * 257)) if mode == 'I;16' else picture.convert(mode) for picture in pictures]
+    pictures[0].save(tmp_path / 'x.tif', save_all=True, append_images=pictures[1:], compression=compression)
+    for frame in 1, 2, 3:
+        with Image.open(tmp_path / 'x.tif') as image:
+            image.seek(frame - 1)
+            expected, kind = numpy.array(image), image.mode
+        found, found_kind = loops.read_frame(tmp_path / 'x.tif', frame, lambda image, kind: (numpy.array(image), image.mode))
+        assert found_kind == kind and (found == expected).all() and expected.std() > 0
 
 
 def test_orientation_marks_of_pages_are_obeyed(tmp_path, rng):
@@ -409,7 +433,7 @@ def of_loops(rng, lengths, lost=()):
     frames = []
     for loop, length in enumerate(lengths):
         samples = with_numbers(str(loop), length)
-        frames += [types.SimpleNamespace(sample=sample, probabilities=None if loop == 0 and sample.frame in lost else rng.random((3, 4), dtype='float32'))
+        frames += [types.SimpleNamespace(sample=sample, probabilities=None if loop == 0 and sample.frame in lost else rng.random((3, 4)).astype('f4'))
                    for sample in samples]
     return frames
 

@@ -51,8 +51,8 @@ def with_frames(samples, unequal=None):
         number, *of_masks = counts or [1]
         differs = next((place for place, other in enumerate(of_masks) if other != number), None)
         if differs is not None:
-            error = DataError(f'{sample.mask_paths[differs]}: holds {_said(of_masks[differs])}, and its image {sample.image_path.name} {_said(number)}; '
-                              'the mask of a loop is a loop of as many frames')
+            error = DataError(f'{sample.mask_paths[differs]}: holds {_said(of_masks[differs])}, and its image {sample.image_path.name} '
+                              f'{_said(number)}; the mask of a loop is a loop of as many frames')
             if unequal is None:
                 raise error
             unequal.append((sample, error))
@@ -127,7 +127,7 @@ class _Loop:
     """A loop that stays open while its frames are read, by any number of threads. `close` lets go of file and frames, and reading opens it again."""
 
     def __init__(self, path):
-        self.path, self.lock, self.image, self.broken = path, threading.Lock(), None, None
+        self.path, self.lock, self.file, self.image, self.broken = path, threading.Lock(), None, None, None
 
     def close(self):
         with self.lock:
@@ -163,7 +163,8 @@ class _Loop:
 
     def _close(self):
         self.image, self.ahead = None, {}
-        self.file.close()
+        if self.file:
+            self.file.close()
 
     def _page(self, frame):
         """Return a page as a TIFF of its own, in a file in memory: in a large one, libtiff walks over all pages to decode one of them."""

@@ -117,7 +117,8 @@ class LoopWriter:
             self.true_rows += [frame.true_row] if frame.true_row else []
         if sample.frame == sample.frames and self.masks:
             self.files.close()
-            figures.save(figures.over_time(self.rows, self.true_rows, sample.file_name), self.output / f'{sample.file_name}_over_time.png', durable=False)
+            picture = figures.over_time(self.rows, self.true_rows, sample.file_name)
+            figures.save(picture, self.output / f'{sample.file_name}_over_time.png', durable=False)
 
     def _open(self, sample, frame):
         def opened(ending, writer, *arguments):
@@ -127,7 +128,9 @@ class LoopWriter:
         self.empty = numpy.zeros(frame.shape, 'uint8')
         self.masks = opened('mask.tif', Pages)
         self.probabilities = None if frame.probability is None else opened('probability.tif', Pages)
-        self.overlays = None if frame.overlay is None else opened('overlay.gif', figures.Animation, frame.size, milliseconds_of(sample.image_path))
+        self.overlays = None
+        if frame.overlay is not None:
+            self.overlays = opened('overlay.gif', figures.Animation, frame.size, milliseconds_of(sample.image_path))
 
     def _append_lost(self, number):
         for _ in range(number):
