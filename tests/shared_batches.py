@@ -150,14 +150,14 @@ def on_the_stand_in():
             current().world.Allreduce(current().mpi.IN_PLACE, vector.host)
             self.calls = getattr(self, 'calls', 0) + 1
 
-    backend.cupy = stand_in
+    before, backend.cupy = backend.cupy, stand_in
     current().use_device('gpu')
     assert current().gpus is None, 'this one has no NCCL'
     host = trained(epochs=(3,), device='gpu')
     current().gpus = NCCL()
     nccl = trained(epochs=(3,), device='gpu')
     assert current().gpus.calls > 3
-    backend.cupy = None
+    backend.cupy = before
     return host, nccl
 
 

@@ -398,7 +398,7 @@ class DropoutForgetsItsScale(Dropout):
 @bug((2, 5, 4, 2), (2, 5, 4, 2), wrong={'dlogits'})
 class DiceTakesTheSizeForAConstant(DiceLoss):
     def backward(self):
-        p, y, overlap, extent = self.take()
+        p, y, overlap, extent, _ = self.take()
         return -2 * y / extent / overlap.size * p * (1 - p)
 
 
@@ -418,7 +418,7 @@ class DiceForgetsTheSigmoid(DiceLoss):
 @bug((2, 5, 4, 1), (2, 5, 4, 1), wrong={'dlogits'})
 class BCEForgetsTheMean(BCEWithLogitsLoss):
     def backward(self):
-        logits, y = self.take()
+        logits, y, _ = self.take()
         return sigmoid(logits) - y
 
 
