@@ -39,8 +39,8 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.parametrize('text', ['1.5', '1', '-0.1', 'nan', 'x'])
-def test_a_dropout_that_is_no_probability_is_refused_as_it_is_typed(text, capsys):
-    assert f'{text!r} is not a probability' in refused(capsys, f'--dropout={text}')
+def test_a_dropout_out_of_range_is_refused_as_it_is_typed(text, capsys):
+    assert f'{text!r} is not a number from 0 up to' in refused(capsys, f'--dropout={text}')
     assert parse(['--dropout', '0.999']).dropout == 0.999 and parse([]).dropout == 0
 
 
