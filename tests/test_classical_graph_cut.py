@@ -5,7 +5,8 @@ import numpy
 import pytest
 
 from nervenet.classical import graph_cut
-from nervenet.classical.graph_cut import contrast_weights, dilate, energy, grid, minimise, regions
+from nervenet.classical.graph_cut import contrast_weights, energy, grid, minimise
+from nervenet.images.components import dilate, largest_component, regions
 
 WAYS = {4: [(0, 1), (1, 0)], 8: [(0, 1), (1, 0), (1, 1), (1, -1)]}
 
@@ -334,3 +335,12 @@ def test_energies_are_rounded_to_hundredths():
         labels, found = minimise([-1e3, 0.0], [0.0, -1e3], [(0, 1)], [weight])
         assert labels.tolist() == [False, True] and found == -2 * 10**5 + least
     assert minimise([1.26], [5], numpy.zeros((0, 2), int), [], factor=10)[1] == 13
+
+
+def test_the_largest_component_is_that_of_a_flood_fill(rng):
+    for _ in range(20):
+        mask = rng.random((9, 13)) < 0.45
+        piece = flood(mask)
+        sizes = {number: (piece == number).sum() for number in piece[mask]}         # in reading order, of equals the first
+        assert (largest_component(mask) == (piece == max(sizes, key=sizes.get))).all()
+    assert not largest_component(numpy.zeros((3, 4), bool)).any() and largest_component(numpy.ones((3, 4), bool)).all()

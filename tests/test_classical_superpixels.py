@@ -1,7 +1,7 @@
 import numpy
 import pytest
 
-from nervenet.classical.graph_cut import regions
+from nervenet.images.components import regions
 from nervenet.classical.superpixels import adjacency, clusters, joined, means, slic
 
 

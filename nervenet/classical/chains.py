@@ -32,9 +32,10 @@ import numpy
 from ..checks import check_match, positive
 from ..engine.parallel import one_thread_per_product, parallel_for
 from ..images.augment import median_filter
+from ..images.components import dilate, largest_component, regions
 from ..images.data import FITS, as_intensities, fill_outlines, fitted, resize, unfitted
 from .gaussian_process import GaussianProcess, LogisticRegression, odds_shift
-from .graph_cut import contrast_weights, dilate, grid, largest_component, minimise, regions
+from .graph_cut import contrast_weights, grid, minimise
 from .superpixels import adjacency, means, slic
 from .wavelets import TRANSFORMS, box_features, region_features
 

@@ -21,7 +21,7 @@ import math
 import numpy
 
 from ..checks import finite, positive
-from .graph_cut import regions
+from ..images.components import regions
 
 NINE = (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)                # (down, right): a place and those around
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy
 
-from ..classical.graph_cut import largest_component
 from ..engine.backend import move, select_device, to_cpu
 from ..engine.plan import planned
 from ..images.augment import median_filter
+from ..images.components import largest_component
 from ..images.data import FITS, as_intensities, fitted, intensity_oddity, oddity_warning, places, unfitted, white_of
 from ..layers import Dropout, sigmoid
 from ..metrics import SegmentationScores, ratio
