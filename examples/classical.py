@@ -25,6 +25,7 @@ from nervenet.classical.chains import CLASSIFIERS, KINDS, Chain
 from nervenet.classical.gaussian_process import evidence
 from nervenet.classical.superpixels import means, slic
 from nervenet.classical.wavelets import TRANSFORMS, feature_names
+from nervenet.engine.communicator import refuse_company
 from nervenet.images.augment import median_filter
 from nervenet.images.data import FITS, data_warning, holds_foreground, intensity_statistics
 from nervenet.images.phantom import Phantom
@@ -50,6 +51,7 @@ SHOWN = {'mean of horizontal 1': 'fine detail across', 'mean of vertical 2': 'co
 
 
 def main(arguments=None):
+    refuse_company()
     args = parse(arguments)
     if args.data is None:
         reader = Phantom(subjects=40, frames=4, seed=args.seed, size=args.size)

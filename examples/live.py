@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy
 
+from nervenet.engine.communicator import refuse_company
 from nervenet.files import make_folder, refuse_content
 from nervenet.images.data import read_image
 from nervenet.images.layout import SUFFIXES, DataError, MaskNames, natural_key
@@ -35,6 +36,7 @@ POLL, PATIENCE = 0.002, 1.0             # seconds between two looks at the folde
 
 
 def main(arguments=None):
+    refuse_company()
     args = parse(arguments)
     if not args.folder.is_dir():
         raise DataError(f'{args.folder}: no such folder; give the one that the frames are written into')

@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy
 
 from nervenet.study import figures
+from nervenet.engine.communicator import refuse_company
 from nervenet.engine.parallel import number_of_threads
 from nervenet.files import atomic_write, make_folder, refuse_content
 from nervenet.images.data import MaskRule, in_background, mask_oddity, oddity_warning, read_image, read_mask_of, resize_mask, unfitted
@@ -52,9 +53,10 @@ COVERAGES = 1, 0.9, 0.8, 0.5          # shares of the images that stay when the 
 
 
 def main(arguments=None):
+    refuse_company()
     args = parse(arguments)
     segmenter, extras = open_segmenter(args)
-    if args.dropout_samples and not all(getattr(model, 'config', {}).get('dropout') for model in segmenter.models):
+    if args.dropout_samples and not all(model.config.get('dropout') for model in segmenter.models):
         raise DataError(f'--dropout-samples: a model of {some_of([str(path) for path in args.model])} was trained without dropout, so there is none '
                         'to keep on; train with --dropout 0.2 or so, or leave --dropout-samples out')
     args.what = extras[0].get('what') or 'foreground'
@@ -73,6 +75,7 @@ def main(arguments=None):
     samples = [recognised(sample, extras, args.held_out) for sample in samples]
     if args.held_out:
         samples = held_out(samples, extras, '--subjects with the table of training' if by_table else 'the images of the training run')
+    samples = with_frames(samples, unequal := [])
     names = [sample.name for sample in samples]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice:
@@ -87,7 +90,6 @@ def main(arguments=None):
         make_folder(args.submission.absolute().parent, '--submission')
 
     results, judged, failed, runs, odd_images, odd_masks, assessment = [], [], [], [], {}, [], Assessment()
-    samples = with_frames(samples, unequal := [])
     for sample, error in unequal:
         failed.append(sample.name)
         print(f'predicted, but not scored: {error}', file=sys.stderr)
@@ -118,7 +120,7 @@ def main(arguments=None):
                 odd_masks.append((mask_name + f'#{frame.sample.frame}' * bool(frame.sample.frame), frame.odd_mask))
                 for name, counted in frame.scores.items():
                     scores[name].counts += counted.counts
-                if frame.near:
+                if args.uncertainty:
                     dice, = frame.scores['network'].dice_of_images()
                     assessment.update(frame.sample.subject, frame.result['sureness'], dice, frame.near)
 
@@ -142,9 +144,11 @@ def main(arguments=None):
     if with_mask:
         print_scores(scores, tell_known(with_mask, members, len(extras)))
     if assessment.images:
-        draw_calibration(args.output / 'calibration.png', assessment)
         print('', *assessment.lines(COVERAGES), sep='\n')
-        print(f'Calibration and ROC are of the pixels within {MARGIN} of mask or truth; reliability diagrams are in {args.output / "calibration.png"}')
+        if assessment.pixels:
+            draw_calibration(args.output / 'calibration.png', assessment)
+            print(f'Calibration and ROC are of the pixels within {MARGIN} of mask or truth; reliability diagrams are in '
+                  f'{args.output / "calibration.png"}')
     if judged and len(judged) < len(samples):
         missing = {'have no mask': len(samples) - len(with_mask), 'have one and are not scored': len(with_mask) - len(judged)}
         print(f'These scores cover {len(judged)} of {len(samples)} images: '
@@ -257,7 +261,7 @@ def read_frame(args, segmenter, members, sample):
         image = read_image(sample.image_path, args.white, sample.frame)
         frame.size, frame.prepared = image.shape, segmenter.prepare(image)
         frame.odd_image = segmenter.oddity(frame.prepared, frame.size)
-        if args.overlays or args.uncertainty:
+        if args.overlays or args.uncertainty and not sample.frame:
             frame.picture = numpy.round(image * 255).astype('uint8')
         if is_scored:
             frame.truth = read_mask_of(sample, image, args.rule, args.values)
@@ -306,7 +310,8 @@ def write_frame(args, segmenter, mean_mask, frame):
         frame.result = {'image': name, **describe(mask, probability), 'dice': ''}
     if args.uncertainty:
         frame.result['sureness'] = round(sureness(frame.samples, segmenter.settings.mask), 4)
-        mean, total, _, disagreement = (segmenter.restore(values.astype('float32'), frame.size) for values in decompose(frame.samples))
+        if frame.truth is not None or not frame.sample.frame:
+            mean, total, _, disagreement = (segmenter.restore(values.astype('float32'), frame.size) for values in decompose(frame.samples))
         if not frame.sample.frame:
             pictures = [figures.overlay(frame.picture, mask, frame.truth), *(figures.heat(frame.picture, values.clip(0), largest=numpy.log(2))
                                                                              for values in (total, disagreement))]

@@ -131,3 +131,10 @@ def test_without_flock_never_two_processes_have_a_folder(tmp_path):
     for process in processes:
         assert process.communicate()[1] == ''
     assert os.listdir(tmp_path) == []
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / 'claim_form.txt').write_text('[]')
+    os.utime(tmp_path / 'claim_form.txt', (0, 0))
+    claim(tmp_path)()
+    assert [path.name for path in tmp_path.iterdir()] == ['claim_form.txt'] and claims_in(tmp_path) == []

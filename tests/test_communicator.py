@@ -99,7 +99,7 @@ def test_launchers_say_how_many_were_started(monkeypatch, environment, expected)
 
 
 @pytest.mark.parametrize('content, message', [
-    ({'__init__.py': 'raise ImportError("No module named mpi4py")'}, "pip install 'nervenet[mpi]', or start one process"),
+    ({'__init__.py': 'raise ImportError("No module named mpi4py")'}, "pip install mpi4py, or start one process"),
     ({'__init__.py': '', 'MPI.py': 'raise RuntimeError("cannot load MPI library\\nlibmpi.so")'}, 'cannot be used (cannot load MPI library libmpi.so)'),
     ({'__init__.py': '', 'MPI.py': 'class COMM_WORLD:\n    size = 1\ndef Get_library_version(): return "Other MPI 3"'},
      '2 processes were started together, and mpi4py sees 1: it uses another MPI (Other MPI 3) than the launcher')])

@@ -23,7 +23,7 @@ from nervenet.files import atomic_write
 from nervenet.images import loops, phantom
 from nervenet.images.copies import copies_warning
 from nervenet.images.data import Reader, holds_foreground, in_background, read_image, read_mask, read_pair
-from nervenet.images.loops import Pages, count_frames, milliseconds_of, with_frames
+from nervenet.images.loops import Pages, count_frames, milliseconds_of, packed, with_frames
 from nervenet.images.phantom import Phantom, make_frame
 from nervenet.images.samples import DataError, Sample, describe, find_samples, own_subjects, split_by_subject, subject_warning
 from nervenet.study import figures
@@ -733,3 +733,18 @@ def test_command_writes_loops_that_are_trained_on_and_predicted(tmp_path, capsys
         image, mask = read_pair(sample)
         expected, truth = make_frame(int(sample.subject), sample.frame, 5, (42, 58), int(sample.file_name[2:]))
         assert (numpy.rint(image * 255) == expected).all() and (mask == truth).all()
+
+
+def test_a_phantom_loop_does_not_run_into_the_next_one():
+    with pytest.raises(ValueError, match='frames is 1001; expected at most 1000 in a loop'):
+        Phantom(1, 1001, loops=2)
+
+
+def test_loops_of_one_each_are_warned_of_as_images_are(tmp_path, rng):
+    for name in '1_1', '1_2':
+        for ending in '', '_mask':
+            with open(tmp_path / f'{name}{ending}.tif', 'wb') as file, closing(Pages(file)) as pages:
+                for _ in range(2):
+                    pages.append(packed((rng.random((8, 12)) < 0.5).astype('uint8') * 255))
+    samples = with_frames(find_samples(tmp_path, '^(.+)'))
+    assert len(samples) == 4 and 'no subject is known, so every image, and every loop, counts as its own' in subject_warning(samples, '^(.+)')

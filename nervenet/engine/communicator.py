@@ -272,6 +272,12 @@ def started():
     return max(found, default=(1, 0))
 
 
+def refuse_company():
+    """Raise RuntimeError if a launcher of MPI has started several processes, for a program that does nothing together with others."""
+    if started()[0] > 1:
+        raise RuntimeError(f'{started()[0]} processes of this program were started together; only train_unet.py computes with several: start one')
+
+
 @functools.cache
 def world(size):
     """Return the Communicator of the `size` processes that were started. Raises RuntimeError if they cannot talk to each other."""
@@ -279,7 +285,7 @@ def world(size):
         from mpi4py import MPI as mpi
     except (ImportError, RuntimeError) as error:                # not installed; or it finds no MPI to load
         raise RuntimeError(f"{size} processes were started together, and mpi4py, by which they talk to each other, cannot be used "
-                           f"({' '.join(str(error).split())}): pip install 'nervenet[mpi]', or start one process") from None
+                           f"({' '.join(str(error).split())}): pip install mpi4py, or start one process") from None
     if mpi.COMM_WORLD.size != size:
         raise RuntimeError(f'{size} processes were started together, and mpi4py sees {mpi.COMM_WORLD.size}: it uses another MPI '
                            f'({mpi.Get_library_version().splitlines()[0][:60]}) than the launcher; start them with the mpiexec of that one')

@@ -198,6 +198,8 @@ class _Loop:
             self._open()
         while self.at < frame:
             if self.broken and self.at + 1 == self.broken[0]:
+                if frame == self.broken[0]:
+                    raise OSError(self.broken[1])
                 raise DrawnOverLost(f'{self.path}, frame {frame}: cannot be read, since frame {self.broken[0]}, which it is drawn over, cannot '
                                     f'({self.broken[1]})')
             try:
@@ -207,7 +209,7 @@ class _Loop:
                 drawn = self.image.convert(as_colour) if (self.kind, self.image.mode) == ('GIF', 'P') else self.image.copy()
             except Exception as error:
                 self.broken = self.at + 1, str(error)
-                raise
+                continue
             self.at += 1
             self.ahead[self.at] = drawn
             self.ahead.pop(self.at - 2 * number_of_threads(), None)

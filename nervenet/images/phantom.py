@@ -475,6 +475,8 @@ class Phantom(Remembering):
         for name, count in ('subjects', subjects), ('frames', frames), *([('loops', loops)] if loops is not None else []):
             if not isinstance(count, (int, np.integer)) or count < 1:
                 raise ValueError(f'{name} is {count!r}; expected a whole number of 1 or more')
+        if loops is not None and frames > APART / PACE:
+            raise ValueError(f'frames is {frames}; expected at most {APART / PACE:.0f} in a loop, beyond which it would run into the next one')
         check_numbers(first, 1, seed, size)
         super().__init__(cache_bytes)
         self.seed, self.size = seed, tuple(size)

@@ -229,7 +229,7 @@ def subject_warning(samples, how=None):
         return bool(match) and match[1] == sample.subject
 
     unknown = [sample.name for sample in samples if not is_known(sample)]
-    if how is None and len(unknown) == len(samples) or how is not None and len(subjects) == len(samples):
+    if how is None and len(unknown) == len(samples) or how is not None and len(subjects) == len({sample.file_name for sample in samples}):
         each = 'image, and every loop,' if any(sample.frame for sample in samples) else 'image'
         said.append(f'WARNING: no subject is known, so every {each} counts as its own. If several images show one subject, some '
                     'land on both sides of the split and the scores are too good to be true: ' + likely_subjects(samples))

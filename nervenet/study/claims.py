@@ -104,7 +104,7 @@ def claimed(folder):
 
 def claims_in(folder):
     """Return the names of the claims that lie in the folder, of living and dead processes."""
-    return sorted(name for name in os.listdir(folder) if name.startswith('claim_'))
+    return sorted(name for name in os.listdir(folder) if re.fullmatch(r'claim_.+_\d+_\d+', name))
 
 
 def beaten(file):

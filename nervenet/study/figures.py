@@ -372,7 +372,7 @@ def reliability(calibrations):
     """Return reliability diagrams side by side, one of each of {title: what `uncertainty.Calibration.compute` returned}.
 
     A bar for each bin of probabilities is as high as the share of its pixels that are foreground: on the diagonal, probabilities are what
-    they say; below it, the network is too sure. The darker a bar, the more pixels it stands for. The error is the expected one.
+    they say; below it, foreground is promised too often, above it too rarely. The darker a bar, the more pixels it stands for. The error is the expected one.
     """
     side, left, top = 330, 66, 78
     cells = []

@@ -75,7 +75,7 @@ class WeightAverage:
     """A second network whose weights are the mean of those that `model` had on its way, late ones counting more: a mean of many good guesses.
 
     The weights after step k count in proportion to k^(γ−1), γ = 1/share − 1. So those behind the mean after n steps are on average share·n
-    steps old, whatever n: as long as it is far from good it forgets fast, later slowly. When m steps have been taken in,
+    steps old, whatever n: early in training the mean forgets fast, later slowly. When m steps have been taken in,
 
         w̄ ← w̄ + (w − w̄)·(1 − (m/n)^γ)
 
@@ -87,7 +87,7 @@ class WeightAverage:
 
     def __init__(self, model, share):
         self.model, self.averaged, self.steps = model, copy.deepcopy(model).eval(), 0
-        self.gamma = 1 / in_range('share', share, 1) - 1
+        self.gamma = 1 / in_range('share', share, 1) - 1 if share else math.inf         # 0: the weights as they are
 
     def update(self, steps):
         """Take in the weights as they are after so many steps."""
@@ -146,7 +146,7 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
     patience  stop after so many epochs without a better one
     stop      asked after each batch; once it returns True, Interrupted is raised
     watch     numbers of a few validation images, in order: what the network makes of them after each epoch is recorded too
-    average   a WeightAverage of `model`: then its network is what is scored and recorded
+    average   a WeightAverage of `model`: then its network is what is scored and recorded; 'train_…' are scores of `model` while it changes
 
     Epochs that `run` has already are not repeated: `RunFolder.restore` puts model, optimizer and average behind the last of them, and
     since every draw follows from the seed, the epoch and the restored states, training goes on bit for bit as without a stop.

@@ -330,8 +330,8 @@ def build_parser():
                           help='course of the learning rate, after a warm-up; plateau: a fifth each time that the loss of the inner subjects has not '
                           'fallen for 5 epochs')
     training.add_argument('--average-weights', type=share_or_none, default=AVERAGE, metavar='SHARE',
-                          help='what is scored and kept is the mean of the weights of the last steps, which are on average this share of all steps so '
-                          'far old; 0: the weights as they are')
+                          help='what is scored and kept is a running mean of the weights, in which late steps count more: on average they are this '
+                          'share of the run old; 0: the weights as they are')
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
     training.add_argument('--batch-size', type=whole, default=8, metavar='N', help='images per step')
     training.add_argument('--epochs', type=whole, metavar='N',

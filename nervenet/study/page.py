@@ -19,7 +19,7 @@ from ..images.samples import natural_key
 from ..metrics import ratio
 from .kfold import read_fold
 from .options import build_parser
-from .report import UNSCORED
+from .report import unscored
 from .run_folder import read_config
 
 STYLE = '''
@@ -77,8 +77,8 @@ def notes(text):
 def scores(folds):
     """Return the scores after the last epoch beside the baselines: of one run, or mean ± deviation of folds, and each of them."""
     read = [read_fold(fold) for fold in folds]
-    if 'validation_loss' not in read[0][0][-1]:
-        return f'<h2>Scores</h2><p>{e(UNSCORED)}</p>'
+    if said := unscored(read[0][0][-1]):
+        return f'<h2>Scores</h2><p>{e(said)}</p>'
     last = [{name: history[-1][f'validation_{name}'] for name, _ in SCORES} for history, _, _ in read]
     kinds = {'network': last}
     if all('flip average' in chosen for _, _, chosen in read):

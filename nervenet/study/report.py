@@ -14,6 +14,13 @@ LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of t
 
 UNSCORED = ('All subjects were trained on, so nobody is left to score the network on. What it is worth is known from a cross-validation with the same '
             'settings; threshold, minimal area, flip average and largest component are to be given as found there.')
+UNSCORED_BUT_CHOSEN = ('No subject is left to score the network on. The inner subjects chose the best epoch and how probabilities become a mask '
+                       '(settings.json), so what it scores on them is flattered.')
+
+
+def unscored(row):
+    """Return what is to be said in place of scores after an epoch, a row of the history; '' if there is a validation part."""
+    return '' if 'validation_loss' in row else UNSCORED_BUT_CHOSEN if 'inner_loss' in row else UNSCORED
 
 
 def print_whatever_comes():
@@ -60,8 +67,8 @@ def summaries(histories, baselines, chosen, note=''):
     with the settings that the inner subjects, if there are any, chose. `note` is what is to be said first.
     """
     text = note and note + '\n\n'
-    if 'validation_loss' not in histories[0][-1]:
-        return text + f'{UNSCORED}\n'
+    if said := unscored(histories[0][-1]):
+        return text + f'{said}\n'
     text += summary([history[-1] for history in histories], baselines)
     if 'inner_dice_pooled' in histories[0][-1]:
         rows = [best_row(history) for history in histories]

@@ -162,7 +162,7 @@ class RunFolder:
         `masks`, (K, H, W) bool, are what the network makes of a few images; they are kept as bits. `trained` is the network that steps are
         made with, if `model` is the average of what it has been. Raises BlockingIOError if another process has gone on in this folder.
         """
-        self.claim.check()
+        current().from_first(self.claim.check)              # all stop here, or none
         self.history.append(row)
         self.learning.append(numpy.packbits(numpy.array(masks, bool)))
         save(self.last, model, **self.extra(), history=self.history, learning=numpy.array(self.learning),
@@ -263,6 +263,7 @@ class Follower(RunFolder):
         self.best, self.last = path / 'best.npz', path / 'last.npz'
 
     def record(self, row, model, optimizer, masks=(), trained=None):
+        current().from_first(None)                          # whether the folder is still theirs
         self.history.append(row)
 
     def write_records(self, model):

@@ -48,8 +48,8 @@ class Settings:
     minimal_area  share of what the network sees, in [0, 1), below which a mask counts as empty: a nerve is never that small
     flip_average  whether to average the prediction with that of the mirrored image, left and right exchanged
     largest_component   whether to keep only the largest connected piece of a mask; its area is the one that counts then
-    temperature   what the network's logits are divided by, above 0, so that of all pixels with probability p a share of p is
-                  foreground: above 1 it was too sure (see `uncertainty.temperature`). The threshold is one of the probabilities after that
+    temperature   what the network's logits are divided by, above 0, so that of the pixels near foreground with probability p a share of p
+                  is foreground: above 1 it was too sure there (see `choose_temperature`). The threshold is one of probabilities after that
     """
 
     threshold: float = 0.5
@@ -141,18 +141,16 @@ class Segmenter:
                 if extra.get(name) != extras[0].get(name):
                     raise CheckpointError(f'{path}: its {name} is {extra.get(name)}, that of {paths[0]} is {extras[0].get(name)}; networks '
                                           'predict together if they see the same')
-        settings = extras[0].get('settings', {})
         if len(paths) > 1:
             lacking = [path for path, extra in zip(paths, extras) if not is_count(extra.get('held_out'))]
             if lacking:
                 raise CheckpointError(f'{lacking[0]}: does not say what its network made of subjects it had not seen; several predict together '
                                       'if each is the last.npz of a run that came to its end with this version')
-            warmth = numpy.exp(numpy.mean([numpy.log(extra.get('settings', {}).get('temperature', 1)) for extra in extras]))
-            settings = asdict(choose_from([extra['held_out'] for extra in extras])[0]) | {'temperature': round(float(warmth), 4)}
-        try:
-            settings = Settings(**{**settings, **overrides})
-        except TypeError as error:
-            raise CheckpointError(f'{paths[0]}: its settings {settings!r} are not those of this version ({error})') from error
+            warmth = numpy.exp(numpy.mean([numpy.log(stored_settings(path, extra).temperature) for path, extra in zip(paths, extras)]))
+            chosen = choose_from([extra['held_out'] for extra in extras])[0]
+            settings = Settings(**{**asdict(chosen), 'temperature': round(float(warmth), 4), **overrides})
+        else:
+            settings = stored_settings(paths[0], extras[0], **overrides)
         return cls([*models], extras[0]['size'], settings, extras[0].get('median_filter'), extras[0]['fit']), [*extras]
 
     def prepare(self, image):
@@ -233,17 +231,29 @@ class ChainSegmenter(Segmenter):
 
     def maps(self, prepared, members=None):
         flip = self.settings.flip_average
-        return [((sum(both) / 2) if flip else both[0]).astype('float32') for both in map(self._both, prepared)]
+        return [(sum(self._both(image)) / 2 if flip else self._one(image)).astype('float32') for image in prepared]
 
     def samples(self, prepared, members=None, dropout_samples=0):
         return [numpy.stack(self._both(image)) for image in prepared]
 
+    def _one(self, image):
+        return with_temperature(self.model.map(image), self.settings.temperature)
+
     def _both(self, image):
-        return [with_temperature(p, self.settings.temperature) for p in (self.model.map(image), self.model.map(image[:, ::-1])[:, ::-1])]
+        return self._one(image), self._one(image[:, ::-1])[:, ::-1]
 
     @property
     def intensities(self):
         return self._intensities
+
+
+def stored_settings(path, extra, **overrides):
+    """Return the Settings in the file `path`, of which `extra` was read, with `overrides` in their place. Raises CheckpointError."""
+    settings = extra.get('settings', {})
+    try:
+        return Settings(**{**settings, **overrides})
+    except TypeError as error:
+        raise CheckpointError(f'{path}: its settings {settings!r} are not those of this version ({error})') from error
 
 
 def is_chain(path):
@@ -402,11 +412,14 @@ def choose_temperature(model, batches, margin=0.05):
     probabilities, truths = [], []
     for images, masks in batches:
         for p, y in zip(to_cpu(predict(model, move(images, model.device)))[..., 0], masks[..., 0] > 0):
+            if not ((p > 0.5) | y).any():
+                continue                                                # all of it is far from foreground
             near = band(p > 0.5, y, round(margin * min(y.shape)))
             probabilities.append(p[near].astype('float32'))
             truths.append(y[near])
-    truths = numpy.concatenate(truths)
-    return round(fitted_temperature(numpy.concatenate(probabilities), truths), 4) if truths.any() else 1.0
+    if not any(there.any() for there in truths):
+        return 1.0
+    return round(fitted_temperature(numpy.concatenate(probabilities), numpy.concatenate(truths)), 4)
 
 
 def count_masks(model, batches, thresholds=THRESHOLDS, temperature=1.0):

@@ -205,12 +205,14 @@ class Assessment:
         self.prediction, self.mean, self.pixels, self.images = Calibration(), Calibration(), [], []
 
     def update(self, subject, sureness, dice, near):
-        """Count an image: its subject, how sure the network is of it, its Dice, and `near`, what `near_truth` returned."""
+        """Count an image: its subject, how sure the network is of it, its Dice, and `near`, what `near_truth` returned, or None."""
+        self.images.append((subject, sureness, dice))
+        if near is None:
+            return
         self.prediction.update(near['probability'], near['truth'])
         self.mean.update(near['mean'], near['truth'])
         step = -(-len(near['wrong']) // 1000)
         self.pixels.append(numpy.stack([near[name][::step] for name in ('wrong', 'total', 'information')]))
-        self.images.append((subject, sureness, dice))
 
     def lines(self, coverages):
         """Return in words, a list of lines: calibration, how well errors are found, and Dice when the least sure go to a human."""
@@ -226,6 +228,8 @@ class Assessment:
         least = numpy.argsort(of_subjects[0], kind='stable')[:3]
         said.append('least sure of: ' + ', '.join(f'subject {names[n]} (agreement {of_subjects[0][n]:.2f}, Dice {of_subjects[1][n]:.2f})' for n in least)
                     + f'; lowest Dice: subject {names[of_subjects[1].argmin()]} ({of_subjects[1].min():.2f})')
+        if not self.pixels:
+            return said
         for words, calibration in (('prediction', self.prediction), ('mean of samples', self.mean)):
             found = calibration.compute()
             said.append(f'{words + ":":17}expected calibration error {found["ece"]:.3f}, Brier score {found["brier"]:.3f}, '
@@ -238,10 +242,12 @@ class Assessment:
 
 
 def near_truth(mask, truth, margin, **maps):
-    """Return what `Assessment.update` needs of the pixels near a mask or the truth, see `band`: a dict of arrays (pixels,).
+    """Return what `Assessment.update` needs of the pixels near a mask or the truth, see `band`: a dict of arrays (pixels,); None if both are empty.
 
     Of mask and truth (H, W) it holds 'truth' and 'wrong', and of `maps`, (H, W) each, the same names: probability, mean, total, information.
     """
+    if not (mask.any() or truth.any()):
+        return None
     near = band(mask, truth, margin)
     return {'truth': truth[near], 'wrong': (mask != 0)[near] != (truth != 0)[near], **{name: values[near] for name, values in maps.items()}}
 
