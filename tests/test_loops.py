@@ -23,7 +23,7 @@ from nervenet.files import atomic_write
 from nervenet.images import loops, phantom
 from nervenet.images.copies import copies_warning
 from nervenet.images.data import Reader, holds_foreground, in_background, read_image, read_mask, read_pair
-from nervenet.images.loops import Pages, count_frames, milliseconds_of, packed, with_frames
+from nervenet.images.loops import Pages, count_frames, milliseconds_of, with_frames
 from nervenet.images.phantom import Phantom, make_frame
 from nervenet.images.samples import DataError, Sample, describe, find_samples, own_subjects, split_by_subject, subject_warning
 from nervenet.study import figures
@@ -745,6 +745,6 @@ def test_loops_of_one_each_are_warned_of_as_images_are(tmp_path, rng):
         for ending in '', '_mask':
             with open(tmp_path / f'{name}{ending}.tif', 'wb') as file, closing(Pages(file)) as pages:
                 for _ in range(2):
-                    pages.append(packed((rng.random((8, 12)) < 0.5).astype('uint8') * 255))
+                    pages.append(Pages.packed((rng.random((8, 12)) < 0.5).astype('uint8') * 255))
     samples = with_frames(find_samples(tmp_path, '^(.+)'))
     assert len(samples) == 4 and 'no subject is known, so every image, and every loop, counts as its own' in subject_warning(samples, '^(.+)')
