@@ -262,8 +262,11 @@ def test_settings_are_chosen_on_subjects_that_are_not_learnt_from(monkeypatch):
     assert len(set(who[choose])) == 2 and not set(who[learn]) & set(who[choose]) and len(learn) == 80 and len(choose) == 20
     monkeypatch.setattr(chains, 'CHOOSE', 7)
     assert len(inner_split(masks, who, 0)[1]) == 7 and set(who[inner_split(masks, who, 0)[1]]) == set(who[choose])
+    few = masks & numpy.isin(who, sorted({*who[learn]})[:2])[:, None, None]
+    learn, choose = inner_split(few, who, 0)
+    assert few[learn].any() and few[choose].any(), 'one of two subjects with foreground is chosen on, although none was drawn'
     with pytest.raises(ValueError, match='on one side no mask holds any foreground'):
-        inner_split(masks & (who != who[choose][0])[:, None, None] & (who != who[choose][-1])[:, None, None], who, 0)
+        inner_split(few & (who == who[few.any(axis=(1, 2))][0])[:, None, None], who, 0)
     with pytest.raises(ValueError, match='on one side no mask'):
         inner_split(masks, numpy.full(100, 'a'), 0)
 

@@ -228,8 +228,8 @@ def inner_split(masks, subjects, seed):
     """Return the numbers of the images to learn from, and of at most CHOOSE to choose on, of other subjects: a quarter of them."""
     names = [*numpy.random.default_rng(seed).permutation(sorted(set(subjects)))]
     quarter, with_some = max(1, len(names) // 4), {subject for subject, mask in zip(subjects, masks) if mask.any()}
-    if with_some.isdisjoint(names[:quarter]):
-        names.sort(key=lambda name: name not in with_some)             # else there is nothing to choose by
+    if with_some and with_some.isdisjoint(names[:quarter]):            # there is to be something to choose by
+        names.insert(0, names.pop(next(place for place, name in enumerate(names) if name in with_some)))
     chosen_on = numpy.isin(subjects, names[:quarter])
     learn, choose = numpy.flatnonzero(~chosen_on), numpy.flatnonzero(chosen_on)
     choose = choose[::-(-len(choose) // CHOOSE)]
