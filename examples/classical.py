@@ -295,6 +295,8 @@ def parse(arguments):
         setattr(args, name, path and path.resolve())
     if args.fold and not args.fold <= (args.folds or 0):
         parser.error(f'--fold is {args.fold} and --folds {args.folds or "not given"}; expected --fold from 1 to --folds')
+    if args.folds and args.validation_share != parser.get_default('validation_share'):
+        parser.error('--validation-share has no meaning with --folds: each fold is the validation part once')
     if args.folds == 1 or args.split and not args.folds:
         parser.error('--folds is 1; expected 2 or more' if args.folds else '--split needs --folds, the number of folds in it')
     Chain(size=args.size, step=args.step, examples=args.examples)           # raises ValueError for what cannot be

@@ -315,6 +315,10 @@ def test_a_folder_stands_for_the_last_networks_of_its_folds(tmp_path):
     (tmp_path / 'cv' / 'config.json').write_text('{"folds": 12}')
     with pytest.raises(CheckpointError, match='cv: fold 12 of 12 has no network yet; train it, or give the files'):
         model_files([tmp_path / 'cv'])
+    (tmp_path / 'chains' / 'fold_1').mkdir(parents=True)
+    (tmp_path / 'chains' / 'fold_1' / 'chain.npz').touch()
+    with pytest.raises(CheckpointError, match='chains: holds chains, which predict alone; give one of them, such as .*fold_1/chain.npz'):
+        model_files([tmp_path / 'chains'])
     (tmp_path / 'run').mkdir()
     with pytest.raises(CheckpointError, match='run: is a folder, and not that of a cross-validation; give a model file, such as .*run/best.npz'):
         model_files([tmp_path / 'run'])

@@ -343,6 +343,8 @@ def model_files(paths):
             raise CheckpointError(f'{path}: is a folder, and not that of a cross-validation; give a model file, such as {path / "best.npz"}')
         number = read_folds(path) or len(folds)
         missing = [n for n in range(1, number + 1) if not (path / f'fold_{n}' / 'last.npz').exists()]
+        if chain := next((file for fold in folds if (file := fold / 'chain.npz').exists()), None):
+            raise CheckpointError(f'{path}: holds chains, which predict alone; give one of them, such as {chain}')
         if missing:
             raise CheckpointError(f'{path}: fold {missing[0]} of {number} has no network yet; train it, or give the files of those that are there')
         files += [path / f'fold_{n}' / 'last.npz' for n in range(1, number + 1)]
