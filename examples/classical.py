@@ -21,7 +21,7 @@ import numpy
 
 import nervenet
 import nervenet.files
-from nervenet.classical.chains import CLASSIFIERS, KINDS, Chain
+from nervenet.classical.chains import CLASSIFIERS, KINDS, Chain, inner_split
 from nervenet.classical.gaussian_process import evidence
 from nervenet.classical.superpixels import means, slic
 from nervenet.classical.wavelets import TRANSFORMS, feature_names
@@ -95,9 +95,13 @@ def fresh(path):
 def run(args, path, reader, training, validation, note):
     """Fit a chain on the training samples, score it on the validation samples, and write all into the folder `path`."""
     fresh(path)
+    learnt = some_of_each_subject(training, args.images_per_subject)
+    images, masks = map(numpy.stack, zip(*(read(reader, sample) for sample in learnt)))
+    subjects = numpy.array([sample.subject for sample in learnt])
+    inner_split(masks, subjects, args.seed)                 # refuses what nothing can be chosen on, before there is a folder
     folder = RunFolder(path, {**options_to_store(args), 'nervenet': nervenet.__version__, 'numpy': numpy.__version__, **{
         f'{part}_subjects': sorted({sample.subject for sample in chosen}) for part, chosen in (('training', training), ('validation', validation))}})
-    counted, learnt = Baselines(), some_of_each_subject(training, args.images_per_subject)
+    counted = Baselines()
     for sample in training:
         counted.update(read(reader, sample)[1][None, ..., None])
     statistics = intensity_statistics(training, reader)
@@ -112,8 +116,6 @@ def run(args, path, reader, training, validation, note):
     def tell(line):
         lines.append(line)
         print(line, flush=True)
-    images, masks = map(numpy.stack, zip(*(read(reader, sample) for sample in learnt)))
-    subjects = numpy.array([sample.subject for sample in learnt])
     chain = Chain(kind=args.chain, size=args.size, fit=args.fit, wavelet=args.wavelet, position=args.position, classifier=args.classifier,
                   step=args.step, examples=args.examples)
     began = time.process_time()
