@@ -27,7 +27,8 @@ class Interrupted(Exception):
 def stopping_on_signals():
     """Yield a function that says whether Ctrl-C, SIGTERM or SIGUSR1 has asked to stop; the second time they stop the process at once.
 
-    SIGUSR1 is the one that launchers of MPI pass on to all processes, and leave it at that. Python hands signals to the main thread alone. In any other this answers No, and signals do what they did before.
+    SIGUSR1 is the one that launchers of MPI pass on to all processes, and leave it at that. Python hands signals to the main thread alone. In
+    any other this answers No, and signals do what they did before.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -166,6 +167,8 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
             yield batch
             if average and optimizer.steps % 8 == 0:                    # the next batch is asked for once the step is done
                 average.update(optimizer.steps)
+        if average and average.steps != optimizer.steps:
+            average.update(optimizer.steps)
 
     scored = average.averaged if average else model
     parts = {name: loader for name, loader in (('validation', validation), ('inner', inner)) if loader is not None}
@@ -176,8 +179,6 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
             with numpy.errstate(over='ignore', invalid='ignore'):       # a diverged network gets one clear error, below
                 batches = progress(watched(averaging(training.epoch(epoch))), len(training), f'epoch {epoch}/{epochs}')
                 scores = {'train': train_epoch(model, loss, optimizer, batches, schedule, max_norm)}
-                if average and average.steps != optimizer.steps:
-                    average.update(optimizer.steps)
                 speed, waited = len(training.samples) / (time.perf_counter() - start), training.waited_seconds
                 watching = Watching(loss, watch)
                 for part, loader in parts.items():

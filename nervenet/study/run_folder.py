@@ -208,13 +208,19 @@ class RunFolder:
         """
         part, where = (validation, 'validation') if inner is None else (inner, 'inner')
         found, chosen = {}, {}
+        # What a network said of strangers is known only where subjects are, and where it did not start from one that may have seen them.
+        strangers, known = not (self.config.get('leaky_split_by_image') or self.config.get('init')), {}
+        if self.config.get('data') and strangers:               # subjects of synthetic images have names that others have too
+            known = {name: self.config.get(name) for name in ('training_subjects', 'validation_subjects')}
         print()
         if part is None:
-            known = {'training_subjects': self.config['training_subjects']} if self.config.get('data') and not self.config.get('init') else {}
-            self.finish_model_file(self.last, settings=asdict(Settings()), mean_training_mask=mean_training_mask, **known)
-            chosen[self.last.name] = {'epoch': self.history[-1]['epoch'], 'settings': asdict(Settings()), 'chosen on': 'nothing'}
-        there_is_foreground = part is not None and any(masks.any() for _, masks in part.epoch(0))
-        for path in (self.last, self.best) if part is not None else ():
+            usual = asdict(Settings())
+            self.finish_model_file(self.last, settings=usual, mean_training_mask=mean_training_mask, **known)
+            chosen[self.last.name] = {'epoch': self.history[-1]['epoch'], 'settings': usual, 'chosen on': 'nothing'}
+            self.write('settings.json', json.dumps(chosen, indent=2) + '\n')
+            return chosen
+        there_is_foreground = any(masks.any() for _, masks in part.epoch(0))
+        for path in self.last, self.best:
             network, extra = load_checkpoint(path)
             epoch, network = extra['epoch'], network.to(device)
             if epoch not in found:                              # the last epoch may be the best
@@ -224,13 +230,10 @@ class RunFolder:
                                    else (Settings(), score(network, part.epoch(0), Settings())['dice_per_image']))
                 found[epoch] = counts, replace(settings, temperature=temperature), there
             counts, settings, there = found[epoch]
-            # What a network said of strangers is known only where subjects are, and where it did not start from one that may have seen them.
-            seen, strangers = {}, not (self.config.get('leaky_split_by_image') or self.config.get('init'))
+            seen = dict(known)
             if path == self.last and strangers and validation is not None:
                 seen['held_out'] = counts if part is validation else count_masks(network, lambda: validation.epoch(0),
                                                                                 temperature=settings.temperature)
-            if self.config.get('data') and strangers:           # subjects of synthetic images have names that others have too
-                seen |= {name: self.config.get(name) for name in ('training_subjects', 'validation_subjects')}
             self.finish_model_file(path, settings=asdict(settings), mean_training_mask=mean_training_mask, **seen)
             chosen[path.name] = {'epoch': extra['epoch'], 'settings': asdict(settings),
                                  'chosen on': f'{where} subjects' if there_is_foreground else 'nothing',
