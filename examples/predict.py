@@ -58,7 +58,7 @@ def main(arguments=None):
     segmenter, extras = open_segmenter(args)
     if args.dropout_samples and not all(model.config.get('dropout') for model in segmenter.models):
         raise DataError(f'--dropout-samples: a model of {some_of([str(path) for path in args.model])} was trained without dropout, so there is none '
-                        'to keep on; train with --dropout 0.2 or so, or leave --dropout-samples out')
+                        'to keep on; leave --dropout-samples out, or give a network trained with --dropout 0.2 or so')
     args.what = extras[0].get('what') or 'foreground'
     args.rule, finding = how_to_read(args, extras[0].get('reading', {}))
     find = partial(find_samples, args.input, masks='optional', masks_folder=args.masks, subjects=args.subjects,
@@ -173,7 +173,7 @@ class Frame:
     result      the row of results.csv
     scores      {name: SegmentationScores of this image}, where there is a truth
     members     numbers of the networks that predict it
-    samples     (T, h, w): what each of them makes of it, and of its mirror image
+    samples     (T, h, w): what each of them makes of it, and of its mirror image, or with dropout kept on
     drawn       of a frame of a loop, what is to be written of it, in order
     near        what `near_truth` says of the pixels where uncertainty is judged
     """
@@ -280,11 +280,14 @@ def predicted(args, segmenter, frames):
                 together[frame.members].append(frame)
         for members, group in together.items():
             prepared = [frame.prepared for frame in group]
-            for frame, probabilities in zip(group, segmenter.maps(prepared, members)):
-                frame.probabilities, frame.prepared = probabilities, None
-            if args.uncertainty:
-                for frame, samples in zip(group, segmenter.samples(prepared, members, args.dropout_samples)):
-                    frame.samples = samples
+            if args.uncertainty and not args.dropout_samples:
+                samples = segmenter.samples(prepared, members)
+                maps = map(segmenter.map_of, samples)                   # of the same passes
+            else:
+                samples = segmenter.dropout_samples(prepared, args.dropout_samples, members) if args.dropout_samples else [None] * len(group)
+                maps = segmenter.maps(prepared, members)
+            for frame, frame.samples, frame.probabilities in zip(group, samples, maps):
+                frame.prepared = None
         yield from batch
 
 

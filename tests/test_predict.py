@@ -255,12 +255,12 @@ def test_dropout_is_kept_on_only_where_there_is_some(job, data, rng, tmp_path, c
     settings = dict(size=[16, 24], settings={'temperature': 1.5})
     for p in (0.0, 0.5):
         nervenet.save(tmp_path / f'{p}.npz', nervenet.UNet(base_channels=2, depth=1, dropout=p, rng=rng), **settings)
-    with pytest.raises(DataError, match='0.0.npz was trained without dropout, so there is none to keep on; train with --dropout'):
+    with pytest.raises(DataError, match='0.0.npz was trained without dropout, so there is none to keep on; leave --dropout-samples out, or'):
         run_with(job, data, tmp_path / '0.0.npz', 'none', '--uncertainty', '--dropout-samples', 4)
     assert not (tmp_path / 'none').exists()
     row, *_ = run_with(job, data, tmp_path / '0.5.npz', 'some', '--uncertainty', '--dropout-samples', 4)
     segmenter, _ = Segmenter.from_file(tmp_path / '0.5.npz')
-    samples, = segmenter.samples([segmenter.prepare(read_image(data / f'{row["image"]}.png'))], dropout_samples=4)
+    samples, = segmenter.dropout_samples([segmenter.prepare(read_image(data / f'{row["image"]}.png'))], 4)
     assert float(row['sureness']) == round(sureness(samples, segmenter.settings.mask), 4) and len(samples) == 4
     for options, said in ((['--dropout-samples', 4], 'no meaning without --uncertainty'), (['--uncertainty', '--dropout-samples', 1], 'expected 2 or more')):
         with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ import nervenet
 from nervenet import CheckpointError, UNet
 from nervenet.images.augment import median_filter
 from nervenet.study.checkpoint import load_checkpoint
-from nervenet.study.segment import Segmenter, Settings, choose_from, choose_settings, choose_temperature, count_masks, describe, model_files, score
+from nervenet.study.segment import Segmenter, Settings, choose_from, choose_temperature, count_masks, describe, model_files, score
 from nervenet.train import predict
 
 
@@ -115,7 +115,7 @@ def test_settings_are_chosen_where_dice_per_image_is_best(rng):
     p = numpy.where(masks > 0, 0.7, 0.6)
     p[3, 0, 0] = 0.9
     images = numpy.log(p / (1 - p)).astype('float32')
-    settings, score = choose_settings(Fixed(), lambda: [(images, masks)])
+    settings, score = choose_from([count_masks(Fixed(), lambda: [(images, masks)])])
     assert 0.6 <= settings.threshold < 0.7 and settings.minimal_area > 1 / 400 and not settings.flip_average
     assert score == pytest.approx(1.0)
 
@@ -127,8 +127,8 @@ def test_a_candidate_must_be_better_by_a_margin(rng):
     for missed, expected in ((2, 0.5), (200, 0.35)):               # of these some have a probability of 0.4: Dice 0.9996 or 0.958
         p = numpy.where(masks > 0, 0.95, 0.05)
         p.flat[:missed] = 0.4
-        settings, score = choose_settings(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)],
-                                          thresholds=numpy.array([0.35, 0.5]))
+        settings, score = choose_from([count_masks(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)],
+                                                   thresholds=numpy.array([0.35, 0.5]))])
         assert settings.threshold == expected and (score == 1) == (expected == 0.35)
 
 
@@ -138,10 +138,10 @@ def test_the_largest_component_is_chosen_where_it_helps():
     masks[:, 4:12, 6:14] = 1
     p = numpy.where(masks > 0, 0.9, 0.1)
     p[:, 15:19, 20:26] = 0.9                                       # 24 pixels of 600
-    settings, score = choose_settings(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)])
+    settings, score = choose_from([count_masks(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)])])
     assert settings.largest_component and score == 1 and settings.minimal_area == 0
     p[:, 15:19, 20:26] = 0.1
-    assert not choose_settings(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)])[0].largest_component
+    assert not choose_from([count_masks(Fixed(), lambda: [(numpy.log(p / (1 - p)).astype('float32'), masks)])])[0].largest_component
 
 
 @pytest.mark.parametrize('true', [0.5, 3.0])
@@ -256,6 +256,10 @@ def test_several_networks_predict_by_the_mean_of_their_probabilities(files, rng)
     for number in range(2):
         expected = [alone[1][number], mirrored[1][number][:, ::-1], alone[2][number], mirrored[2][number][:, ::-1]]
         numpy.testing.assert_allclose(drawn[number], expected, atol=1e-6)
+    for flip in False, True:
+        one = Segmenter(models, (16, 24), Settings(flip_average=flip))
+        for samples, p in zip(one.samples(images), one.maps(images)):
+            numpy.testing.assert_array_equal(one.map_of(samples), p, 'the map of the same passes')
 
 
 def test_with_dropout_each_sample_is_another_and_all_can_be_repeated(rng):
@@ -263,15 +267,15 @@ def test_with_dropout_each_sample_is_another_and_all_can_be_repeated(rng):
     model.parameters()['head.weight'][...] *= 20
     segmenter = Segmenter(model, (16, 24), Settings(temperature=2.0))
     own = model.dropout.rng
-    drawn, = segmenter.samples([image], dropout_samples=30)
+    drawn, = segmenter.dropout_samples([image], 30)
     assert drawn.shape == (30, 16, 24) and len(numpy.unique(drawn[:, 8, 8])) == 30
-    numpy.testing.assert_array_equal(drawn, segmenter.samples([image], dropout_samples=30)[0])
+    numpy.testing.assert_array_equal(drawn, segmenter.dropout_samples([image], 30)[0])
     assert model.dropout.rng is own and not model.dropout.training
     once = segmenter.maps([image])[0]
     assert numpy.corrcoef(drawn.mean(axis=0).ravel(), once.ravel())[0, 1] > 0.8, 'around what is said without dropout'
     numpy.testing.assert_array_equal(once, segmenter.maps([image])[0])
     model.dropout.p = 0.0
-    numpy.testing.assert_allclose(segmenter.samples([image], dropout_samples=2)[0], [once, once], rtol=1e-4)
+    numpy.testing.assert_allclose(segmenter.dropout_samples([image], 2)[0], [once, once], rtol=1e-4)
 
 
 def test_settings_of_several_are_chosen_from_what_each_made_of_its_own_part(files, rng):
@@ -280,7 +284,7 @@ def test_settings_of_several_are_chosen_from_what_each_made_of_its_own_part(file
     assert Segmenter.from_files(paths)[0].settings == together[0]
     assert Segmenter.from_files(paths, threshold=0.77)[0].settings.threshold == 0.77
     images, masks = rng.random((6, 16, 24, 1), dtype='float32'), (rng.random((6, 16, 24, 1)) < 0.3).astype('float32')
-    whole = choose_settings(models[0], lambda: [(images, masks)])
+    whole = choose_from([count_masks(models[0], lambda: [(images, masks)])])
     parts = [count_masks(models[0], lambda part=part: [(images[part], masks[part])]) for part in (slice(0, 2), slice(2, 6))]
     assert choose_from(parts) == whole, 'a part at a time, as if at once'
     warm = [{**load_checkpoint(path)[1], 'settings': {'temperature': T}} for path, T in zip(paths, (1.0, 2.0, 4.0))]

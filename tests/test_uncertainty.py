@@ -5,7 +5,7 @@ import numpy
 import pytest
 
 from nervenet.study.segment import Settings
-from nervenet.study.uncertainty import (Assessment, Calibration, band, decompose, entropy, mean_information, near_truth, risk_coverage,
+from nervenet.study.uncertainty import (Assessment, Calibration, band, decompose, entropy, near_truth, risk_coverage,
                                         roc_area, spearman, sureness, temperature, with_temperature)
 
 LN2 = math.log(2)
@@ -92,14 +92,6 @@ def test_the_band_of_one_pixel_and_of_nothing():
         rows, columns = numpy.nonzero(near)
         assert (rows.min(), rows.max(), columns.min(), columns.max(), near.sum()) == (10, 30, 0, 14, 21 * 15), '10 pixels, cut at the edge'
     assert band(nothing, nothing).all() and band(nothing, nothing).dtype == bool
-
-
-def test_mean_information_is_that_of_the_prediction_and_of_what_is_near_it(rng):
-    mi, mask = rng.random((30, 30)), numpy.zeros((30, 30), bool)
-    mask[10:12, 20:24] = True
-    assert mean_information(mi, mask) == pytest.approx(mi[5:17, 15:29].mean())
-    assert mean_information(mi, mask, 0) == pytest.approx(mi[10:12, 20:24].mean())
-    assert mean_information(mi, ~mask & mask) == pytest.approx(mi.mean()), 'nothing is predicted: the whole image'
 
 
 # --- Calibration ------------------------------------------------------------------------------------------------------

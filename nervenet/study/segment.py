@@ -1,8 +1,8 @@
 """From an image of any size to its mask: resize, predict, average over flips, threshold, drop what is too small.
 
 A network is trained at one size. `Segmenter` brings an image to that size and the probabilities back to the image's own. What
-it does beyond that is a choice, `Settings`, and a choice that looks at data flatters itself there: `choose_settings` belongs on
-data that nobody reports scores of, and the settings are saved with the model.
+it does beyond that is a choice, `Settings`, and a choice that looks at data flatters itself there: `choose_from` and
+`choose_temperature` belong on data that nobody reports scores of, and the settings are saved with the model.
 
 Several networks predict together by the mean of their probabilities. The networks of a cross-validation are such an ensemble; how their
 probabilities become a mask is chosen from what each said of the subjects that it had not seen.
@@ -102,6 +102,11 @@ def with_dropout(model, x, number, temperature=1.0, seed=0):
             layer.training, layer.rng = False, own
 
 
+def by_image(drawn):
+    """Return for each of N images what `drawn`, T arrays (N, h, w, 1), holds of it: a list of (T, h, w) float32."""
+    return [*numpy.stack(drawn, axis=1)[..., 0].astype('float32', copy=False)]
+
+
 class Segmenter:
     """A trained model, or several that predict together; how images were prepared for their training; and the settings they are used with.
 
@@ -182,24 +187,26 @@ class Segmenter:
         That is the networks' own part of `probabilities`; `restore` brings a map to the size of its image. `members` are the numbers of
         those of the models that predict, all by default.
         """
-        if not prepared:
-            return []
-        models = self._members(members)
-        flip, temperature = self.settings.flip_average, self.settings.temperature
-        p = sum(predict_flips(model, self._batch(prepared, model), flip, temperature) for model in models) / len(models)
-        return list(to_cpu(p)[..., 0].astype('float32', copy=False))                                # (N, h, w)
+        return [drawn.mean(axis=0) for drawn in self.samples(prepared, members, mirrored=self.settings.flip_average)] if prepared else []
 
-    def samples(self, prepared, members=None, dropout_samples=0):
-        """Return what each of the models makes of each image, and of the mirrored image: a list of (T, h, w), T two for each model.
+    def map_of(self, samples):
+        """Return the map (h, w) that `maps` returns of an image, of which `samples` returned these (T, h, w), those of mirrored images too."""
+        return samples[::1 if self.settings.flip_average else 2].mean(axis=0)
 
-        With `dropout_samples`, T is that many for each model, asked with dropout kept on instead: see `with_dropout`.
-        """
-        drawn = []
+    def samples(self, prepared, members=None, mirrored=True):
+        """Return what each of the models makes of each image, and then, if `mirrored`, of the mirrored image: a list of (T, h, w) float32."""
+        drawn, temperature = [], self.settings.temperature
         for model in self._members(members):
-            x, temperature = self._batch(prepared, model), self.settings.temperature
-            drawn += (with_dropout(model, x, dropout_samples, temperature) if dropout_samples else
-                      [to_cpu(predict(model, x, temperature)), to_cpu(predict(model, x[:, :, ::-1], temperature)[:, :, ::-1])])
-        return [*numpy.stack(drawn, axis=1)[..., 0].astype('float32', copy=False)]                  # N of (T, h, w)
+            x = self._batch(prepared, model)
+            drawn.append(to_cpu(predict(model, x, temperature)))
+            if mirrored:
+                drawn.append(to_cpu(predict(model, x[:, :, ::-1], temperature)[:, :, ::-1]))
+        return by_image(drawn)
+
+    def dropout_samples(self, prepared, number, members=None):
+        """Return what each of the models makes of each image `number` times with dropout kept on, see `with_dropout`: a list as of `samples`."""
+        return by_image([p for model in self._members(members)
+                         for p in with_dropout(model, self._batch(prepared, model), number, self.settings.temperature)])
 
     @property
     def intensities(self):
@@ -229,18 +236,11 @@ class ChainSegmenter(Segmenter):
         super().__init__([], chain.size, settings, fit=chain.config['fit'])
         self.models, self._intensities = [chain], tuple(intensities)
 
-    def maps(self, prepared, members=None):
-        flip = self.settings.flip_average
-        return [(sum(self._both(image)) / 2 if flip else self._one(image)).astype('float32') for image in prepared]
-
-    def samples(self, prepared, members=None, dropout_samples=0):
-        return [numpy.stack(self._both(image)) for image in prepared]
+    def samples(self, prepared, members=None, mirrored=True):
+        return [numpy.stack([self._one(image), self._one(image[:, ::-1])[:, ::-1]][:1 + mirrored]).astype('float32') for image in prepared]
 
     def _one(self, image):
         return with_temperature(self.model.map(image), self.settings.temperature)
-
-    def _both(self, image):
-        return self._one(image), self._one(image[:, ::-1])[:, ::-1]
 
     @property
     def intensities(self):
@@ -398,14 +398,6 @@ def intensity_warning(oddities, white):
     return said
 
 
-def choose_settings(model, batches, thresholds=THRESHOLDS, areas=AREAS):
-    """Return (Settings, score): settings with a high mean Dice per image on `batches` of (images, masks), (N, H, W, 1) each.
-
-    `batches` is called for an iterable, once for each kind of averaging.
-    """
-    return choose_from([count_masks(model, batches, thresholds)], areas)
-
-
 def choose_temperature(model, batches, margin=0.05):
     """Return the temperature at which the probabilities of (images, masks) of `batches` fit the masks best; 1 without any foreground.
 
@@ -428,8 +420,9 @@ def count_masks(model, batches, thresholds=THRESHOLDS, temperature=1.0):
     """Return what settings are chosen from: of each image, what its mask at each threshold has in common with the true one.
 
     A dict of 'thresholds' (T,), 'pixels' of an image, and 'counts' (2, 2, T, 3, N): without and with averaging over flips, of the whole
-    mask and of its largest component, at each threshold, the pixels of overlap, of the mask and of the truth, of each image. For `batches` see
-    `choose_settings`; the thresholds are those of probabilities at this `temperature`.
+    mask and of its largest component, at each threshold, the pixels of overlap, of the mask and of the truth, of each image. `batches` is called
+    for an iterable of (images, masks), (N, H, W, 1) each, once for each kind of averaging; the thresholds are those of probabilities at this
+    `temperature`.
     """
     counts, device = [], model.device
     for flip_average in (False, True):
@@ -444,7 +437,7 @@ def count_masks(model, batches, thresholds=THRESHOLDS, temperature=1.0):
 
 
 def choose_from(several, areas=AREAS):
-    """Return (Settings, score) as `choose_settings`, from what `count_masks` counted, of all images of all of `several` together.
+    """Return (Settings, score): settings with a high mean Dice per image, of all images that each of `several`, from `count_masks`, counted.
 
     Candidates are tried from the simplest on, and one takes over only if it is better by 0.002 than the one before, so that noise does
     not decide. Raises CheckpointError unless all were counted at the same thresholds on images of one size.

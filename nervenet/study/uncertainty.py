@@ -52,11 +52,6 @@ def sureness(samples, mask=lambda p: p > 0.5):
     return float(ratio(2 * overlap, area[:, None] + area)[numpy.triu_indices(len(masks), 1)].mean())
 
 
-def mean_information(mi, mask, margin=5):
-    """Return the mean of mutual information (H, W) over the `band` of a predicted mask (H, W). Lower is surer."""
-    return float(numpy.asarray(mi)[band(mask, mask, margin)].mean())
-
-
 def band(prediction, truth, margin=10):
     """Return where, (H, W) bool, foreground of the prediction or of the truth, masks (H, W), is at most `margin` pixels away.
 
