@@ -249,3 +249,11 @@ def test_where_there_is_no_foreground_to_choose_on_nothing_is_chosen(loaders, tm
         assert stored == chosen['best.npz']['settings'] == asdict(Settings())
         assert chosen['last.npz']['chosen on'] == 'nothing'
         assert f'on the {name} subjects, who have no foreground to choose on' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('temperature, is_told', [(20.0, True), (19.9985, True), (0.05, True), (12.0, False)])
+def test_a_temperature_at_an_end_of_those_tried_is_told(loaders, tmp_path, capsys, monkeypatch, temperature, is_told):
+    monkeypatch.setattr('nervenet.study.run_folder.choose_temperature', lambda network, batches: temperature)
+    _, run, _ = train(loaders, tmp_path / 'run', epochs=1)
+    run.choose_settings('cpu', loaders[1], None, numpy.zeros((16, 24), 'uint8'))
+    assert ('last.npz: the temperature is at an end of those tried, 0.05 to 20' in capsys.readouterr().out) == is_told

@@ -25,6 +25,7 @@ from .checkpoint import load_checkpoint, save
 from .claims import claim, claims_in
 from .report import best_row, summaries
 from .segment import Settings, choose_from, choose_temperature, count_masks, reading_of, score
+from .uncertainty import TEMPERATURES
 
 WHERE = 'data', 'masks', 'subjects', 'test', 'test_masks', 'split', 'device', 'precision'     # of a config: where the data lie and what computes; a run may go on elsewhere
 
@@ -219,6 +220,7 @@ class RunFolder:
             chosen[self.last.name] = {'epoch': self.history[-1]['epoch'], 'settings': usual, 'chosen on': 'nothing'}
             self.write('settings.json', json.dumps(chosen, indent=2) + '\n')
             return chosen
+        least, most = TEMPERATURES
         there_is_foreground = any(masks.any() for _, masks in part.epoch(0))
         for path in self.last, self.best:
             network, extra = load_checkpoint(path)
@@ -242,6 +244,9 @@ class RunFolder:
                   f'flip average {"on" if settings.flip_average else "off"}, largest component {"on" if settings.largest_component else "off"}, '
                   f'temperature {settings.temperature:.2f}: Dice per image {there:.4f} on the {where} subjects, '
                   + ('flattered, since chosen there' if there_is_foreground else 'who have no foreground to choose on'))
+            if not 1.01 * least < settings.temperature < 0.99 * most:
+                print(f'WARNING: {path}: the temperature is at an end of those tried, {least:g} to {most:g}: none makes the probabilities near '
+                      'foreground fit; train longer, or on more images')
             if inner is not None and validation is not None:
                 honest = chosen[path.name]['validation'] = score(network, validation.epoch(0), settings)
                 print(f'    on the validation subjects: hard Dice {honest["dice_pooled"]:.4f} pooled, '

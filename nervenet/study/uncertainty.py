@@ -19,6 +19,8 @@ from ..checks import positive as whole
 from ..engine.parallel import one_thread_per_product
 from ..metrics import foreground, ratio
 
+TEMPERATURES = 0.05, 20              # the least and the most that `temperature` finds
+
 
 # --- Maps, and one number for an image --------------------------------------------------------------------------------
 
@@ -113,7 +115,7 @@ class Calibration:
 
 
 def temperature(p, truth):
-    """Return the T from 0.05 to 20 with which `with_temperature` has the least NLL: above 1 if the network was too sure.
+    """Return the T, within TEMPERATURES, with which `with_temperature` has the least NLL: above 1 if the network was too sure.
 
     p and truth as in `Calibration.update`, with at least one pixel. In 1/T this is a logistic regression with one weight, which is
     convex, so a golden section on log T finds the one minimum, to 0.01 % (Guo et al. 2017).
@@ -126,7 +128,7 @@ def temperature(p, truth):
     def nll(log_t):
         return numpy.logaddexp(0, right * -math.exp(-log_t)).mean()
 
-    low, high, golden = math.log(0.05), math.log(20), (math.sqrt(5) - 1) / 2
+    (low, high), golden = map(math.log, TEMPERATURES), (math.sqrt(5) - 1) / 2
     while high - low > 1e-4:
         a, b = high - golden * (high - low), low + golden * (high - low)    # low < a < b < high
         low, high = (low, b) if nll(a) < nll(b) else (a, high)
