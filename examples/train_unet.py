@@ -50,7 +50,7 @@ from nervenet.study.claims import claimed
 from nervenet.study.fit import Interrupted, PlateauSchedule, WeightAverage, fit, seconds_of, stopping_on_signals
 from nervenet.study.kfold import (BY_IMAGE, BY_SUBJECT, CrossValidation, each_image_alone, folds_by_subject, read_split, sides, write_split)
 from nervenet.study.options import (LOSSES, OPTIMIZERS, architecture, augmentation, check_memory, default_epochs, describe_need,
-                                    options_to_store, parse)
+                                    options_to_store, parse, share_of)
 from nervenet.study.page import write_page
 from nervenet.study.pictures import draw_learning, draw_run, one_of_each_subject, preview_augmentation
 from nervenet.study.report import caveat, in_words, print_epoch, print_header, print_scores, print_whatever_comes, without_foreground
@@ -73,7 +73,7 @@ def main(arguments=None):
     if before != (args.device, args.precision):
         print(f'So far the run was computed on the {before[0]} in {before[1]}, now it is on the {args.device} in '
               f'{args.precision}, which rounds otherwise: not bit for bit.')
-    check_memory(args)
+    check_memory(args, processes)
 
     if args.data is None:
         reader = Phantom(subjects=200, frames=5, seed=args.seed, size=args.size)
@@ -246,7 +246,7 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
         raise Interrupted(f'stopped in epoch {done + 1}, which starts anew when you go on; {done} epochs are saved. Go on with:'
                           f'\n    python examples/train_unet.py --resume {args.out}{fold}') from None
     except MemoryError as error:
-        needed = describe_need(args, model.training_memory((args.batch_size, *args.size, 1)))
+        needed = describe_need(args, model.training_memory((share_of(args, current()), *args.size, 1)))
         raise MemoryError(f'{needed}, lower --batch-size first ({error})') from error
     if len(run.history) < args.epochs:
         print(f'stopped early: no better epoch on the inner subjects for {args.patience} epochs')

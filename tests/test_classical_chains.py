@@ -16,6 +16,7 @@ from nervenet.engine.parallel import set_threads
 from nervenet.images.augment import median_filter
 from nervenet.metrics import ratio
 from nervenet.study.checkpoint import CHAINS, CheckpointError
+from nervenet.study.options import stored_options
 from nervenet.study.segment import Segmenter
 
 SIZE = 40, 56
@@ -73,6 +74,8 @@ def test_a_bright_disc_is_found_on_unseen_subjects_and_nothing_where_none_is(rng
 def test_images_of_any_size_come_back_at_their_size(rng, few_choices):
     chain = fitted_chain(rng, kind='graph-cut', classifier='logistic')
     (image, *_), (mask, *_), _ = scenes(rng, subjects=1, size=(80, 112))
+    with pytest.raises(ValueError, match='the chain has learnt nothing yet: fit it, or load'):
+        Chain().predict(image)
     p, found = chain.predict(numpy.round(image * 255).astype('uint8'))
     assert p.shape == found.shape == (80, 112) and 2 * (found & mask).sum() / (found.sum() + mask.sum()) > 0.85
 
@@ -401,6 +404,9 @@ def test_the_script_fits_and_predict_takes_what_it_wrote(data, capsys, few_choic
     for again, where in (options, run / 'fold_1'), (options[:-6], run):                            # the second without --fold
         with pytest.raises(FileExistsError, match=f'{where}: exists and is not an empty folder; choose another --out, or remove what is there$'):
             example('classical').main([str(option) for option in [*again, '--out', run, '--what', 'disc']])
+    for folder in run, run / 'fold_1':
+        with pytest.raises(ValueError, match=f'{folder} is the run of a chain, which is fitted at once'):
+            stored_options(folder)
     capsys.readouterr()
 
     out = data.parent / 'out'

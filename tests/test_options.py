@@ -78,14 +78,29 @@ def test_training_that_takes_more_memory_than_there_is_is_refused_with_both_numb
 def test_training_that_fits_is_let_through_and_so_is_all_where_nobody_knows(monkeypatch):
     args = parse(['--size', '99999x99999', '--batch-size', '1', '--base-channels', '1', '--depth', '1'])
     args.device = 'cpu'
-    needed = options.training_bytes(args)
+    needed = options.training_bytes(args, 1)
     assert needed > 4 * 8 * 10**10
     for there, fits in (needed, True), (needed - 1, False), (None, True):
         monkeypatch.setattr(options, 'available_bytes', lambda: there)
         with contextlib.nullcontext() if fits else pytest.raises(MemoryError):
             check_memory(args)
     args.device = 'gpu'
-    assert options.training_bytes(args) == 4 * 8 * 10**10, 'the network is on the device, the batches come from here'
+    assert options.training_bytes(args, 1) == 4 * 8 * 10**10, 'the network is on the device, the batches come from here'
+
+
+def test_processes_of_one_machine_need_their_shares_of_a_batch_together(monkeypatch):
+    class Three:
+        size, neighbours = 3, 2
+
+    args = parse(['--size', '320x320', '--batch-size', '7'])
+    args.device = 'cpu'
+    share = options.training_bytes(args, 3)                             # of 7 images among three, at most
+    assert share < options.training_bytes(args, 7) * 0.6
+    monkeypatch.setattr(options, 'available_bytes', lambda: 2 * share)
+    check_memory(args, Three)
+    monkeypatch.setattr(options, 'available_bytes', lambda: 2 * share - 1)
+    with pytest.raises(MemoryError, match=r'GiB in each of 2 processes, and .* are free'):
+        check_memory(args, Three)
 
 
 @pytest.mark.skipif(not Path('/proc/meminfo').exists(), reason='needs Linux')

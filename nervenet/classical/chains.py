@@ -75,7 +75,9 @@ class Chain:
     # --- The steps, on images (H, W) of `size`, float32 in [0, 1]
 
     def region(self, image):
-        """Return where to look, (H, W) bool."""
+        """Return where to look, (H, W) bool. Raises ValueError, as all that follows, before the chain has learnt it."""
+        if 'region' not in self.chosen:
+            raise ValueError('the chain has learnt nothing yet: fit it, or load what another has learnt')
         return self._regions(image, [self.chosen['region']])[0]
 
     def _regions(self, image, choices):

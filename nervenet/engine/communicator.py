@@ -67,7 +67,7 @@ PATIENCE = 3                                    # seconds that a process with an
 class Communicator:
     """One process by itself: it has all sums and makes all decisions. `MPI` is the same among several."""
 
-    rank, size = 0, 1
+    rank, size, neighbours = 0, 1, 1            # neighbours: how many of them are on this machine
 
     def sum(self, vector):
         """Return the vector summed over all processes; it may be the same one, changed."""
@@ -101,6 +101,7 @@ class MPI(Communicator):
         self.rank, self.size = self.world.rank, self.world.size
         self.ends = self.world.Dup()            # for the end: what is said there mixes with nothing else
         self.local = self.world.Split_type(mpi.COMM_TYPE_SHARED)               # those of this machine
+        self.neighbours = self.local.size
         self.gpus = None
 
     def sum(self, vector):

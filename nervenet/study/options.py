@@ -12,6 +12,7 @@ import math
 from dataclasses import fields, replace
 from pathlib import Path
 
+from ..engine.communicator import ALONE
 from ..images.augment import FILL_MODES, ULTRASOUND, Augmentation
 from ..images.data import FITS
 from ..losses import BCEWithLogitsLoss, DiceLoss, WeightedSum
@@ -139,6 +140,8 @@ def default_epochs(args, images):
 def stored_options(folder):
     """Return the options of the run in `folder`, as `parse` gives them. Raises FileNotFoundError or ValueError."""
     config = read_config(folder)
+    if 'chain' in config:
+        raise ValueError(f'{folder} is the run of a chain, which is fitted at once: start another with classical.py --out')
     if config.get('fold'):
         raise ValueError(f'{folder} is one fold of a cross-validation: give --resume {folder.parent} --fold {config["fold"]}')
     defaults = {name: value for name, value in vars(build_parser().parse_args([])).items() if name not in NOT_STORED}
@@ -200,23 +203,29 @@ def take_architecture(args, given, parser):
         setattr(args, name, value)
 
 
-def check_memory(args):
+def check_memory(args, processes=ALONE):
     """Raise MemoryError if training as `args` say takes more memory than there is: else the system would end the process."""
-    needed, there = training_bytes(args), available_bytes()
-    if there is not None and needed > there:
-        raise MemoryError(f'{describe_need(args, needed)}, and {there / 2**30:.1f} GiB are free')
+    needed, there = training_bytes(args, share_of(args, processes)), available_bytes()
+    if there is not None and needed * processes.neighbours > there:
+        several = f' in each of {processes.neighbours} processes' if processes.neighbours > 1 else ''
+        raise MemoryError(f'{describe_need(args, needed)}{several}, and {there / 2**30:.1f} GiB are free')
 
 
-def training_bytes(args):
-    """Return about how many bytes of this computer's memory training takes."""
-    pixels = args.batch_size * math.prod(args.size)
+def share_of(args, processes):
+    """Return how many images of a batch are one process's, at most."""
+    return math.ceil(args.batch_size / processes.size)
+
+
+def training_bytes(args, images):
+    """Return about how many bytes of this computer's memory training on so many images at a time takes."""
+    pixels = images * math.prod(args.size)
     batches = 4 * 2 * 4 * pixels                            # images and masks, float32: one in use, two ready, one in the making
     deepest = args.base_channels << args.depth
     parameters = 4 * 4 * 30 * deepest**2                    # about, of a U-Net: weights, gradients, Adam's two averages
     if args.device != 'cpu' or parameters > (available_bytes() or 2**36):       # no network of that size is built to ask it
         return batches + parameters * (args.device == 'cpu')
     model = NETWORKS[args.model](**architecture(args))
-    return batches + model.training_memory((args.batch_size, *args.size, 1))
+    return batches + model.training_memory((images, *args.size, 1))
 
 
 def describe_need(args, needed):
