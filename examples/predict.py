@@ -21,7 +21,7 @@ import argparse
 import csv
 import io
 import sys
-from collections import defaultdict
+from collections import defaultdict, deque
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -33,8 +33,9 @@ import numpy
 from nervenet.study import figures
 from nervenet.engine.communicator import refuse_company
 from nervenet.engine.parallel import number_of_threads
+from nervenet.engine.workers import in_background, in_processes
 from nervenet.files import atomic_write, make_folder, refuse_content
-from nervenet.images.data import MaskRule, in_background, mask_oddity, oddity_warning, read_image, read_mask_of, resize_mask, unfitted
+from nervenet.images.data import MaskRule, mask_oddity, oddity_warning, read_image, read_mask_of, resize_mask, unfitted
 from nervenet.images.layout import name_of
 from nervenet.images.loops import DrawnOverLost, with_frames
 from nervenet.images.samples import DataError, Sample, find_samples, natural_key, some_of
@@ -48,6 +49,7 @@ from nervenet.study.report import print_whatever_comes, progress
 
 CLEAR_LINE = '\r\x1b[K'               # a progress bar may stand there
 COLUMNS = 'image', 'area', 'share', 'row', 'column', 'confidence', 'dice'
+PROCESSES = 8                         # at most: each prepares the weights for itself
 MARGIN = 10                           # pixels around mask and truth in which calibration is measured
 COVERAGES = 1, 0.9, 0.8, 0.5          # shares of the images that stay when the least sure go to a human
 
@@ -97,8 +99,9 @@ def main(arguments=None):
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
     read, write = partial(read_frame, args, segmenter, members), partial(write_frame, args, segmenter, mean_mask_at(extras[0]))
     # Files are read and written on all cores while the network computes; of the images themselves few are held at a time.
+    processes = 1 if segmenter.device == 'gpu' else min(number_of_threads(), PROCESSES, -(-len(samples) // args.batch_size))
     with (closing(in_background(read, samples, args.batch_size, number_of_threads())) as frames, LoopWriter(args.output) as loops,
-          closing(in_background(write, smoothed(predicted(args, segmenter, frames), args.smooth_frames), args.batch_size,
+          closing(in_background(write, smoothed(predicted(args, segmenter, frames, processes), args.smooth_frames), args.batch_size,
                                 number_of_threads())) as written):
         for frame in progress(written, len(samples), 'predicting', unit='images'):
             if frame.error:
@@ -271,24 +274,39 @@ def read_frame(args, segmenter, members, sample):
     return frame
 
 
-def predicted(args, segmenter, frames):
-    """Yield `frames` with their probabilities at the network's size, predicted so many at once as `args` say."""
-    while batch := list(islice(frames, args.batch_size)):
-        together = defaultdict(list)                            # those of the same networks
-        for frame in batch:
-            if frame.prepared is not None:
-                together[frame.members].append(frame)
-        for members, group in together.items():
-            prepared = [frame.prepared for frame in group]
-            if args.uncertainty and not args.dropout_samples:
-                samples = segmenter.samples(prepared, members)
-                maps = map(segmenter.map_of, samples)                   # of the same passes
-            else:
-                samples = segmenter.dropout_samples(prepared, args.dropout_samples, members) if args.dropout_samples else [None] * len(group)
-                maps = segmenter.maps(prepared, members)
-            for frame, frame.samples, frame.probabilities in zip(group, samples, maps):
+def predicted(args, segmenter, frames, processes):
+    """Yield `frames` with their probabilities at the network's size; so many at once as `args` say are predicted, by so many processes."""
+    waiting = deque()
+
+    def batches():
+        while batch := list(islice(frames, max(1, args.batch_size // processes))):
+            waiting.append(batch)
+            yield [(frame.members, frame.prepared) for frame in batch if frame.prepared is not None]
+
+    with closing(in_processes(partial(answers, args, segmenter), batches(), processes)) as answered:
+        for found in answered:
+            batch = waiting.popleft()
+            for frame, (frame.probabilities, frame.samples) in zip([frame for frame in batch if frame.prepared is not None], found):
                 frame.prepared = None
-        yield from batch
+            yield from batch
+
+
+def answers(args, segmenter, asked):
+    """Return for each of `asked`, (members, prepared image), what they make of it: its probabilities, and its samples or None, as a Frame has them."""
+    together, found = defaultdict(list), [None] * len(asked)                # those of the same networks
+    for number, (members, _) in enumerate(asked):
+        together[members].append(number)
+    for members, numbers in together.items():
+        prepared = [asked[number][1] for number in numbers]
+        if args.uncertainty and not args.dropout_samples:
+            samples = segmenter.samples(prepared, members)
+            maps = map(segmenter.map_of, samples)                           # of the same passes
+        else:
+            samples = segmenter.dropout_samples(prepared, args.dropout_samples, members) if args.dropout_samples else [None] * len(prepared)
+            maps = segmenter.maps(prepared, members)
+        for number, *answer in zip(numbers, maps, samples):
+            found[number] = answer
+    return found
 
 
 def write_frame(args, segmenter, mean_mask, frame):

@@ -4,7 +4,6 @@ import struct
 import threading
 import time
 import unicodedata
-from contextlib import closing
 from pathlib import Path
 
 import numpy
@@ -14,7 +13,7 @@ from PIL import Image
 from nervenet.images import data
 from nervenet.images.augment import median_filter
 from nervenet.images.data import (Filtered, Loader, MaskRule, Reader, as_intensities, data_warning, holds_foreground,
-                                  in_background, intensity_oddity, intensity_statistics, mask_oddity, oddity_warning,
+                                  intensity_oddity, intensity_statistics, mask_oddity, oddity_warning,
                                   read_image, read_mask, read_pair, resize, resize_mask, white_of)
 from nervenet.images.samples import DataError, Sample, describe, find_samples, split_by_subject, subject_warning
 
@@ -1052,18 +1051,6 @@ def test_an_abandoned_epoch_leaves_no_thread(samples):
     assert not loader_threads()
 
     list(loader.epoch(0))
-    assert not loader_threads()
-
-
-def test_several_threads_keep_the_order_and_chains_of_them_end_with_the_caller():
-    def slow(number):
-        time.sleep(0.01 * (number % 3 == 0))
-        return number
-
-    with closing(in_background(slow, range(20), 4, threads=3)) as first, closing(in_background(slow, first, 4, threads=3)) as second:
-        assert list(second) == list(range(20))
-    with closing(in_background(slow, range(20), 4, threads=3)) as first, closing(in_background(slow, first, 4, threads=3)) as second:
-        assert next(second) == 0
     assert not loader_threads()
 
 

@@ -19,10 +19,11 @@ from PIL import Image
 import nervenet
 from helpers import TINY, example, run_example
 from nervenet import phantom as command
+from nervenet.engine.workers import in_background
 from nervenet.files import atomic_write
 from nervenet.images import loops, phantom
 from nervenet.images.copies import copies_warning
-from nervenet.images.data import Reader, holds_foreground, in_background, read_image, read_mask, read_pair
+from nervenet.images.data import Reader, holds_foreground, read_image, read_mask, read_pair
 from nervenet.images.loops import Pages, count_frames, milliseconds_of, with_frames
 from nervenet.images.phantom import Phantom, make_frame
 from nervenet.images.samples import DataError, Sample, describe, find_samples, own_subjects, split_by_subject, subject_warning

@@ -14,8 +14,7 @@ import re
 import threading
 import time
 import warnings
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from PIL import Image, ImageOps
 
 from ..engine.backend import copied_ahead
 from ..engine.parallel import parallel_for
+from ..engine.workers import in_background
 from .layout import DICOM, FORMATS, is_dicom
 from .loops import count_frames, frames_of, read_frame
 from .samples import DataError, some_of
@@ -747,22 +747,3 @@ def drawn(indices, number, rng):
     """Return `number` of `indices`: all of them as often as they fit in, and a random few once more."""
     times, rest = divmod(number, len(indices)) if number else (0, 0)
     return numpy.concatenate([numpy.tile(indices, times), rng.permutation(indices)[:rest]])
-
-
-def in_background(function, items, ahead=2, threads=1):
-    """Yield `function(item)` for each of `items`, in order; background threads work up to `ahead` items in advance.
-
-    The caller's own thread iterates over `items`. So it reads ahead where items are files, and writes behind where they are
-    results. An error in the background is raised here, as itself and in its place. A caller that leaves its loop half-way
-    leaves no thread behind.
-    """
-    pending, background = deque(), ThreadPoolExecutor(threads, thread_name_prefix='background')
-    try:
-        for item in items:
-            pending.append(background.submit(function, item))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        background.shutdown(cancel_futures=True)

@@ -123,6 +123,11 @@ class Segmenter:
         """The model, of several the first."""
         return self.models[0]
 
+    @property
+    def device(self):
+        """Where it computes: 'cpu' or 'gpu'."""
+        return self.model.device
+
     @classmethod
     def from_file(cls, path, **overrides):
         """Return (segmenter, extra) of a model file that `train_unet.py` wrote; `overrides` replace settings stored in it.
@@ -241,6 +246,8 @@ class ChainSegmenter(Segmenter):
 
     def _one(self, image):
         return with_temperature(self.model.map(image), self.settings.temperature)
+
+    device = 'cpu'
 
     @property
     def intensities(self):
