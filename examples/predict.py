@@ -41,7 +41,7 @@ from nervenet.images.loops import DrawnOverLost, with_frames
 from nervenet.images.samples import DataError, Sample, find_samples, natural_key, some_of
 from nervenet.metrics import SegmentationScores
 from nervenet.study.loops import Drawn, LoopWriter, drawn, smoothed
-from nervenet.study.segment import READING, describe, intensity_warning, open_segmenter
+from nervenet.study.segment import PARTS, READING, describe, intensity_warning, open_segmenter
 from nervenet.study.uncertainty import Assessment, decompose, near_truth, sureness
 from nervenet.study.submission import TEST_HEADER, encode, write_submission
 from nervenet.study.options import HelpFormatter, add_prediction_options, add_reading_options, natural
@@ -145,7 +145,7 @@ def main(arguments=None):
     print(f'{len(results)} images predicted, {among}{found} with {args.what}; masks and results.csv are in {args.output}')
     with_mask = [sample for sample in samples if sample.mask_paths is not None]
     if with_mask:
-        print_scores(scores, tell_known(with_mask, members, len(extras)))
+        print_scores(scores, tell_known(with_mask, members, extras))
     if assessment.images:
         print('', *assessment.lines(COVERAGES), sep='\n')
         if assessment.pixels:
@@ -220,7 +220,7 @@ def recognised(sample, extras, is_held_out):
     There its name began with more folders, or its subject was one of them; images of a test part of which no subject was known have names
     that begin with test/.
     """
-    known = {subject for extra in extras for part in ('training', 'validation') for subject in extra.get(f'{part}_subjects') or ()}
+    known = {subject for extra in extras for part in PARTS for subject in extra.get(f'{part}_subjects') or ()}
     if is_held_out and f'test/{sample.name}' in known:
         return replace(sample, subject=f'test/{sample.name}')
     if sample.subject in known or not known:
@@ -234,6 +234,8 @@ def recognised(sample, extras, is_held_out):
 def held_out(samples, extras, missing):
     """Return those of the samples whose subjects the networks were validated on, and not trained. Raises DataError, which asks for what is `missing`."""
     known = [set(extra.get('validation_subjects') or ()) for extra in extras]
+    if perhaps := next((extra['perhaps_seen'] for extra in extras if extra.get('perhaps_seen')), None):
+        raise DataError(f'--held-out: whom the network has seen is not known, since {perhaps}; leave --held-out out')
     if not all(known):
         raise DataError('--held-out: the model does not say which subjects its network was validated on; give the file of a run on scans, split by '
                         'subject, that came to its end')
@@ -246,8 +248,9 @@ def held_out(samples, extras, missing):
 
 
 def unseen_by(sample, extras):
-    """Return the numbers of the networks that were not trained on the subject of the sample."""
-    return tuple(number for number, extra in enumerate(extras) if sample.subject not in (extra.get('training_subjects') or ()))
+    """Return the numbers of the networks that were neither trained nor, by inner subjects, chosen on the subject of the sample."""
+    return tuple(number for number, extra in enumerate(extras)
+                 if not any(sample.subject in (extra.get(f'{part}_subjects') or ()) for part in ('training', 'inner')))
 
 
 def read_frame(args, segmenter, members, sample):
@@ -365,19 +368,22 @@ def counts(mask, truth, mean_mask):
     return scores
 
 
-def tell_known(samples, members, networks):
+def tell_known(samples, members, extras):
     """Return what is to be said of the subjects of samples with masks: who among the networks was trained on them."""
+    networks, perhaps = len(extras), next((extra['perhaps_seen'] for extra in extras if extra.get('perhaps_seen')), None)
     known = [members[sample.name] for sample in samples if len(members[sample.name]) < networks]
     lost = sum(not unseen for unseen in known)
     if networks == 1 and lost:
-        return f'{lost} of {len(samples)} are of subjects, by their names, that the network was trained on: these scores are flattered.'
+        return f'{lost} of {len(samples)} are of subjects, by their names, that the network was trained or chosen on: these scores are flattered.'
+    if perhaps:
+        return f'The network may have seen any of these subjects, since {perhaps}: these scores may be flattered.'
     said = ['These scores are flattered where subjects are among them that the settings were chosen on, or a network trained on, under other names.'
             ] if lost < len(samples) else []
     if len(known) > lost:
         said.append(f'{len(known) - lost} of {len(samples)} images with a mask are of subjects, by their names, that some of the {networks} networks '
-                    'were trained on: each was predicted by the others.')
+                    'were trained or chosen on: each was predicted by the others.')
     if lost:
-        said.append(f'{lost} are of subjects that all of them were trained on: predicted by all, and not scored.')
+        said.append(f'{lost} are of subjects that all of them were trained or chosen on: predicted by all, and not scored.')
     return ' '.join(said)
 
 
@@ -406,7 +412,8 @@ def parse(arguments):
     parser.add_argument('--held-out', action='store_true', help='predict the subjects only that the networks were validated on in training')
     parser.add_argument('--overlays', action='store_true', help='also draw each mask on its image, which takes longer than all the rest')
     parser.add_argument('--probabilities', action='store_true', help='also write {name}_probability.png, grey, 16 bits: 65535 is certain')
-    parser.add_argument('--uncertainty', action='store_true', help='also draw where the prediction is not sure, and say how sure it is of each image')
+    parser.add_argument('--uncertainty', action='store_true', help='also draw where the prediction is not sure, and say how sure it is of each image; '
+                        'of frames, each by itself, whatever --smooth-frames says')
     parser.add_argument('--dropout-samples', type=natural, default=0, metavar='N',
                         help='with --uncertainty: ask each network N times with dropout kept on, instead of it and its view of the mirrored image')
     parser.add_argument('--smooth-frames', type=int, default=1, metavar='N',

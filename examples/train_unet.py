@@ -220,12 +220,13 @@ def train(args, path, reader, training_samples, validation_samples, note, fold=N
     print(f'network:     {network.__name__} of {sum(array.size for array in model.parameters().values()):,} parameters, images of '
           f'{args.size[0]}x{args.size[1]}\nrun folder:  {run.path}'
           + (f', going on after epoch {len(run.history)}' if run.history else ''))
+    step = min(args.batch_size, len(parts['training']))
     probe = network(**architecture(args), rng=numpy.random.default_rng(0)).to(args.device)
     seconds = seconds_of(probe, LOSSES[args.loss](), OPTIMIZERS[args.optimizer](probe.parameters(), args.learning_rate),
-                         (args.batch_size, *args.size, 1), len(training), sum(len(part.samples) for part in scored.values()))
+                         (step, *args.size, 1), len(training), sum(len(part.samples) for part in scored.values()))
     del probe                                               # and the memory it takes
     left = args.epochs - len(run.history)
-    print(f'plan:        {left} epochs of {len(training)} steps of {args.batch_size} images, {in_words(left * seconds)} here'
+    print(f'plan:        {left} epochs of {len(training)} steps of {step} images, {in_words(left * seconds)} here'
           + ' for each fold' * bool(args.folds) + '\n')
     if run.begun:
         print(f'Epochs {run.begun + 1} to {args.epochs} were added to a run of {run.begun}: they have a schedule of their own and '

@@ -461,7 +461,7 @@ def test_an_official_test_part_without_known_subjects_can_be_predicted_alone(tmp
     main('--data', data, '--test', data / 'test', *TINY, '--epochs', 1, '--out', tmp_path / 'run')
     predict('--model', tmp_path / 'run' / 'last.npz', '--input', data / 'test', '--output', tmp_path / 'out', '--held-out')
     said = capsys.readouterr().out
-    assert 'held out: 4 of 4 images' in said and 'that the network was trained on: these' not in said
+    assert 'held out: 4 of 4 images' in said and 'that the network was trained or chosen on: these' not in said
     (data / 'train').rename(data / 'other')
     with pytest.raises(DataError, match=r'is in the test part and among the images to train on \(4 of 4 are\)'):
         main('--data', data, '--test', data / 'test', *TINY, '--out', tmp_path / 'new')

@@ -134,3 +134,15 @@ def test_each_network_has_a_depth_of_its_own_and_parts_that_others_have_not(caps
     for name in 'unet', 'resunet', 'resnet', 'refinenet':
         assert f'--no-dac has no meaning with --model {name}' in refused(capsys, '--model', name, '--no-dac')
     assert "invalid choice: 'vnet'" in refused(capsys, '--model', 'vnet')
+
+
+def test_the_recipe_is_what_readme_measured(tmp_path):
+    args = parse([])
+    assert (args.optimizer, args.learning_rate, args.schedule, args.average_weights, args.batch_size) == ('adam', 0.002, 'constant', 0.1, 8)
+
+
+def test_an_average_in_which_early_steps_count_more_is_refused(capsys):
+    assert parse(['--average-weights', '0.5']).average_weights == 0.5 and parse(['--average-weights', '0']).average_weights == 0
+    with pytest.raises(SystemExit):
+        parse(['--average-weights', '0.6'])
+    assert "'0.6' is not a number from 0 to 0.5: beyond, early steps would count more than late ones" in capsys.readouterr().err

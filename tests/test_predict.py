@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 import nervenet
+from nervenet.engine.parallel import set_threads
 from nervenet.images.data import read_image, read_mask
 from nervenet.images.samples import DataError
 from nervenet.study import figures
 from nervenet.study.segment import Segmenter, count_masks, describe
-from nervenet.study.uncertainty import sureness
+from nervenet.study.uncertainty import Assessment, decompose, near_truth, sureness
 
 ROOT = Path(__file__).parents[1]
 MEAN, STD = 0.4, 0.2
@@ -209,7 +210,7 @@ def test_a_subject_is_predicted_by_the_networks_that_have_not_seen_it(pattern, j
     job.main([*map(str, ['--model', folder, '--input', data, '--output', data.parent / 'out', '--threshold', 0.5, '--no-flip-average',
                          '--minimal-area', 0])])
     said = capsys.readouterr().out
-    assert '3 of 3 images with a mask are of subjects, by their names, that some of the 3 networks were trained on' in said
+    assert '3 of 3 images with a mask are of subjects, by their names, that some of the 3 networks were trained or chosen on' in said
     for name, fold in ('1_1', 2), ('1_2', 2), ('2_1', 1):
         segmenter, _ = Segmenter.from_file(folder / f'fold_{fold}' / 'last.npz', threshold=0.5, flip_average=False, minimal_area=0)
         expected = segmenter.probabilities([read_image(data / f'{name}.png')])[0] > 0.5
@@ -217,14 +218,24 @@ def test_a_subject_is_predicted_by_the_networks_that_have_not_seen_it(pattern, j
         assert numpy.array_equal(mask, expected)
 
 
+def test_who_was_chosen_on_is_no_stranger(job, data, rng, capsys):
+    path = ensemble(data, rng, ['3'], ['2']) / 'fold_1' / 'last.npz'
+    network, extra = nervenet.load_checkpoint(path)
+    nervenet.save(path, network, **extra, inner_subjects=['1'])
+    rows = list(run_with(job, data, path, 'alone'))
+    assert '2 of 3 are of subjects, by their names, that the network was trained or chosen on' in capsys.readouterr().out and all(row['dice'] for row in rows)
+    rows = list(run_with(job, data, path.parents[1], 'both'))
+    assert '3 of 3 images with a mask are of subjects, by their names, that some of the 2 networks were trained or chosen on' in capsys.readouterr().out
+
+
 def test_what_all_networks_have_seen_is_predicted_and_not_scored(job, data, rng, capsys):
     folder = ensemble(data, rng, ['1', '2'], ['1'])
     rows = list(run_with(job, data, folder, 'out'))
     assert [bool(row['dice']) for row in rows] == [False, False, True] and len(rows) == 3
-    assert '2 are of subjects that all of them were trained on: predicted by all, and not scored' in capsys.readouterr().out
+    assert '2 are of subjects that all of them were trained or chosen on: predicted by all, and not scored' in capsys.readouterr().out
     rows = list(run_with(job, data, folder / 'fold_2' / 'last.npz', 'alone'))
     assert all(row['dice'] for row in rows)
-    assert '2 of 3 are of subjects, by their names, that the network was trained on: these scores are flattered' in capsys.readouterr().out
+    assert '2 of 3 are of subjects, by their names, that the network was trained or chosen on: these scores are flattered' in capsys.readouterr().out
 
 
 def run_with(job, data, model, out, *options):
@@ -232,19 +243,37 @@ def run_with(job, data, model, out, *options):
     return csv.DictReader((data.parent / out / 'results.csv').read_text(encoding='utf-8').splitlines())
 
 
-def test_uncertainty_is_drawn_told_and_judged(job, data, rng, capsys):
-    folder = ensemble(data, rng, ['3'], ['4'])
-    rows = list(run_with(job, data, folder, 'out', '--uncertainty'))
+@pytest.mark.parametrize('processes', [1, 2])
+def test_uncertainty_is_drawn_told_and_judged(processes, job, data, rng, capsys):
+    """Each image by the networks that have not seen its subject: the first and third are of others for 2, the second for 1."""
+    folder = ensemble(data, rng, ['1'], ['2'], ['1'])
+    with set_threads(processes):
+        rows = list(run_with(job, data, folder, 'out', '--uncertainty', '--flip-average', '--batch-size', 2, '--threshold', 0.4))
     said = capsys.readouterr().out
-    assert 'Dice per image of the surest         100%' in said and 'by agreement of masks' in said and 'mean of samples: expected calibration error' in said
-    assert 'area under the ROC for wrong pixels there: entropy' in said and 'least sure of: subject' in said
+    segmenter, _ = Segmenter.from_files(sorted(folder.glob('*/last.npz')), flip_average=True, threshold=0.4)
+    assessment = Assessment()
+    assert [row['image'] for row in rows] == ['1_1', '1_2', '2_1']
+    for row in rows:
+        image, truth = read_image(data / f'{row["image"]}.png'), read_mask(data / f'{row["image"]}_mask.png')
+        samples, = segmenter.samples([segmenter.prepare(image)], (1,) if row['image'][0] == '1' else (0, 2))
+        probability = segmenter.restore(samples.mean(axis=0), image.shape)
+        mask = segmenter.mask(probability)
+        numpy.testing.assert_array_equal(numpy.asarray(Image.open(data.parent / 'out' / f'{row["image"]}_mask.png')) > 0, mask)
+        agreement = sureness(samples, segmenter.settings.mask)
+        assert float(row['sureness']) == round(agreement, 4) and float(row['dice']) == round(2 * (mask & truth).sum() / (mask.sum() + truth.sum()), 4)
+        mean, total, _, information = (segmenter.restore(values.astype('float32'), image.shape) for values in decompose(samples))
+        assessment.update(row['image'][0], round(agreement, 4), 2 * (mask & truth).sum() / (mask.sum() + truth.sum()),
+                          near_truth(mask, truth, 10, probability=probability, mean=mean, total=total, information=information))
+        shown = numpy.asarray(Image.open(data.parent / 'out' / f'{row["image"]}_uncertainty.png'))
+        picture = numpy.round(image * 255).astype('uint8')
+        panels = [figures.overlay(picture, mask, truth)] + [figures.heat(picture, values.clip(0), largest=numpy.log(2)) for values in (total, information)]
+        expected = figures.grid([panels], column_titles=['prediction', 'not sure: entropy', 'disagreement: mutual information'])
+        numpy.testing.assert_array_equal(shown, numpy.asarray(expected))
+    for line in assessment.lines((1, 0.9, 0.8, 0.5)):
+        assert line in said
+    assert 'mean of samples: expected calibration error' in said and 'area under the ROC for wrong pixels there: entropy' in said
     with Image.open(data.parent / 'out' / 'calibration.png') as shown:
         assert shown.width > 700
-    segmenter, _ = Segmenter.from_files(sorted(folder.glob('*/last.npz')))
-    for row in rows:
-        samples = segmenter.samples([segmenter.prepare(read_image(data / f'{row["image"]}.png'))])[0]
-        assert len(samples) == 4 and float(row['sureness']) == round(sureness(samples, segmenter.settings.mask), 4)
-        assert numpy.asarray(Image.open(data.parent / 'out' / f'{row["image"]}_uncertainty.png')).std() > 10
     (data / '1_1_mask.png').unlink(), (data / '1_2_mask.png').unlink(), (data / '2_1_mask.png').unlink()
     rows = list(run_with(job, data, folder / 'fold_1' / 'last.npz', 'one', '--uncertainty'))
     assert all(0 <= float(row['sureness']) <= 1 and not row['dice'] for row in rows) and 'surest' not in capsys.readouterr().out

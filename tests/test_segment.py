@@ -161,6 +161,7 @@ def test_temperature_acts_on_every_prediction(rng):
     cold = Segmenter(Fixed(), (16, 24), Settings(temperature=0.5))
     expected = 1 / (1 + numpy.exp(-2 * image))
     numpy.testing.assert_allclose(cold.maps([image])[0], expected, rtol=1e-5)
+    assert 0 < (cold.maps([image - 0.5])[0] > 0.5).sum() == (image > 0.5).sum() < image.size, 'the mask above one half stays as it is'
     numpy.testing.assert_allclose(cold.samples([image])[0], [expected, expected], rtol=1e-5)
     averaged = Segmenter(Fixed(), (16, 24), Settings(temperature=0.5, flip_average=True)).maps([image])[0]
     numpy.testing.assert_allclose(averaged, expected, rtol=1e-5)
@@ -290,7 +291,12 @@ def test_settings_of_several_are_chosen_from_what_each_made_of_its_own_part(file
     warm = [{**load_checkpoint(path)[1], 'settings': {'temperature': T}} for path, T in zip(paths, (1.0, 2.0, 4.0))]
     for path, model, extra in zip(paths, models, warm):
         nervenet.save(path, model, **extra)
-    assert Segmenter.from_files(paths)[0].settings.temperature == 2
+    together, kept = Segmenter.from_files(paths)[0], Segmenter.from_files(paths, temperature=3.0)[0]
+    assert together.temperatures == [1, 2, 4] and kept.temperatures == [3, 3, 3]
+    for number, (T, model) in enumerate(zip((1.0, 2.0, 4.0), models)):
+        alone = Segmenter(model, (16, 24), Settings(temperature=T))
+        for method in Segmenter.samples, lambda one, x, members=None: one.dropout_samples(x, 2, members):
+            numpy.testing.assert_array_equal(method(together, [images[0, :, :, 0]], (number,)), method(alone, [images[0, :, :, 0]]))
     with pytest.raises(CheckpointError, match='at different thresholds or sizes'):
         choose_from([parts[0], {**parts[1], 'pixels': 7}])
 
@@ -325,6 +331,9 @@ def test_a_folder_stands_for_the_last_networks_of_its_folds(tmp_path):
         model_files([tmp_path / 'chains'])
     (tmp_path / 'run').mkdir()
     with pytest.raises(CheckpointError, match='run: is a folder, and not that of a cross-validation; give a model file, such as .*run/best.npz'):
+        model_files([tmp_path / 'run'])
+    (tmp_path / 'run' / 'last.npz').touch()
+    with pytest.raises(CheckpointError, match='such as .*run/last.npz'):
         model_files([tmp_path / 'run'])
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import asdict
@@ -16,12 +17,12 @@ import nervenet
 from helpers import TINY, assert_same_run, content, example, run_example, start_example, stopped_after, write_pairs
 from nervenet import UNet
 from nervenet.images.data import Loader, Reader
-from nervenet.images.samples import find_samples
+from nervenet.images.samples import DataError, find_samples
 from nervenet.networks import NETWORKS
 from nervenet.study.claims import claim
 from nervenet.study.fit import PlateauSchedule
 from nervenet.study.run_folder import read_config
-from nervenet.study.segment import Segmenter, Settings, score
+from nervenet.study.segment import Segmenter, Settings, count_masks, score
 
 
 def test_main_job_trains_and_leaves_a_run_folder(tmp_path, rng):
@@ -564,26 +565,48 @@ def test_the_networks_of_a_cross_validation_predict_together(tmp_path, rng, main
     predict_job.main([*map(str, ['--model', tmp_path / 'run', '--input', tmp_path / 'data', '--output', tmp_path / 'masks', '--uncertainty'])])
     said = capsys.readouterr().out
     assert said.count('last.npz, epoch 2, 16x24') == 3 and 'chosen from what each network made of the subjects that it had not seen' in said
-    assert '12 of 12 images with a mask are of subjects, by their names, that some of the 3 networks were trained on' in said
+    assert '12 of 12 images with a mask are of subjects, by their names, that some of the 3 networks were trained or chosen on' in said
     assert len(list((tmp_path / 'masks').glob('*_uncertainty.png'))) == 12
     for fold in 1, 2, 3:
         _, extra = nervenet.load_checkpoint(tmp_path / 'run' / f'fold_{fold}' / 'last.npz')
         subjects = read_config(tmp_path / 'run' / f'fold_{fold}')
         assert extra['training_subjects'] == subjects['training_subjects'] and extra['held_out']['counts'].shape[::4] == (2, 4)
+        reader = Reader((16, 24))
+        unseen = [sample for sample in find_samples(tmp_path / 'data') if sample.subject in subjects['validation_subjects']]
+        images, masks = next(Loader(unseen, reader, 4).epoch(0))
+        network, temperature = nervenet.load(tmp_path / 'run' / f'fold_{fold}' / 'last.npz'), extra['settings']['temperature']
+        again = count_masks(network, lambda: [(images, masks)], temperature=temperature)
+        numpy.testing.assert_array_equal(extra['held_out']['counts'], again['counts'])
         assert 'held_out' not in nervenet.load_checkpoint(tmp_path / 'run' / f'fold_{fold}' / 'best.npz')[1]
 
 
-def test_networks_that_may_have_seen_anybody_do_not_claim_to_know_strangers(tmp_path, rng, main):
+def test_networks_that_may_have_seen_anybody_do_not_claim_to_know_strangers(tmp_path, rng, main, capsys):
     write_pairs(tmp_path / 'data', rng)
     options = [*TINY, '--epochs', 1]
     main('--data', tmp_path / 'data', *options, '--folds', 2, '--leaky-split-by-image', '--out', tmp_path / 'leaky')
     main('--data', tmp_path / 'data', *options, '--out', tmp_path / 'run')
     main('--data', tmp_path / 'data', *options, '--init', tmp_path / 'run' / 'best.npz', '--out', tmp_path / 'tuned')
-    for path, knows in ('leaky/fold_1', False), ('run', True), ('tuned', False):
+    for path, why in ('leaky/fold_1', 'it was split by image'), ('run', None), ('tuned', f'it started from another, {tmp_path / "run" / "best.npz"}'):
         extra = nervenet.load_checkpoint(tmp_path / path / 'last.npz')[1]
-        assert ('held_out' in extra) == ('training_subjects' in extra) == knows
-    with pytest.raises(nervenet.CheckpointError, match='does not say what its network made of subjects it had not seen'):
-        example('predict').main([*map(str, ['--model', tmp_path / 'leaky', '--input', tmp_path / 'data', '--output', tmp_path / 'masks'])])
+        assert extra.get('perhaps_seen') == why and ('held_out' in extra) == ('validation_subjects' in extra) == (why is None)
+        assert extra.get('training_subjects') == (None if 'leaky' in path else read_config(tmp_path / path)['training_subjects'])
+    predict = example('predict')
+
+    def predicted(*options):
+        predict.main([*map(str, ['--input', tmp_path / 'data', '--output', tmp_path / 'masks', *options])])
+
+    with pytest.raises(nervenet.CheckpointError, match='made of subjects it had not seen; .* not of --validation-share 0, --init or a split by image'):
+        predicted('--model', tmp_path / 'leaky')
+    with pytest.raises(DataError, match='--held-out: whom the network has seen is not known, since it started from another'):
+        predicted('--model', tmp_path / 'tuned' / 'last.npz', '--held-out')
+    capsys.readouterr()
+    predicted('--model', tmp_path / 'tuned' / 'last.npz')
+    assert '8 of 12 are of subjects, by their names, that the network was trained or chosen on' in capsys.readouterr().out
+    for path in (tmp_path / 'data').iterdir():
+        path.rename(path.with_name('other' + path.name))
+    shutil.rmtree(tmp_path / 'masks')
+    predicted('--model', tmp_path / 'tuned' / 'last.npz')
+    assert 'The network may have seen any of these subjects, since it started from another' in capsys.readouterr().out
 
 
 def test_once_the_recipe_is_settled_all_subjects_are_trained_on(tmp_path, rng, main, capsys):
@@ -601,7 +624,7 @@ def test_once_the_recipe_is_settled_all_subjects_are_trained_on(tmp_path, rng, m
     assert extra['settings'] == asdict(Settings()) and extra['training_subjects'] == ['1', '2', '3'] and 'state' not in extra
 
     example('predict').main([*map(str, ['--model', tmp_path / 'run' / 'last.npz', '--input', tmp_path / 'data', '--output', tmp_path / 'masks'])])
-    assert '12 of 12 are of subjects, by their names, that the network was trained on: these scores are flattered' in capsys.readouterr().out
+    assert '12 of 12 are of subjects, by their names, that the network was trained or chosen on: these scores are flattered' in capsys.readouterr().out
 
     main(*options, '--inner-share', 0.4, '--out', tmp_path / 'inner')
     chosen = json.loads((tmp_path / 'inner' / 'settings.json').read_text())
@@ -633,3 +656,18 @@ def test_the_default_loss_is_that_of_what_is_trained_on(tmp_path, rng, main, cap
     assert 'Only 25%' in (tmp_path / 'few' / 'summary.txt').read_text()
     main(*TINY, '--epochs', 1, '--out', tmp_path / 'synthetic')
     assert read_config(tmp_path / 'synthetic')['loss'] == 'dice+bce'
+
+
+def test_the_plan_is_told_before_training(tmp_path, rng, main, capsys, monkeypatch):
+    """12 images of 3 subjects in two folds: 8 or 4 for training, in 200 epochs, of which three steps are timed."""
+    write_pairs(tmp_path / 'data', rng)
+    asked = []
+    monkeypatch.setattr(main.module, 'seconds_of', lambda *arguments: asked.append(arguments[3:]) or 6.0)
+    monkeypatch.setattr(main.module, 'fit', lambda *arguments: sys.exit('no further'))
+    options = ['--data', tmp_path / 'data', '--size', '16x24', '--base-channels', 2, '--depth', 1, '--device', 'cpu', '--folds', 2, '--fold', 2]
+    for number, extra, plan, timed in ((1, [], '200 epochs of 2 steps of 4 images, about 20 minutes here for each fold', ((4, 16, 24, 1), 2, 4)),
+                                       (2, ['--epochs', 7], '7 epochs of 2 steps of 4 images, less than a minute here for each fold', ((4, 16, 24, 1), 2, 4)),
+                                       (3, ['--batch-size', 64], '200 epochs of 1 steps of 8 images', ((8, 16, 24, 1), 1, 4))):
+        with pytest.raises(SystemExit, match='no further'):
+            main(*options, '--batch-size', 4, *extra, '--out', tmp_path / str(number))
+        assert f'plan:        {plan}' in capsys.readouterr().out and asked[-1] == timed

@@ -73,10 +73,11 @@ class PlateauSchedule(ConstantSchedule):
 
 
 class WeightAverage:
-    """A second network whose weights are the mean of those that `model` had on its way, late ones counting more: a mean of many good guesses.
+    """A second network whose weights are a weighted mean of those that `model` had on its way: a mean of many good guesses.
 
-    The weights after step k count in proportion to k^(γ−1), γ = 1/share − 1. So those behind the mean after n steps are on average share·n
-    steps old, whatever n: early in training the mean forgets fast, later slowly. When m steps have been taken in,
+    The weights after step k count in proportion to k^(γ−1), γ = 1/share − 1: late ones more, if the share is below ½. So those behind the
+    mean after n steps are on average share·n steps old, whatever n: early in training the mean forgets fast, later slowly. When m steps have
+    been taken in,
 
         w̄ ← w̄ + (w − w̄)·(1 − (m/n)^γ)
 

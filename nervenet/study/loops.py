@@ -1,6 +1,6 @@
 """What becomes of the frames of a loop: probabilities smoothed over time, masks in one file, an animation, curves.
 
-    with LoopWriter(folder, overlays=True) as writer:
+    with LoopWriter(folder) as writer:
         for frame in smoothed(frames, 5):                      a few of them are held at a time
             writer.append(frame.sample, drawn(frame.sample, mask, probability, picture))
 """

@@ -31,7 +31,7 @@ OPTIMIZERS = {'sgd': lambda parameters, rate: SGD(parameters, rate, momentum=0.9
 AUGMENTATIONS = {'none': Augmentation(), 'default': ULTRASOUND}
 ARCHITECTURE = 'base_channels', 'depth', 'norm', 'dac', 'rmp'       # options that say what network is built, where it has them
 FIT = 'squeeze'                                                      # the default of --fit, by measurement: see README
-AVERAGE = 0.1                                                        # the default of --average-weights, by measurement: see README
+AVERAGE = 0.1                                                        # the default of --average-weights, near what README measures
 STEPS = 3000                                                         # of training by default, on scans
 NOT_STORED = 'out', 'resume', 'fold', 'preview_augmentation'          # options that say what to do now, not what the run is
 
@@ -338,7 +338,7 @@ def build_parser():
     training.add_argument('--schedule', choices=['cosine', 'constant', 'plateau'], default='constant',
                           help='course of the learning rate, after a warm-up; plateau: a fifth each time that the loss of the inner subjects has not '
                           'fallen for 5 epochs')
-    training.add_argument('--average-weights', type=share_or_none, default=AVERAGE, metavar='SHARE',
+    training.add_argument('--average-weights', type=half_or_less, default=AVERAGE, metavar='SHARE',
                           help='what is scored and kept is a running mean of the weights, in which late steps count more: on average they are this '
                           'share of the run old; 0: the weights as they are')
     training.add_argument('--clip-norm', type=positive, default=None, metavar='NORM', help='bound on the norm of the gradient')
@@ -410,7 +410,8 @@ def add_prediction_options(parser):
     stored.add_argument('--largest-component', action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                         help='keep only the largest connected piece of a mask')
     stored.add_argument('--temperature', type=positive, metavar='T', default=argparse.SUPPRESS,
-                        help='what logits are divided by, so that probabilities are what they say: above 1 makes them less sure')
+                        help='what logits are divided by, so that probabilities are what they say: above 1 makes them less sure; the stored threshold is '
+                        'one of probabilities at the stored temperature, so give --threshold too')
 
 
 # --- Types of options
@@ -478,4 +479,12 @@ def share_or_none(text):
         number = -1.0
     if not 0 <= number < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 up to, not including, 1')
+    return number
+
+
+def half_or_less(text):
+    """Return the number, from 0 to 0.5."""
+    number = share_or_none(text)
+    if number > 0.5:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 to 0.5: beyond, early steps would count more than late ones')
     return number

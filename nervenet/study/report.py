@@ -13,7 +13,8 @@ LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of t
 
 
 UNSCORED = ('All subjects were trained on, so nobody is left to score the network on. What it is worth is known from a cross-validation with the same '
-            'settings; threshold, minimal area, flip average and largest component are to be given as found there.')
+            'settings; how probabilities become a mask is to be given as the line "settings:" of predict.py has it for that: threshold, minimal '
+            'area, flip average, largest component and temperature.')
 UNSCORED_BUT_CHOSEN = ('No subject is left to score the network on. The inner subjects chose the best epoch and how probabilities become a mask '
                        '(settings.json), so what it scores on them is flattered.')
 
@@ -75,7 +76,7 @@ def summaries(histories, baselines, chosen, note=''):
         text += '\n' + summary(rows, [], 'Scores on validation subjects after the epoch that was best on the inner subjects: '
                                + ', '.join(str(row['epoch']) for row in rows))
     for key, how in (('flip average', 'each prediction averaged with that of the mirrored image'),
-                     ('validation', 'with threshold, minimal area and flip average chosen on the inner subjects')):
+                     ('validation', 'made into masks as chosen on the inner subjects, settings.json')):
         scores = [each[key] for each in chosen if key in each]
         if len(scores) == len(chosen):                      # a mean over some of the folds would look like one over all
             text += '\n' + summary([{f'validation_{name}': each[name] for name in HARD_SCORES} for each in scores], [],

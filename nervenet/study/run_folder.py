@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import os
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..train import generator_states, set_generator_states
 from .checkpoint import load_checkpoint, save
 from .claims import claim, claims_in
 from .report import best_row, summaries
-from .segment import Settings, choose_from, choose_temperature, count_masks, reading_of, score
+from .segment import PARTS, Settings, choose_from, choose_temperature, count_masks, reading_of, score
 from .uncertainty import TEMPERATURES
 
 WHERE = 'data', 'masks', 'subjects', 'test', 'test_masks', 'split', 'device', 'precision'     # of a config: where the data lie and what computes; a run may go on elsewhere
@@ -204,15 +203,18 @@ class RunFolder:
         """Choose, for the last network and the best one, how probabilities become a mask; return it, a dict by the file's name.
 
         It is chosen on the Loader `inner`, or on `validation` if that is None, stored in both files with the mask (H, W) of the
-        baseline and the training subjects, and written to settings.json. last.npz, which nobody chose on the validation part, also
+        baseline and the subjects of each part, and written to settings.json. last.npz, which nobody chose on the validation part, also
         gets what its network made of that part (`segment.count_masks`): an ensemble needs it. Without either part nothing is chosen.
+        A network that may have seen anybody, since it started from another or was split by image, says why, and names no strangers.
         """
         part, where = (validation, 'validation') if inner is None else (inner, 'inner')
         found, chosen = {}, {}
         # What a network said of strangers is known only where subjects are, and where it did not start from one that may have seen them.
-        strangers, known = not (self.config.get('leaky_split_by_image') or self.config.get('init')), {}
-        if self.config.get('data') and strangers:               # subjects of synthetic images have names that others have too
-            known = {name: self.config.get(name) for name in ('training_subjects', 'validation_subjects')}
+        by_image, init = self.config.get('leaky_split_by_image'), self.config.get('init')
+        perhaps = 'it was split by image' if by_image else f'it started from another, {init}' if init else None
+        strangers, known = not perhaps, {'perhaps_seen': perhaps} if perhaps else {}
+        if self.config.get('data') and not by_image:            # subjects of synthetic images have names that others have too
+            known |= {f'{part}_subjects': self.config.get(f'{part}_subjects') for part in PARTS if strangers or part != 'validation'}
         print()
         if part is None:
             usual = asdict(Settings())

@@ -30,6 +30,7 @@ from .checkpoint import CHAINS, CheckpointError, load_checkpoint
 from .uncertainty import band, with_temperature
 from .uncertainty import temperature as fitted_temperature
 
+PARTS = 'training', 'inner', 'validation'                       # whose subjects a model file names
 LARGEST_FILTER = 99                     # window of a median filter, in pixels
 READING = 'mask_pattern', 'mask_threshold', 'label', 'fill_outlines', 'subject_pattern', 'subject_from'     # how masks and subjects were found
 THRESHOLDS, AREAS = numpy.arange(0.1, 0.91, 0.05), (0, 0.0025, 0.005, 0.01, 0.015, 0.02)        # what settings are chosen among
@@ -48,8 +49,9 @@ class Settings:
     minimal_area  share of what the network sees, in [0, 1), below which a mask counts as empty: a nerve is never that small
     flip_average  whether to average the prediction with that of the mirrored image, left and right exchanged
     largest_component   whether to keep only the largest connected piece of a mask; its area is the one that counts then
-    temperature   what the network's logits are divided by, above 0, so that of the pixels near foreground with probability p a share of p
-                  is foreground: above 1 it was too sure there (see `choose_temperature`). The threshold is one of probabilities after that
+    temperature   what the network's logits are divided by, above 0, so that of the pixels near foreground to which it, alone and without
+                  averaging, gives p, a share of p is foreground: above 1 it was too sure there (see `choose_temperature`). The threshold is one
+                  of probabilities after that
     """
 
     threshold: float = 0.5
@@ -111,11 +113,12 @@ class Segmenter:
     """A trained model, or several that predict together; how images were prepared for their training; and the settings they are used with.
 
     Images are brought to `size` (H, W) as `fit` says, see `data.places`, and, if `median_filter` is a number and not None, filtered with
-    a window of that size.
+    a window of that size. `temperatures` are of each model; by default that of the settings is of all.
     """
 
-    def __init__(self, models, size, settings=Settings(), median_filter=None, fit='squeeze'):
+    def __init__(self, models, size, settings=Settings(), median_filter=None, fit='squeeze', temperatures=None):
         self.models = [model.eval() for model in (models if isinstance(models, list) else [models])]
+        self.temperatures = temperatures or [settings.temperature] * len(self.models)
         self.size, self.settings, self.median_filter, self.fit = tuple(size), settings, median_filter, fit
 
     @property
@@ -141,9 +144,9 @@ class Segmenter:
     def from_files(cls, paths, **overrides):
         """Return (segmenter, extras) of model files that predict together; else as `from_file`.
 
-        The settings of several are chosen from what each said of its validation subjects; their temperature is the geometric mean of
-        theirs, since no subject is one that none of them has seen. Raises CheckpointError also if the files
-        are for images of different sizes, fits or filters, or if one does not hold what settings are chosen from.
+        The settings of several are chosen from what each said of its validation subjects, at its own temperature, which it keeps. Raises
+        CheckpointError also if the files are for images of different sizes, fits or filters, or if one does not hold what settings are chosen
+        from.
         """
         models, extras = zip(*(read_network(path) for path in paths))
         for path, extra in zip(paths, extras):
@@ -155,13 +158,13 @@ class Segmenter:
             lacking = [path for path, extra in zip(paths, extras) if not is_count(extra.get('held_out'))]
             if lacking:
                 raise CheckpointError(f'{lacking[0]}: does not say what its network made of subjects it had not seen; several predict together '
-                                      'if each is the last.npz of a run that came to its end with this version')
-            warmth = numpy.exp(numpy.mean([numpy.log(stored_settings(path, extra).temperature) for path, extra in zip(paths, extras)]))
-            chosen = choose_from([extra['held_out'] for extra in extras])[0]
-            settings = Settings(**{**asdict(chosen), 'temperature': round(float(warmth), 4), **overrides})
+                                      'if each is the last.npz of a run that came to its end with this version and had validation subjects: '
+                                      'not of --validation-share 0, --init or a split by image')
+            settings = Settings(**{**asdict(choose_from([extra['held_out'] for extra in extras])[0]), **overrides})
         else:
             settings = stored_settings(paths[0], extras[0], **overrides)
-        return cls([*models], extras[0]['size'], settings, extras[0].get('median_filter'), extras[0]['fit']), [*extras]
+        temperatures = [stored_settings(path, extra, **overrides).temperature for path, extra in zip(paths, extras)]
+        return cls([*models], extras[0]['size'], settings, extras[0].get('median_filter'), extras[0]['fit'], temperatures), [*extras]
 
     def prepare(self, image):
         """Return image (H, W) as the network is to see it, (h, w) float32: in [0, 1], at its size, filtered if it was trained so.
@@ -200,8 +203,8 @@ class Segmenter:
 
     def samples(self, prepared, members=None, mirrored=True):
         """Return what each of the models makes of each image, and then, if `mirrored`, of the mirrored image: a list of (T, h, w) float32."""
-        drawn, temperature = [], self.settings.temperature
-        for model in self._members(members):
+        drawn = []
+        for model, temperature in self._members(members):
             x = self._batch(prepared, model)
             drawn.append(to_cpu(predict(model, x, temperature)))
             if mirrored:
@@ -210,8 +213,8 @@ class Segmenter:
 
     def dropout_samples(self, prepared, number, members=None):
         """Return what each of the models makes of each image `number` times with dropout kept on, see `with_dropout`: a list as of `samples`."""
-        return by_image([p for model in self._members(members)
-                         for p in with_dropout(model, self._batch(prepared, model), number, self.settings.temperature)])
+        return by_image([p for model, temperature in self._members(members)
+                         for p in with_dropout(model, self._batch(prepared, model), number, temperature)])
 
     @property
     def intensities(self):
@@ -219,7 +222,8 @@ class Segmenter:
         return self.model.config['input_mean'], self.model.config['input_std']
 
     def _members(self, members):
-        return self.models if members is None else [self.models[number] for number in members]
+        models = [*zip(self.models, self.temperatures)]
+        return models if members is None else [models[number] for number in members]
 
     def _batch(self, prepared, model):
         return move(numpy.stack(prepared)[..., None].astype(model.dtype), model.device)             # (N, h, w, 1)
@@ -309,12 +313,14 @@ def read_network(path):
 
 def check_what_was_seen(path, extra):
     """Raise CheckpointError unless what the file says of the subjects of its training has the form that `RunFolder` writes."""
-    seen, reading = extra.get('training_subjects'), extra.get('reading', {})
-    for subjects in seen, extra.get('validation_subjects'):
+    reading = extra.get('reading', {})
+    for part in PARTS:
+        subjects = extra.get(f'{part}_subjects')
         if not (subjects is None or isinstance(subjects, list) and all(isinstance(subject, str) for subject in subjects)):
             raise CheckpointError(f'{path}: its subjects are no list of names')
     kinds = dict(zip(READING, (str, float | int, str | int, bool, str, str)))
-    if (not isinstance(reading, dict) or not reading.keys() <= kinds.keys() or not isinstance(extra.get('what'), str | None)
+    if (not isinstance(reading, dict) or not reading.keys() <= kinds.keys()
+            or not all(isinstance(extra.get(name), str | None) for name in ('what', 'perhaps_seen'))
             or any(value is not None and not isinstance(value, kinds[name]) for name, value in reading.items())):
         raise CheckpointError(f'{path}: what it says of the masks it was trained on is not of the form of this version')
     pattern = reading.get('subject_pattern')
@@ -347,7 +353,8 @@ def model_files(paths):
             continue
         folds = [fold for fold in path.glob('fold_*') if fold.name[5:].isdigit()]
         if not folds:
-            raise CheckpointError(f'{path}: is a folder, and not that of a cross-validation; give a model file, such as {path / "best.npz"}')
+            there = next((name for name in ('best.npz', 'last.npz') if (path / name).exists()), 'best.npz')
+            raise CheckpointError(f'{path}: is a folder, and not that of a cross-validation; give a model file, such as {path / there}')
         number = read_folds(path) or len(folds)
         missing = [n for n in range(1, number + 1) if not (path / f'fold_{n}' / 'last.npz').exists()]
         if chain := next((file for fold in folds if (file := fold / 'chain.npz').exists()), None):
@@ -386,7 +393,8 @@ def open_segmenter(args):
     print(reason)
     for path, extra in zip(files, extras):
         print(f'model:    {path}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}, fit {extra["fit"]}')
-    print('settings: ' + ', '.join(f'{name} {value}' for name, value in asdict(segmenter.settings).items())
+    said = asdict(segmenter.settings) | {'temperature': ' '.join(f'{T:g}' for T in dict.fromkeys(segmenter.temperatures))}
+    print('settings: ' + ', '.join(f'{name} {value}' for name, value in said.items())
           + (', chosen from what each network made of the subjects that it had not seen' if len(files) > 1 else ''))
     return segmenter, extras
 
@@ -408,7 +416,7 @@ def intensity_warning(oddities, white):
 def choose_temperature(model, batches, margin=0.05):
     """Return the temperature at which the probabilities of (images, masks) of `batches` fit the masks best; 1 without any foreground.
 
-    Only pixels near foreground count (`uncertainty.band`), `margin` is a share of the shorter side: elsewhere all is sure, and right.
+    They are those of the model alone, not averaged over flips, which makes them less sure. Only pixels near foreground count (`uncertainty.band`), `margin` is a share of the shorter side: elsewhere all is sure, and right.
     """
     probabilities, truths = [], []
     for images, masks in batches:

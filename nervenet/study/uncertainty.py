@@ -214,9 +214,10 @@ class Assessment:
     def lines(self, coverages):
         """Return in words, a list of lines: calibration, how well errors are found, and Dice when the least sure go to a human."""
         subjects, sure, dice = map(numpy.array, zip(*self.images))
-        said, curve = [f'{"Dice per image of the surest":32}' + ''.join(f'{coverage:>9.0%}' for coverage in coverages)], risk_coverage(sure, dice, coverages)
+        said = [f'{"Dice per image of the surest":32}' + ''.join(f'{coverage:>9.0%}' for coverage in coverages) + f'{"mean":>9} of all shares']
+        curve = risk_coverage(sure, dice, coverages)
         for name, words in (('score', 'by agreement of masks'), ('oracle', 'if one knew'), ('random', 'by chance')):
-            said.append(f'{words:32}' + ''.join(f'{value:9.3f}' for value in curve[name]['dice']))
+            said.append(f'{words:32}' + ''.join(f'{value:9.3f}' for value in [*curve[name]['dice'], curve[name]['mean']]))
         names = numpy.unique(subjects)
         of_subjects = [numpy.array([values[subjects == name].mean() for name in names]) for values in (sure, dice)]
         for kind, (a, b) in (('images', (sure, dice)), ('subjects', of_subjects)):
