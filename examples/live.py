@@ -25,8 +25,8 @@ import numpy
 
 from nervenet.engine.communicator import refuse_company
 from nervenet.files import make_folder, refuse_content
-from nervenet.images.data import read_image
 from nervenet.images.layout import SUFFIXES, DataError, MaskNames, natural_key
+from nervenet.images.reading import read_image
 from nervenet.study.figures import save_mask
 from nervenet.study.options import HelpFormatter, add_prediction_options, positive, whole
 from nervenet.study.report import print_whatever_comes

@@ -15,7 +15,7 @@ import numpy
 
 from nervenet.study import figures
 from nervenet.files import make_folder, refuse_content
-from nervenet.images.data import read_image
+from nervenet.images.reading import read_image
 from nervenet.images.samples import DataError
 from nervenet.layers import forwards_replaced, sigmoid
 from nervenet.study.report import print_whatever_comes

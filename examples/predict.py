@@ -35,9 +35,10 @@ from nervenet.engine.communicator import refuse_company
 from nervenet.engine.parallel import number_of_threads
 from nervenet.engine.workers import in_background, in_processes
 from nervenet.files import atomic_write, make_folder, refuse_content
-from nervenet.images.data import MaskRule, mask_oddity, oddity_warning, read_image, read_mask_of, resize_mask, unfitted
+from nervenet.images.data import mask_oddity, oddity_warning, resize_mask, unfitted
 from nervenet.images.layout import name_of
 from nervenet.images.loops import DrawnOverLost, with_frames
+from nervenet.images.reading import MaskRule, read_image, read_mask_of
 from nervenet.images.samples import DataError, Sample, find_samples, natural_key, some_of
 from nervenet.metrics import SegmentationScores
 from nervenet.study.loops import Drawn, LoopWriter, drawn, smoothed

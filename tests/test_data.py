@@ -10,11 +10,11 @@ import numpy
 import pytest
 from PIL import Image
 
-from nervenet.images import data
+from nervenet.images import reading
 from nervenet.images.augment import median_filter
-from nervenet.images.data import (Filtered, Loader, MaskRule, Reader, as_intensities, data_warning, holds_foreground,
-                                  intensity_oddity, intensity_statistics, mask_oddity, oddity_warning,
-                                  read_image, read_mask, read_pair, resize, resize_mask, white_of)
+from nervenet.images.data import (Filtered, Loader, Reader, data_warning, holds_foreground, intensity_oddity, intensity_statistics,
+                                  mask_oddity, oddity_warning, resize, resize_mask)
+from nervenet.images.reading import MaskRule, as_intensities, read_image, read_mask, read_pair, white_of
 from nervenet.images.samples import DataError, Sample, describe, find_samples, split_by_subject, subject_warning
 
 REAL = Path(__file__).parents[2] / 'shared' / 'data'
@@ -960,7 +960,7 @@ def test_a_transform_cannot_spoil_what_the_reader_remembers(samples):
 
 def test_small_sets_are_read_once_and_large_ones_stay_within_the_budget(samples, monkeypatch):
     reads = []
-    monkeypatch.setattr(data, 'read_image', lambda path, *rest: reads.append(path) or read_image(path, *rest))
+    monkeypatch.setattr(reading, 'read_image', lambda path, *rest: reads.append(path) or read_image(path, *rest))
     bytes_per_sample = 8 * 12 * 3
     for cache_bytes, expected in ((2**30, 12), (bytes_per_sample * 5 + 7, 12 + 2 * 7), (0, 36)):
         reads.clear()

@@ -11,8 +11,8 @@ import nervenet
 from helpers import TINY, example
 from nervenet import CheckpointError, UNet
 from nervenet.images.augment import median_filter
-from nervenet.images.data import (FITS, Filtered, Reader, crop_warning, data_warning, fitted, intensity_statistics, places, resize, resize_mask,
-                                  unfitted)
+from nervenet.images.data import (FITS, Filtered, Reader, crop_warning, data_warning, fitted, intensity_statistics, places, resize,
+                                  resize_mask, unfitted)
 from nervenet.images.samples import find_samples
 from nervenet.study.checkpoint import load_checkpoint
 from nervenet.study.options import parse

@@ -11,8 +11,9 @@ from PIL import Image
 
 import nervenet
 from helpers import TINY
-from nervenet.images.data import MaskRule, Reader, fill_outlines, holds_foreground, is_outline, read_mask, read_pair
+from nervenet.images.data import Reader, holds_foreground
 from nervenet.images.layout import MaskNames
+from nervenet.images.reading import MaskRule, fill_outlines, is_outline, read_mask, read_pair
 from nervenet.images.samples import DataError, Sample, describe, find_samples, likely_subjects, on_both_sides, own_subjects, subject_warning
 
 SIZE = 24, 36

@@ -11,7 +11,7 @@ from PIL import Image
 
 import nervenet
 from helpers import example, run_example, start_example
-from nervenet.images.data import read_image
+from nervenet.images.reading import read_image
 from nervenet.images.samples import DataError
 from nervenet.study.segment import Segmenter
 

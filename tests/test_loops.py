@@ -23,9 +23,10 @@ from nervenet.engine.workers import in_background
 from nervenet.files import atomic_write
 from nervenet.images import loops, phantom
 from nervenet.images.copies import copies_warning
-from nervenet.images.data import Reader, holds_foreground, read_image, read_mask, read_pair
+from nervenet.images.data import Reader, holds_foreground
 from nervenet.images.loops import Pages, count_frames, milliseconds_of, with_frames
 from nervenet.images.phantom import Phantom, make_frame
+from nervenet.images.reading import read_image, read_mask, read_pair
 from nervenet.images.samples import DataError, Sample, describe, find_samples, own_subjects, split_by_subject, subject_warning
 from nervenet.study import figures
 from nervenet.study.loops import smoothed

@@ -10,7 +10,8 @@ from PIL import Image
 
 from nervenet import phantom as command
 from nervenet.images import data, phantom
-from nervenet.images.data import Loader, intensity_statistics, read_pair
+from nervenet.images.data import Loader, intensity_statistics
+from nervenet.images.reading import read_pair
 from nervenet.images.samples import find_samples, split_by_subject
 from nervenet.images.phantom import Phantom, make_frame
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import nervenet
 from nervenet.engine.parallel import set_threads
-from nervenet.images.data import read_image, read_mask
+from nervenet.images.reading import read_image, read_mask
 from nervenet.images.samples import DataError
 from nervenet.study import figures
 from nervenet.study.segment import Segmenter, count_masks, describe

@@ -33,7 +33,8 @@ from ..checks import check_match, positive
 from ..engine.parallel import one_thread_per_product, parallel_for
 from ..images.augment import median_filter
 from ..images.components import dilate, largest_component, regions
-from ..images.data import FITS, as_intensities, fill_outlines, fitted, resize, unfitted
+from ..images.data import FITS, fitted, resize, unfitted
+from ..images.reading import as_intensities, fill_outlines
 from .gaussian_process import GaussianProcess, LogisticRegression, odds_shift
 from .graph_cut import contrast_weights, grid, minimise
 from .superpixels import adjacency, means, slic
@@ -148,7 +149,7 @@ class Chain:
         return numpy.where(self.mask(image, parts, p), p.clip(0.51, None), p.clip(None, 0.49)).astype(numpy.float32)
 
     def predict(self, image):
-        """Return (probability, mask) of an image (H, W) of any size, at that size; for its values see `images.data.as_intensities`."""
+        """Return (probability, mask) of an image (H, W) of any size, at that size; for its values see `images.reading.as_intensities`."""
         p = unfitted(self.map(fitted(as_intensities(image), self.size, self.config['fit'])), image.shape, self.config['fit'])
         return p, p > 0.5
 

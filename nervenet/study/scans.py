@@ -1,8 +1,9 @@
 """The scans of an experiment, found and read as its options say (`options.add_reading_options`), and what is to be said of them."""
 
 from ..images.copies import copies_warning
-from ..images.data import MaskRule, Reader, crop_warning
+from ..images.data import Reader, crop_warning
 from ..images.loops import with_frames
+from ..images.reading import MaskRule
 from ..images.samples import describe, find_samples
 
 

@@ -22,7 +22,8 @@ from ..engine.backend import move, select_device, to_cpu
 from ..engine.plan import planned
 from ..images.augment import median_filter
 from ..images.components import largest_component
-from ..images.data import FITS, as_intensities, fitted, intensity_oddity, oddity_warning, places, unfitted, white_of
+from ..images.data import FITS, fitted, intensity_oddity, oddity_warning, places, unfitted
+from ..images.reading import as_intensities, white_of
 from ..layers import Dropout, sigmoid
 from ..metrics import SegmentationScores, ratio
 from ..train import predict
