@@ -385,7 +385,7 @@ bug('other claims are not looked at', CLAIMS, 'if is_alive(self.folder / name,',
 bug('the dead keep their claims', CLAIMS, 'if now - beaten(file) > SILENCE or', 'if', check_a_folder_of_another_machine_is_refused_until_that_is_silent)
 bug('who has lost leaves a claim', CLAIMS, '        except BaseException:\n            self.let_go()', '        except BaseException:\n            self.folder',
     check_a_folder_of_another_machine_is_refused_until_that_is_silent)
-bug('memory is not looked at', OPTIONS, 'needed > there:', 'needed < 0:', check_too_much_memory_is_refused)
+bug('memory is not looked at', OPTIONS, 'needed * processes.neighbours > there:', 'needed < 0:', check_too_much_memory_is_refused)
 
 
 passed = set()                  # the checks that have passed on the code as it is
