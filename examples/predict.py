@@ -102,8 +102,8 @@ def main(arguments=None):
     # Files are read and written on all cores while the network computes; of the images themselves few are held at a time.
     processes = 1 if segmenter.device == 'gpu' else min(number_of_threads(), PROCESSES, -(-len(samples) // args.batch_size))
     with (closing(in_background(read, samples, args.batch_size, number_of_threads())) as frames, LoopWriter(args.output) as loops,
-          closing(in_background(write, smoothed(predicted(args, segmenter, frames, processes), args.smooth_frames), args.batch_size,
-                                number_of_threads())) as written):
+          closing(predicted(args, segmenter, frames, processes)) as predictions,
+          closing(in_background(write, smoothed(predictions, args.smooth_frames), args.batch_size, number_of_threads())) as written):
         for frame in progress(written, len(samples), 'predicting', unit='images'):
             if frame.error:
                 failed.append(frame.sample.name)
@@ -279,11 +279,11 @@ def read_frame(args, segmenter, members, sample):
 
 
 def predicted(args, segmenter, frames, processes):
-    """Yield `frames` with their probabilities at the network's size; so many at once as `args` say are predicted, by so many processes."""
+    """Yield `frames` with their probabilities at the network's size, predicted by so many processes, each so many at once as `args` say."""
     waiting = deque()
 
     def batches():
-        while batch := list(islice(frames, max(1, args.batch_size // processes))):
+        while batch := list(islice(frames, args.batch_size)):
             waiting.append(batch)
             yield [(frame.members, frame.prepared) for frame in batch if frame.prepared is not None]
 
@@ -419,7 +419,7 @@ def parse(arguments):
                         help='with --uncertainty: ask each network N times with dropout kept on, instead of it and its view of the mirrored image')
     parser.add_argument('--smooth-frames', type=int, default=1, metavar='N',
                         help='of loops, average the probabilities over N frames around each, an odd number; fewer towards both ends')
-    parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='images predicted at once')
+    parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='images that each process predicts at once')
     add_prediction_options(parser)
     add_reading_options(parser.add_argument_group('where masks are there to compare with', 'What in them is foreground, and whom an image shows, '
                                                   'was stored in the model file by training.'), is_stored=True)

@@ -40,8 +40,11 @@ def test_several_threads_keep_the_order_and_chains_of_them_end_with_the_caller()
 @needs_fork
 def test_processes_keep_the_order_and_share_the_threads():
     known = {'a lock, which cannot be sent': threading.Lock(), 'factor': 3}
+    both = multiprocessing.get_context('fork').Barrier(2)
 
     def slow(number):
+        if number < 2:
+            both.wait(60)
         time.sleep(0.02 * (number % 3 == 0))
         os.kill(os.getpid(), signal.SIGINT)                        # as a terminal sends Ctrl-C to all: it is the caller's
         return known['factor'] * number, os.getpid(), number_of_threads()
@@ -86,7 +89,7 @@ def test_a_process_that_is_ended_from_outside_is_one_clear_error():
 
 
 @needs_fork
-@pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('sent', ['SIGKILL', 'SIGTERM', 'SIGINT'])
 def test_processes_end_with_the_one_that_made_them(sent):
     """The script names its processes once all are at work; whoever asks for more than they can do is ended by a signal to it alone."""
     script = ('import os, time; from nervenet.engine.workers import in_processes\n'
@@ -94,9 +97,10 @@ def test_processes_end_with_the_one_that_made_them(sent):
               'for n, pid in enumerate(in_processes(work, iter(int, 1), 3)): print(pid, flush=True)')
     with subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
-        pids = {int(process.stdout.readline()) for _ in range(12)}
-        assert len(pids) == 3
-        process.send_signal(sent)
+        pids = set()
+        while len(pids) < 3:                        # a busy machine may start the last of them late
+            pids.add(int(process.stdout.readline()))
+        process.send_signal(getattr(signal, sent))
         process.communicate(timeout=20)
     assert process.returncode != 0
     until = time.monotonic() + 10

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +19,7 @@ from .parallel import number_of_threads, set_threads
 
 CAN_FORK = 'fork' in multiprocessing.get_all_start_methods() and sys.platform != 'darwin'        # there, libraries of the system break in a fork
 
-_function = None                                    # of a process that `in_processes` made: what it computes
+_function = _is_over = None                         # of a process that `in_processes` made: what it computes, and an event: whether to stop
 
 
 def in_background(function, items, ahead=2, threads=1):
@@ -35,21 +36,26 @@ def in_processes(function, items, number):
     """Yield `function(item)` for each of `items`, in order, computed by `number` processes, which divide the threads of this one.
 
     They are copies of this process as it is when the first item is asked for, made by a fork: so `function` may be, and know, anything, such
-    as a network. Items and results are sent, and twice as many items as there are processes are under way. One process, or a system that
-    cannot fork, is this process by itself. An error of the function is raised here, as itself and in its place; RuntimeError if
-    something ends one of the processes. Ctrl-C is left to the caller, and none of them outlives it, even if it is killed.
+    as a network. Items and results are sent, as are errors, so all of them must be what `pickle` takes; one item more than there are processes
+    is under way. One process, or a system that cannot fork, is this process by itself. An error of the function is raised here, as itself and in
+    its place; RuntimeError if something ends one of the processes. Ctrl-C is left to the caller, and none of them outlives it, even if it is killed.
     """
     if number < 2 or not CAN_FORK:
         yield from map(function, items)
         return
-    processes = ProcessPoolExecutor(number, multiprocessing.get_context('fork'), _begin, (function, max(1, number_of_threads() // number)))
+    fork, threads = multiprocessing.get_context('fork'), max(1, number_of_threads() // number)
+    is_over = fork.Event()
+    processes = ProcessPoolExecutor(number, fork, _begin, (function, threads, is_over))
     try:
-        processes.submit(int).result()              # all are made now, before other threads hold locks that would stay locked in a copy
-        yield from _in_order(processes, _call, items, 2 * number)
+        with warnings.catch_warnings():             # Python warns of a fork beside threads; those of `parallel` are made to bear it
+            warnings.simplefilter('ignore', DeprecationWarning)
+            processes.submit(int).result()          # all are made now, before other threads hold locks that would stay locked in a copy
+        yield from _in_order(processes, _call, items, number)
     except BrokenProcessPool as error:
         raise RuntimeError('a process that computed beside this one was ended from outside, for lack of memory perhaps; take less at once, or '
                            'NERVENET_THREADS=1') from error
     finally:
+        is_over.set()                               # what waits in their queue need not be computed
         processes.shutdown(cancel_futures=True)
 
 
@@ -66,9 +72,9 @@ def _in_order(executor, function, items, ahead):
         executor.shutdown(cancel_futures=True)
 
 
-def _begin(function, threads):
-    global _function
-    _function = function
+def _begin(function, threads, is_over):
+    global _function, _is_over
+    _function, _is_over = function, is_over
     set_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # the terminal sends it to all; the caller says what comes of it
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -80,4 +86,4 @@ def _end_with_parent():
 
 
 def _call(item):
-    return _function(item)
+    return None if _is_over.is_set() else _function(item)

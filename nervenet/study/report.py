@@ -14,7 +14,7 @@ LEAKS = ('LEAKS: split by image, so frames of one subject are on both sides of t
 
 UNSCORED = ('All subjects were trained on, so nobody is left to score the network on. What it is worth is known from a cross-validation with the same '
             'settings; how probabilities become a mask is to be given as the line "settings:" of predict.py has it for that: threshold, minimal '
-            'area, flip average, largest component and temperature.')
+            'area, flip average, largest component, and the mean temperature.')
 UNSCORED_BUT_CHOSEN = ('No subject is left to score the network on. The inner subjects chose the best epoch and how probabilities become a mask '
                        '(settings.json), so what it scores on them is flattered.')
 

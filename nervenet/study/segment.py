@@ -394,7 +394,8 @@ def open_segmenter(args):
     print(reason)
     for path, extra in zip(files, extras):
         print(f'model:    {path}, epoch {extra.get("epoch", "?")}, {extra["size"][0]}x{extra["size"][1]}, fit {extra["fit"]}')
-    said = asdict(segmenter.settings) | {'temperature': ' '.join(f'{T:g}' for T in dict.fromkeys(segmenter.temperatures))}
+    own, mean = segmenter.temperatures, math.exp(sum(map(math.log, segmenter.temperatures)) / len(files))
+    said = asdict(segmenter.settings) | {'temperature': f'{own[0]:g}' if len({*own}) == 1 else f'{mean:.4g} on the (geometric) mean'}
     print('settings: ' + ', '.join(f'{name} {value}' for name, value in said.items())
           + (', chosen from what each network made of the subjects that it had not seen' if len(files) > 1 else ''))
     return segmenter, extras
