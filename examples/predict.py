@@ -99,8 +99,8 @@ def main(arguments=None):
     members = {sample.name: unseen_by(sample, extras) for sample in samples}
     scores = {name: SegmentationScores() for name in ('network', 'empty mask', 'mean training mask')}
     read, write = partial(read_frame, args, segmenter, members), partial(write_frame, args, segmenter, mean_mask_at(extras[0]))
-    # Files are read and written on all cores while the network computes; of the images themselves few are held at a time.
     processes = 1 if segmenter.device == 'gpu' else min(number_of_threads(), PROCESSES, -(-len(samples) // args.batch_size))
+    # Files are read and written on all cores while the network computes; of the images themselves few are held at a time.
     with (closing(in_background(read, samples, args.batch_size, number_of_threads())) as frames, LoopWriter(args.output) as loops,
           closing(predicted(args, segmenter, frames, processes)) as predictions,
           closing(in_background(write, smoothed(predictions, args.smooth_frames), args.batch_size, number_of_threads())) as written):
@@ -235,7 +235,7 @@ def recognised(sample, extras, is_held_out):
 def held_out(samples, extras, missing):
     """Return those of the samples whose subjects the networks were validated on, and not trained. Raises DataError, which asks for what is `missing`."""
     known = [set(extra.get('validation_subjects') or ()) for extra in extras]
-    if perhaps := next((extra['perhaps_seen'] for extra in extras if extra.get('perhaps_seen')), None):
+    if perhaps := perhaps_seen(extras):
         raise DataError(f'--held-out: whom the network has seen is not known, since {perhaps}; leave --held-out out')
     if not all(known):
         raise DataError('--held-out: the model does not say which subjects its network was validated on; give the file of a run on scans, split by '
@@ -246,6 +246,11 @@ def held_out(samples, extras, missing):
                         f'{some_of(sorted(set.union(*known), key=natural_key))}; give {missing}')
     print(f'held out: {len(chosen)} of {len(samples)} images, of {len({sample.subject for sample in chosen})} subjects that were validated on')
     return chosen
+
+
+def perhaps_seen(extras):
+    """Return in words why one of the networks may have seen anybody; None if none of them."""
+    return next((extra['perhaps_seen'] for extra in extras if extra.get('perhaps_seen')), None)
 
 
 def unseen_by(sample, extras):
@@ -371,7 +376,7 @@ def counts(mask, truth, mean_mask):
 
 def tell_known(samples, members, extras):
     """Return what is to be said of the subjects of samples with masks: who among the networks was trained on them."""
-    networks, perhaps = len(extras), next((extra['perhaps_seen'] for extra in extras if extra.get('perhaps_seen')), None)
+    networks, perhaps = len(extras), perhaps_seen(extras)
     known = [members[sample.name] for sample in samples if len(members[sample.name]) < networks]
     lost = sum(not unseen for unseen in known)
     if networks == 1 and lost:

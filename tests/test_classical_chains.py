@@ -17,7 +17,7 @@ from nervenet.images.augment import median_filter
 from nervenet.metrics import ratio
 from nervenet.study.checkpoint import CHAINS, CheckpointError
 from nervenet.study.options import stored_options
-from nervenet.study.segment import Segmenter
+from nervenet.study.segment import ChainSegmenter, Segmenter, Settings
 
 SIZE = 40, 56
 every_kind = pytest.mark.parametrize('kind', KINDS)
@@ -93,6 +93,17 @@ def test_the_map_is_above_a_half_exactly_where_the_mask_is(rng, few_choices, kin
     assert mask.any() and ((map > 0.5) == mask).all() and ((p > 0.5) != mask).any() and map.dtype == numpy.float32
     agree = (abs(p - 0.5) > 0.02) & ((p > 0.5) == mask)
     assert map[agree] == pytest.approx(p[agree], abs=1e-6)
+
+
+@pytest.mark.parametrize('flip, asked', [(False, 1), (True, 2)])
+def test_the_mirrored_image_is_asked_for_only_where_flips_are_averaged(rng, few_choices, flip, asked, monkeypatch):
+    chain, (image, *_) = fitted_chain(rng, kind='graph-cut', classifier='logistic'), scenes(rng, subjects=1)[0]
+    seen, before = [], chain.map
+    monkeypatch.setattr(chain, 'map', lambda image: seen.append(image) or before(image))
+    p, = ChainSegmenter(chain, Settings(flip_average=flip)).maps([image])
+    ways = [before(image), before(image[:, ::-1])[:, ::-1]][:asked]
+    assert len(seen) == asked and p.dtype == 'float32'
+    numpy.testing.assert_allclose(p, numpy.mean(ways, axis=0), atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_chain_and_threads_change_nothing(rng, few_choices):

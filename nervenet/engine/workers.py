@@ -19,7 +19,7 @@ from .parallel import number_of_threads, set_threads
 
 CAN_FORK = 'fork' in multiprocessing.get_all_start_methods() and sys.platform != 'darwin'        # there, libraries of the system break in a fork
 
-_function = _is_over = None                         # of a process that `in_processes` made: what it computes, and an event: whether to stop
+_function = None                                    # of a process that `in_processes` made: what it computes
 
 
 def in_background(function, items, ahead=2, threads=1):
@@ -29,7 +29,11 @@ def in_background(function, items, ahead=2, threads=1):
     results. An error in the background is raised here, as itself and in its place. A caller that leaves its loop half-way
     leaves no thread behind.
     """
-    return _in_order(ThreadPoolExecutor(threads, thread_name_prefix='background'), function, items, ahead)
+    background = ThreadPoolExecutor(threads, thread_name_prefix='background')
+    try:
+        yield from _in_order(background, function, items, ahead)
+    finally:
+        background.shutdown(cancel_futures=True)
 
 
 def in_processes(function, items, number):
@@ -43,9 +47,7 @@ def in_processes(function, items, number):
     if number < 2 or not CAN_FORK:
         yield from map(function, items)
         return
-    fork, threads = multiprocessing.get_context('fork'), max(1, number_of_threads() // number)
-    is_over = fork.Event()
-    processes = ProcessPoolExecutor(number, fork, _begin, (function, threads, is_over))
+    processes = ProcessPoolExecutor(number, multiprocessing.get_context('fork'), _begin, (function, max(1, number_of_threads() // number)))
     try:
         with warnings.catch_warnings():             # Python warns of a fork beside threads; those of `parallel` are made to bear it
             warnings.simplefilter('ignore', DeprecationWarning)
@@ -55,26 +57,22 @@ def in_processes(function, items, number):
         raise RuntimeError('a process that computed beside this one was ended from outside, for lack of memory perhaps; take less at once, or '
                            'NERVENET_THREADS=1') from error
     finally:
-        is_over.set()                               # what waits in their queue need not be computed
         processes.shutdown(cancel_futures=True)
 
 
 def _in_order(executor, function, items, ahead):
     pending = deque()
-    try:
-        for item in items:
-            pending.append(executor.submit(function, item))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
+    for item in items:
+        pending.append(executor.submit(function, item))
+        if len(pending) > ahead:
             yield pending.popleft().result()
-    finally:
-        executor.shutdown(cancel_futures=True)
+    while pending:
+        yield pending.popleft().result()
 
 
-def _begin(function, threads, is_over):
-    global _function, _is_over
-    _function, _is_over = function, is_over
+def _begin(function, threads):
+    global _function
+    _function = function
     set_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # the terminal sends it to all; the caller says what comes of it
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -86,4 +84,4 @@ def _end_with_parent():
 
 
 def _call(item):
-    return None if _is_over.is_set() else _function(item)
+    return _function(item)

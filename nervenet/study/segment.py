@@ -161,11 +161,10 @@ class Segmenter:
                 raise CheckpointError(f'{lacking[0]}: does not say what its network made of subjects it had not seen; several predict together '
                                       'if each is the last.npz of a run that came to its end with this version and had validation subjects: '
                                       'not of --validation-share 0, --init or a split by image')
-            settings = Settings(**{**asdict(choose_from([extra['held_out'] for extra in extras])[0]), **overrides})
-        else:
-            settings = stored_settings(paths[0], extras[0], **overrides)
-        temperatures = [stored_settings(path, extra, **overrides).temperature for path, extra in zip(paths, extras)]
-        return cls([*models], extras[0]['size'], settings, extras[0].get('median_filter'), extras[0]['fit'], temperatures), [*extras]
+        stored = [stored_settings(path, extra, **overrides) for path, extra in zip(paths, extras)]
+        settings = stored[0] if len(paths) == 1 else Settings(**{**asdict(choose_from([extra['held_out'] for extra in extras])[0]), **overrides})
+        return cls([*models], extras[0]['size'], settings, extras[0].get('median_filter'), extras[0]['fit'],
+                   [each.temperature for each in stored]), [*extras]
 
     def prepare(self, image):
         """Return image (H, W) as the network is to see it, (h, w) float32: in [0, 1], at its size, filtered if it was trained so.
@@ -242,17 +241,17 @@ class Segmenter:
 class ChainSegmenter(Segmenter):
     """A chain from before deep networks, `classical.chains`, used as a network is."""
 
+    device = 'cpu'
+
     def __init__(self, chain, settings=Settings(), intensities=(0, 1)):
         super().__init__([], chain.size, settings, fit=chain.config['fit'])
         self.models, self._intensities = [chain], tuple(intensities)
 
     def samples(self, prepared, members=None, mirrored=True):
-        return [numpy.stack([self._one(image), self._one(image[:, ::-1])[:, ::-1]][:1 + mirrored]).astype('float32') for image in prepared]
+        return [numpy.stack([self._one(image), *([self._one(image[:, ::-1])[:, ::-1]] if mirrored else [])]).astype('float32') for image in prepared]
 
     def _one(self, image):
         return with_temperature(self.model.map(image), self.settings.temperature)
-
-    device = 'cpu'
 
     @property
     def intensities(self):
@@ -418,7 +417,8 @@ def intensity_warning(oddities, white):
 def choose_temperature(model, batches, margin=0.05):
     """Return the temperature at which the probabilities of (images, masks) of `batches` fit the masks best; 1 without any foreground.
 
-    They are those of the model alone, not averaged over flips, which makes them less sure. Only pixels near foreground count (`uncertainty.band`), `margin` is a share of the shorter side: elsewhere all is sure, and right.
+    They are those of the model alone, not averaged over flips, which makes them less sure. Only pixels near foreground count
+    (`uncertainty.band`), `margin` is a share of the shorter side: elsewhere all is sure, and right.
     """
     probabilities, truths = [], []
     for images, masks in batches:
