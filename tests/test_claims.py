@@ -68,6 +68,16 @@ def test_a_claim_that_is_being_written_counts(lock, tmp_path):
         claim(tmp_path)
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='here it is not asked whether a process lives')
+def test_a_process_that_was_killed_while_it_wrote_its_claim_keeps_nothing(lock, tmp_path):
+    ended = subprocess.Popen([sys.executable, '-c', ''])
+    ended.wait()
+    (tmp_path / f'claim_{claims.HOST}_{ended.pid}_1').write_text('')
+    release = claim(tmp_path)
+    assert len(claims_in(tmp_path)) == 1 and str(ended.pid) not in claims_in(tmp_path)[0].split('_')
+    release()
+
+
 HELD = '''
 import sys, time
 from nervenet.study import claims

@@ -32,6 +32,7 @@ except ImportError:                     # Windows
 
 BEAT, SILENCE = 20, 180                 # seconds
 HOST = re.sub(r'[^\w.-]', '-', socket.gethostname())
+NAME = re.compile(r'claim_(?P<host>.+)_(?P<process>\d+)_\d+')
 _numbers = itertools.count(1)
 
 
@@ -104,7 +105,7 @@ def claimed(folder):
 
 def claims_in(folder):
     """Return the names of the claims that lie in the folder, of living and dead processes."""
-    return sorted(name for name in os.listdir(folder) if re.fullmatch(r'claim_.+_\d+_\d+', name))
+    return sorted(name for name in os.listdir(folder) if NAME.fullmatch(name))
 
 
 def beaten(file):
@@ -116,13 +117,16 @@ def beaten(file):
 
 
 def is_alive(file, now):
-    """Return whether the process that made the claim `file` is there, as far as can be told; `now` is the time, by the clock of the disk."""
-    claim, job = read_claim(file), _job()
+    """Return whether the process that made the claim `file` is there, as far as can be told; `now` is the time, by the clock of the disk.
+
+    Whose it is its name says, also where the process was killed before it wrote anything into it.
+    """
+    claim, job, maker = read_claim(file), _job(), NAME.fullmatch(file.name)
     if now - beaten(file) > SILENCE or job and claim.get('job') == job['job'] and claim.get('start', 0) < job['start']:
         return False
-    if claim.get('host') == HOST and os.name == 'posix':    # elsewhere to ask whether a process lives may end it
+    if maker['host'] == HOST and os.name == 'posix':        # elsewhere to ask whether a process lives may end it
         try:
-            os.kill(claim['process'], 0)
+            os.kill(int(maker['process']), 0)
         except ProcessLookupError:
             return False
         except PermissionError:                             # it is there, and somebody else's
