@@ -23,7 +23,7 @@ What a value gave, it gets back: the gradient is the adjoint, dX = R_Hᵀ dY R_W
 
 import math
 from fractions import Fraction
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 
 import numpy
 
@@ -32,7 +32,7 @@ from .engine.backend import device_of, get_array_module, move
 from .engine.memory import empty
 from .engine.parallel import one_thread_per_product
 from .engine.paths import note, only_plain
-from .engine.pixelwise import for_rows
+from .engine.pixelwise import copy_into, for_rows
 from .layers import Layer
 
 MODES = 'nearest', 'bilinear'
@@ -60,8 +60,10 @@ def _shares_on(device, dtype, length, enlarged, mode):
 def resized(x, R_H, R_W):
     """Return R_H x R_Wᵀ for each channel of x (N, h, w, C): (N, H, W, C). R_H is (H, h), R_W is (W, w)."""
     (N, h, w, C), H, W = x.shape, len(R_H), len(R_W)
-    rows = get_array_module(x).matmul(R_H, x.reshape(N, h, w * C))              # (N, H, w·C)
-    return get_array_module(x).matmul(R_W, rows.reshape(N * H, w, C)).reshape(N, H, W, C)
+    rows, y = empty((N, H, w * C), x), empty((N * H, W, C), x)
+    get_array_module(x).matmul(R_H, x.reshape(N, h, w * C), out=rows)           # (H, h) @ (N, h, w·C)
+    get_array_module(x).matmul(R_W, rows.reshape(N * H, w, C), out=y)
+    return y.reshape(N, H, W, C)
 
 
 class Upsample2D(Layer):
@@ -138,22 +140,28 @@ def repeated(x, SH, SW):
     N, h, w, C = x.shape
     y = empty((N, h * SH, w * SW, C), x)
 
-    def of_block(block):
-        squares_of(y, SH, SW)[block] = x[block][:, :, None, :, None]
-
-    for_rows(x, of_block)
+    for_rows(x, _repeat, x, squares_of(y, SH, SW))
     return y
+
+
+def _repeat(block, x, squares):
+    yield partial(copy_into, squares[block], x[block][:, :, None, :, None])
 
 
 def sums_of_squares(dy, SH, SW):
     """Return the sum of dy (N, H, W, C) over each square of SH × SW pixels, which all came from one: (N, H/SH, W/SW, C)."""
     note('pixels repeated')
-    squares, xp = squares_of(dy, SH, SW), get_array_module(dy)
+    squares = squares_of(dy, SH, SW)
     dx = empty((squares.shape[0], squares.shape[1], squares.shape[3], squares.shape[5]), dy)
 
-    def of_block(block):
-        pixels = (squares[block][:, :, i, :, j] for i in range(SH) for j in range(SW))
-        dx[block] = reduce(xp.add, pixels)
-
-    for_rows(dx, of_block)
+    for_rows(dx, _sum_of_square, squares, dx)
     return dx
+
+
+def _sum_of_square(block, squares, dx):
+    _, _, SH, _, SW, _ = squares.shape
+    yield partial(_write_sum, [squares[block][:, :, i, :, j] for i in range(SH) for j in range(SW)], dx[block])
+
+
+def _write_sum(arrays, out):
+    out[...] = reduce(get_array_module(out).add, arrays)

@@ -608,13 +608,13 @@ def test_bug_planted_in_a_block_of_another_network_is_caught(name, kind, broken,
 
 @pytest.mark.parametrize('norm', ['batch', None])
 @pytest.mark.parametrize('file, old, new, wrong', [
-    ('networks/fusing.py', 'relu_gradient(dx, y[block], out=dx)', 'relu_gradient(dx, dx, out=dx)', {'dx', 'downs.0.conv1.dweight'}),
+    ('networks/fusing.py', 'relu_gradient, dx, y[block], out=dx', 'relu_gradient, dx, dx, out=dx', {'dx', 'downs.0.conv1.dweight'}),
     ('networks/fusing.py', 'in_blocks_with_sums(relu_gradient, dy, y', 'in_blocks_with_sums(relu_gradient, dy, dy',
      {'batch': {'dx', 'ups.1.norm2.dweight'}}),
-    ('engine/pixelwise.py', 'out=flat[block]), x[block]]', 'out=flat[block]), 1.001 * x[block]]', {'batch': {'ups.0.norm1.dweight', 'dx'}}),
+    ('engine/pixelwise.py', '[out[rows], x], sums', '[out[rows], 1.001 * x], sums', {'batch': {'ups.0.norm1.dweight', 'dx'}}),
     ('convolution/winograd_1d.py', '[slice(0, split), slice(split, C_out)]', '[slice(split, C_out), slice(0, split)]',
      {'dx', 'stem.conv2.dweight'}),
-    ('engine/pixelwise.py', 'return tuple(parts)', 'return tuple(parts[::-1])',
+    ('engine/pixelwise.py', 'return parts', 'return parts[::-1]',
      {'dx', 'stem.conv2.dweight'}),
     ('convolution/winograd_1d.py', ', product.reshape(6, -1)[:, :written], out', ', 1.001 * product.reshape(6, -1)[:, :written], out', {'ups.1.conv1.dweight'})], ids=str)
 def test_bug_planted_in_a_shortcut_is_caught(file, old, new, wrong, norm, rng):
@@ -628,25 +628,25 @@ def test_bug_planted_in_a_shortcut_is_caught(file, old, new, wrong, norm, rng):
 
 
 IN_PATHS = [        # module, what is replaced in its text, by what, a layer that takes this path, the shape of its input, what then is wrong
-    (winograd_2d, 'M[1, 1] += bias[channels]', 'M[1, 1] += bias[:some * width]', lambda **o: Conv2D(33, 140, **o), (1, 10, 13, 33),
+    (winograd_2d, 'M[1, 1], bias[channels]', 'M[1, 1], bias[:some * width]', lambda **o: Conv2D(33, 140, **o), (1, 10, 13, 33),
      {'dbias'}),
-    (winograd_2d, 'numpy.matmul(V, U[i][share], out', 'numpy.matmul(V, U[i][share][:1], out', lambda **o: Conv2D(33, 70, **o),
+    (winograd_2d, 'numpy.matmul, V, U[i][share], out', 'numpy.matmul, V, U[i][share][:1], out', lambda **o: Conv2D(33, 70, **o),
      (4, 21, 26, 33), {'dx', 'dweight'}),
-    (winograd_2d, 'matrix, weight = G[:, ::-1], weight', 'matrix, weight = G, weight', lambda **o: Conv2D(34, 40, **o), (1, 10, 13, 34), {'dx'}),
-    (winograd_2d, 'dweight[:, :, piece] = ', 'dweight[:, :, piece] = 1.001 * ', lambda **o: Conv2D(33, 70, **o), (4, 21, 26, 33), {'dweight'}),
-    (strips, 'for strip in strips[group][1:]:', 'for strip in strips[group][2:]:', lambda **o: Conv2D(4, 5, **o), (2, 96, 90, 4), {'dweight'}),
-    (strips, 'dweight[:, :, within] += part', 'dweight[:, :, within] = part', lambda **o: Conv2D(4, 5, **o), (2, 96, 90, 4), {'dweight'}),
-    (im2col, 'product += bias[out]', 'product += bias[:len(bias[out])]', lambda **o: Conv2D(140, 260, **o), (2, 3, 4, 140), {'dbias'}),
+    (winograd_2d, 'TURNED_G if turned else G, weight[', 'G, weight[', lambda **o: Conv2D(34, 40, **o), (1, 10, 13, 34), {'dx'}),
+    (winograd_2d, 'piece], taps', 'piece], 1.001 * taps', lambda **o: Conv2D(33, 70, **o), (4, 21, 26, 33), {'dweight'}),
+    (strips, 'for strip in strips[1:]:', 'for strip in strips[2:]:', lambda **o: Conv2D(4, 5, **o), (2, 96, 90, 4), {'dweight'}),
+    (strips, 'numpy.add, first, other', 'numpy.add, 0 * first, other', lambda **o: Conv2D(4, 5, **o), (2, 96, 90, 4), {'dweight'}),
+    (im2col, 'product, bias[out]', 'product, bias[:len(bias[out])]', lambda **o: Conv2D(140, 260, **o), (2, 3, 4, 140), {'dbias'}),
     (im2col, 'dy[images], weight[:, :, channels]', 'dy[images], weight[:, :, :len(weight[0, 0, channels])]', lambda **o: Conv2D(140, 260, **o),
      (1, 3, 4, 140), {'dx'}),
     (im2col, '(b * DH, c * DW, d, a, b * SH, c * SW)', '(b, c * DW, d, a, b * SH, c * SW)', lambda **o: Conv2D(2, 3, dilation=2, **o),
      (2, 7, 6, 2), {'dx', 'dweight'}),
-    (winograd_1d, 'M[1].reshape(-1, width * C)[:, :W_out * C] +=', 'M[0].reshape(-1, width * C)[:, :W_out * C] +=',
+    (winograd_1d, 'point = M[1].reshape', 'point = M[0].reshape',
      lambda **o: Conv2D(9, 12, **o), (2, 22, 21, 9), {'dbias'}),
     (pooling, 'dx[inputs] += share', 'dx[inputs] = share', lambda **o: MaxPool2D(3, 1, 1), (2, 8, 7, 3), {'dx'}),
     (pooling, 'dx[images] = _back(drows', 'dx[images] = 1.001 * _back(drows', lambda **o: MaxPool2D(3, 2, 1), (2, 8, 7, 3), {'dx'}),
     (resampling, 'for i in range(SH) for j in range(SW)', 'for i in range(SH) for j in range(SH)', lambda **o: Upsample2D((2, 3)), (2, 4, 5, 3), {'dx'}),
-    (patches, 'numpy.tile(bias, KH * KW * rows.shape[1])', 'numpy.repeat(bias, KH * KW * rows.shape[1])', lambda **o: ConvTranspose2D(3, 2, **o), (2, 3, 4, 3),
+    (patches, 'repeated(bias, KH * KW * rows.shape[1])', 'numpy.repeat(bias, KH * KW * rows.shape[1])', lambda **o: ConvTranspose2D(3, 2, **o), (2, 3, 4, 3),
      {'dbias'})]
 
 

@@ -14,7 +14,7 @@ from nervenet.engine.memory import empty
 from nervenet.engine.parallel import set_threads
 from nervenet.train import evaluate, predict, train_step
 
-LIKE, SIZE = numpy.zeros(1, 'uint8'), 4 * memory.LEAST_PLANNED_BYTES
+LIKE, SIZE = numpy.zeros(1, 'uint8'), 2**16
 
 
 class Owner:

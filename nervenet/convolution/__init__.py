@@ -69,8 +69,9 @@ def forward(x, weight, geometry, bias=None, *, then=None, kept=None):
     x may be a pair of arrays whose channels, side by side, are the input: the convolution of a join is the sum of the convolutions of
     what is joined, each with its part of the weight, so where a path allows it nothing is joined.
 
-    then   if given, then(block, y[block]) is called for blocks, pairs of slices (images, rows), that together cover y, each as soon as it
-           is computed and still in the cache; it may change y[block]. Blocks are the same whatever the number of threads.
+    then   if given, a function and what it is given: then[0](block, y[block], *then[1:]) lists calls (`engine/calls.py`) that may change
+           y[block], for blocks, pairs of slices (images, rows), that together cover y; they are made as soon as the block is computed and
+           still in the cache. Blocks are the same whatever the number of threads.
     kept   if given, kept(name, make) returns what make() returned when it was last called for this weight: see `Kept`.
     """
     parts = parts_of(x)

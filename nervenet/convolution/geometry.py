@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..checks import pair
-from ..engine.backend import get_array_module
+from ..engine.memory import empty
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,7 @@ class Geometry:
 
 def turn(weight):
     """Return weight (KH, KW, C_in, C_out) turned by 180°, its channels exchanged: (KH, KW, C_out, C_in)."""
-    return get_array_module(weight).ascontiguousarray(weight[::-1, ::-1].swapaxes(2, 3))
+    KH, KW, C_in, C_out = weight.shape
+    turned = empty((KH, KW, C_out, C_in), weight)
+    turned[...] = weight[::-1, ::-1].swapaxes(2, 3)
+    return turned

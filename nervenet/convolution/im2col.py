@@ -21,14 +21,17 @@ the input, at stride 1, is again a convolution, with the kernel turned by 180°:
 It serves every geometry, and rounds like the plain path.
 """
 
+from functools import partial
+
 import numpy
 
+from ..engine.calls import run
 from ..engine.memory import empty, scratch
-from ..engine.parallel import cut, cut_images, parallel_for
+from ..engine.parallel import cut, cut_images
 from ..engine.paths import note
 from . import plain
 from .geometry import turn
-from .strips import followed, overlapping, padded_strip, sum_in_parts
+from .strips import followed, following, overlapping, padded_strip, sum_in_parts
 
 COLUMN_BYTES = 512 * 1024               # of one strip; they must stay in a core's own cache (1 MiB) beside the weight
 LEAST_PIXELS = 64                       # of one strip, because it reads the whole weight
@@ -37,23 +40,23 @@ CHANNELS = 128                          # wide enough for a product to run at fu
 
 
 def columns_of(x, images, rows, geometry, W_out):
-    """Return the windows of output rows `rows` as a matrix (n·rows·W_out, KH·KW·C), in scratch memory."""
+    """List the calls that make the windows of output rows `rows` a matrix (n·rows·W_out, KH·KW·C) in scratch memory; return it."""
     (KH, KW), (SH, SW), (DH, DW) = geometry.kernel_size, geometry.stride, geometry.dilation
     (EH, EW), (PH, PW) = geometry.extent, geometry.padding
     height, width = rows.stop - rows.start, W_out
-    strip = padded_strip(x, images, rows.start * SH - PH, -PW, (height - 1) * SH + EH, (width - 1) * SW + EW)
+    strip = yield from padded_strip(x, images, rows.start * SH - PH, -PW, (height - 1) * SH + EH, (width - 1) * SW + EW)
     n, _, _, C = strip.shape
     a, b, c, d = strip.strides
     if C < FEW_CHANNELS:
         # Few values lie side by side in a window, many in a row of the image: copy what one tap meets along each row.
         taps = overlapping(strip, (KH, KW, C, n, height, width), (b * DH, c * DW, d, a, b * SH, c * SW))
         columns = scratch('columns', taps.shape, x.dtype)
-        columns[...] = taps
+        yield partial(numpy.copyto, columns, taps)
         return columns.reshape(KH * KW * C, n * height * width).T
     # Undilated, the KW pixels of a window's row lie side by side in memory, and NumPy copies them as one run of KW·C values.
     windows = overlapping(strip, (n, height, width, KH, KW, C), (a, b * SH, c * SW, b * DH, c * DW, d))
     columns = scratch('columns', windows.shape, x.dtype)
-    columns[...] = windows
+    yield partial(numpy.copyto, columns, windows)
     return columns.reshape(n * height * width, KH * KW * C)
 
 
@@ -66,7 +69,7 @@ def rows_per_block(W_out, row_values, itemsize):
 
 
 def forward(x, weight, geometry, bias=None, then=None):
-    """Return y (N, H_out, W_out, C_out); see `plain.forward`. `then(block, y[block])` is called for each block while it is in the cache."""
+    """Return y (N, H_out, W_out, C_out); see `plain.forward`, and for `then` the face of this package."""
     KH, KW, C_in, C_out = weight.shape
     H_out, W_out = geometry.output_size(x.shape[1:3])
     y = empty((len(x), H_out, W_out, C_out), x)
@@ -77,20 +80,26 @@ def forward(x, weight, geometry, bias=None, then=None):
     if len(channels) > 1:
         note('shared output channels')
 
-    def work(block):
-        (images, rows), out = block
-        columns = columns_of(x, images, rows, geometry, W_out)
-        within = y[images, rows, :, out].reshape(len(columns), -1)           # a view, unless blocks share the channels
-        product = numpy.matmul(columns, matrix[:, out], out=within)          # (n·rows·W_out, channels)
-        if bias is not None:
-            product += bias[out]
-        if len(channels) > 1:
-            y[images, rows, :, out] = product.reshape(-1, rows.stop - rows.start, W_out, product.shape[1])
-        elif then:
-            then((images, rows), y[images, rows])
-
-    parallel_for([(strip, out) for strip in strips for out in channels], work)
+    blocks = [(strip, out) for strip in strips for out in channels]
+    run(_forward_calls, blocks, x, matrix, y, bias, geometry, then if len(channels) == 1 else None)
     return followed(y, then if len(channels) > 1 else None)
+
+
+def _forward_calls(block, x, matrix, y, bias, geometry, then):
+    (images, rows), out = block
+    W_out, shared = y.shape[2], out.stop - out.start < y.shape[3]
+    columns = yield from columns_of(x, images, rows, geometry, W_out)
+    if shared:
+        product = scratch('product', (len(columns), out.stop - out.start), y.dtype)
+    else:
+        product = y[images, rows].reshape(len(columns), -1)                  # a view
+    yield partial(numpy.matmul, columns, matrix[:, out], out=product)        # (n·rows·W_out, channels)
+    if bias is not None:
+        yield partial(numpy.add, product, bias[out], out=product)
+    if shared:
+        yield partial(numpy.copyto, y[images, rows, :, out], product.reshape(-1, rows.stop - rows.start, W_out, product.shape[1]))
+    elif then:
+        yield from following((images, rows), y, then)
 
 
 def input_gradient(dy, weight, input_size, geometry, bias=None):
@@ -103,25 +112,34 @@ def input_gradient(dy, weight, input_size, geometry, bias=None):
     note('plain sums')
     dx = empty((len(dy), *input_size, C_in), dy)
 
-    def work(block):
-        images, channels = block
-        part_of_bias = None if bias is None else bias[channels]
-        dx[images, :, :, channels] = plain.input_gradient(dy[images], weight[:, :, channels], input_size, geometry, part_of_bias)
-
     images = cut(len(dy), max(1, 256 * len(dy) // pixels))
     channels = cut(C_in, CHANNELS if len(images) < 8 else C_in)
-    parallel_for([(some, within) for some in images for within in channels], work)
+    run(_plain_sums, [(some, within) for some in images for within in channels], dy, weight, dx, bias, geometry)
     return dx
+
+
+def _plain_sums(block, dy, weight, dx, bias, geometry):
+    images, channels = block
+    yield partial(_plain_sum, dy[images], weight[:, :, channels], None if bias is None else bias[channels], geometry,
+                  dx[images, :, :, channels])
+
+
+def _plain_sum(dy, weight, bias, geometry, out):
+    out[...] = plain.input_gradient(dy, weight, out.shape[1:3], geometry, bias)
 
 
 def weight_gradient(x, dy, geometry):
     """Return dweight (KH, KW, C_in, C_out); see `plain.weight_gradient`."""
     (KH, KW), (N, _, _, C_in), (_, H_out, W_out, C_out) = geometry.kernel_size, x.shape, dy.shape
+    dy = numpy.ascontiguousarray(dy)
     strips = cut_images(N, H_out, rows_per_block(W_out, KH * KW * min(C_in, CHANNELS), x.itemsize))
 
-    def term(strip, within):
-        images, rows = strip
-        columns = columns_of(x[..., within], images, rows, geometry, W_out)
-        return columns.T @ dy[images, rows].reshape(-1, C_out)               # (KH·KW·C, pixels) @ (pixels, C_out)
+    return sum_in_parts((KH, KW, C_in, C_out), x, strips, cut(C_in, CHANNELS), _term, x, dy, geometry)
 
-    return sum_in_parts((KH, KW, C_in, C_out), x, strips, cut(C_in, CHANNELS), term)
+
+def _term(strip, within, name, x, dy, geometry):
+    images, rows = strip
+    columns = yield from columns_of(x[..., within], images, rows, geometry, dy.shape[2])
+    product = scratch(name, (columns.shape[1], dy.shape[3]), dy.dtype)
+    yield partial(numpy.matmul, columns.T, dy[images, rows].reshape(-1, dy.shape[3]), out=product)      # (KH·KW·C, pixels) @ (pixels, C_out)
+    return product

@@ -10,6 +10,8 @@ import weakref
 
 import numpy
 
+from ..engine.plan import forget_kept, using_kept
+
 
 class Kept:
     """Results by name, made of arrays that held just these bytes."""
@@ -32,6 +34,11 @@ class Kept:
         return result
 
 
+def empty_to_keep(shape, like):
+    """Return an uninitialised array of this shape and the dtype of the array `like`, in memory that no step uses again."""
+    return numpy.empty(shape, like.dtype)
+
+
 def _bytes(array):
     """Return the array's bytes, where they are: comparing those takes a quarter of comparing numbers."""
     return numpy.ascontiguousarray(array).view('uint8').data
@@ -44,10 +51,13 @@ def kept_for(layer, arrays):
     """Return the `Kept` of this layer: the one of before if the arrays are still what it was made of, else a new one."""
     kept = _of.get(layer)
     if kept is None or not kept.holds(arrays):
+        drop_kept(layer)
         kept = _of[layer] = Kept(arrays)
+    using_kept()
     return kept
 
 
 def drop_kept(layer):
-    """Forget what is kept for this layer: its weight is about to change."""
-    _of.pop(layer, None)
+    """Forget what is kept for this layer, and lists of calls that may hold it: its weight is about to change, or has."""
+    if _of.pop(layer, None) is not None:
+        forget_kept()

@@ -11,11 +11,14 @@ For 1×1 even the rearrangement vanishes: the pixels are the patches. The functi
 """
 
 import math
+from functools import partial
 
 import numpy
 
+from ..engine.calls import run
 from ..engine.memory import empty, scratch
-from ..engine.parallel import cut, parallel_for
+from ..engine.parallel import cut
+from ..engine.pixelwise import repeated
 from .strips import sum_in_parts
 
 BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still in the cache when it is rearranged
@@ -40,11 +43,11 @@ def _blocks(windows):
 
 
 def _matrix(windows, block):
-    """Return rows `block` of the windows as a matrix (pixels, KH·KW·C): a view for 1×1, else a scratch copy."""
+    """List the calls that make rows `block` of the windows a matrix (pixels, KH·KW·C): none for 1×1, else a scratch copy. Return it."""
     windows = windows[block]
     if windows.shape[2:4] != (1, 1):
         patches = scratch('patches', windows.shape, windows.dtype)
-        patches[...] = windows
+        yield partial(numpy.copyto, patches, windows)
         windows = patches
     return windows.reshape(-1, math.prod(windows.shape[2:]))
 
@@ -52,18 +55,17 @@ def _matrix(windows, block):
 def forward(x, weight, geometry, bias=None):
     """Return y (N, H/KH, W/KW, C_out); see `plain.forward`."""
     KH, KW, _, C_out = weight.shape
-    windows = _rows_of_windows(x, (KH, KW))                                  # (rows, W/KW, KH, KW, C_in)
+    windows = _rows_of_windows(numpy.ascontiguousarray(x), (KH, KW))         # (rows, W/KW, KH, KW, C_in)
     y = empty((len(x), x.shape[1] // KH, x.shape[2] // KW, C_out), x)
-    rows, matrix = y.reshape(len(windows), -1), weight.reshape(-1, C_out)
-
-    def work(block):
-        pixels = rows[block].reshape(-1, C_out)
-        numpy.matmul(_matrix(windows, block), matrix, out=pixels)
-        if bias is not None:
-            pixels += bias
-
-    parallel_for(_blocks(windows), work)
+    run(_forward_calls, _blocks(windows), windows, weight.reshape(-1, C_out), y.reshape(len(windows), -1), bias)
     return y
+
+
+def _forward_calls(block, windows, matrix, y, bias):
+    pixels = y[block].reshape(-1, matrix.shape[1])
+    yield partial(numpy.matmul, (yield from _matrix(windows, block)), matrix, out=pixels)
+    if bias is not None:
+        yield partial(numpy.add, pixels, bias, out=pixels)
 
 
 def input_gradient(dy, weight, input_size, geometry, bias=None):
@@ -71,32 +73,34 @@ def input_gradient(dy, weight, input_size, geometry, bias=None):
     KH, KW, C_in, C_out = weight.shape
     dx = empty((len(dy), *input_size, C_in), dy)
     dwindows = _rows_of_windows(dx, (KH, KW))                                # (rows, W/KW, KH, KW, C_in), a view of dx
-    matrix = weight.reshape(-1, C_out).T                                     # (C_out, KH·KW·C_in)
-    rows = dy.reshape(len(dwindows), -1, C_out)
-    row_of_biases = None if bias is None else numpy.tile(bias, KH * KW * rows.shape[1])        # NumPy adds long rows faster
-
-    def work(block):
-        pixels = rows[block].reshape(-1, C_out)
-        dpatches = scratch('patches', (len(pixels), matrix.shape[1]), dy.dtype)
-        numpy.matmul(pixels, matrix, out=dpatches)
-        if bias is not None:
-            dpatches.reshape(-1, len(row_of_biases))[...] += row_of_biases
-        dwindows[block] = dpatches.reshape(dwindows[block].shape)
-
-    parallel_for(_blocks(dwindows), work)
+    rows = numpy.ascontiguousarray(dy).reshape(len(dwindows), -1, C_out)
+    row_of_biases = None if bias is None else repeated(bias, KH * KW * rows.shape[1])          # NumPy adds long rows faster
+    run(_input_gradient_calls, _blocks(dwindows), rows, weight.reshape(-1, C_out), dwindows, row_of_biases)
     return dx
+
+
+def _input_gradient_calls(block, dy, matrix, dwindows, row_of_biases):
+    pixels, dwindows = dy[block].reshape(-1, matrix.shape[1]), dwindows[block]
+    dpatches = scratch('patches', (len(pixels), len(matrix)), dy.dtype)
+    yield partial(numpy.matmul, pixels, matrix.T, out=dpatches)              # (pixels, C_out) @ (C_out, KH·KW·C_in)
+    if row_of_biases is not None:
+        long = dpatches.reshape(-1, len(row_of_biases))
+        yield partial(numpy.add, long, row_of_biases, out=long)
+    yield partial(numpy.copyto, dwindows, dpatches.reshape(dwindows.shape))
 
 
 def weight_gradient(x, dy, geometry):
     """Return dweight (KH, KW, C_in, C_out); see `plain.weight_gradient`."""
     C_in, C_out = x.shape[3], dy.shape[3]
-    windows = _rows_of_windows(x, geometry.kernel_size)
-    rows = dy.reshape(len(windows), -1, C_out)
-
+    windows, dy = _rows_of_windows(numpy.ascontiguousarray(x), geometry.kernel_size), numpy.ascontiguousarray(dy)
     strips = _blocks(windows)
     channels = cut(C_in, C_in if len(strips) > 4 else max(32, C_in // 8))
+    shape = *geometry.kernel_size, C_in, C_out
+    return sum_in_parts(shape, x, strips, channels, _term, windows, dy.reshape(len(windows), -1, C_out))
 
-    def term(block, within):
-        return _matrix(windows[..., within], block).T @ rows[block].reshape(-1, C_out)
 
-    return sum_in_parts((*geometry.kernel_size, C_in, C_out), x, strips, channels, term)
+def _term(block, within, name, windows, dy):
+    patches = yield from _matrix(windows[..., within], block)
+    product = scratch(name, (patches.shape[1], dy.shape[2]), dy.dtype)
+    yield partial(numpy.matmul, patches.T, dy[block].reshape(-1, dy.shape[2]), out=product)
+    return product

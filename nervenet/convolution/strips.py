@@ -1,12 +1,16 @@
 """Strips of padded images, and sums over them, for the fast paths beside this file."""
 
+from functools import partial
+
 import numpy
 
+from ..engine.calls import run
 from ..engine.memory import empty, scratch
-from ..engine.parallel import cut, parallel_for
+from ..engine.parallel import cut
 from ..engine.paths import note
 from ..engine.pixelwise import for_rows
 
+SUMMED_VALUES = 2**17                   # of one block, where partial sums are added
 PARTIAL_SUMS = 8                        # at most; a fixed number, because a sum's last bits depend on its order
 
 
@@ -36,17 +40,22 @@ def overlapping(x, shape, strides, offset=0):
 
 
 def followed(y, then):
-    """Return y, with then(block, y[block]) called for blocks that cover it, where `then` is given and could not be called any earlier."""
+    """Return y, with the calls of `then` made for blocks that cover it, where `then` is given and could not be followed any earlier."""
     if then:
-        for_rows(y, lambda block: then(block, y[block]))
+        for_rows(y, following, y, then)
     return y
 
 
-def padded_strip(x, images, top, left, height, width, name='strip'):
-    """Return x[images] (n, height, width, C) from row `top` and column `left` on, zeros where that lies outside the
-    image.
+def following(block, y, then):
+    """List the calls of `then` for this block of y."""
+    return then[0](block, y[block], *then[1:])
 
-    The result is scratch memory: it lasts until this thread asks for its next strip.
+
+def padded_strip(x, images, top, left, height, width, name='strip'):
+    """List the calls that make x[images] (n, height, width, C) from row `top` and column `left` on, zeros where that lies outside the
+    image; return it.
+
+    The result is scratch memory: it lasts until the next strip of this name.
     """
     x = x[images]
     n, H, W, C = x.shape
@@ -54,40 +63,50 @@ def padded_strip(x, images, top, left, height, width, name='strip'):
     # The rows a to b and the columns c to d of the strip lie inside the image.
     (a, b), (c, d) = ((min(max(0, -start), size), max(0, min(length - start, size)))
                       for start, size, length in ((top, height, H), (left, width, W)))
-    strip[:, :a] = 0
-    strip[:, b:] = 0
-    strip[:, a:b, :c] = 0
-    strip[:, a:b, d:] = 0
-    strip[:, a:b, c:d] = x[:, top + a:top + b, left + c:left + d]
+    for outside in strip[:, :a], strip[:, b:], strip[:, a:b, :c], strip[:, a:b, d:]:
+        if outside.size:
+            yield partial(outside.fill, 0) if outside.flags.c_contiguous else partial(numpy.copyto, outside, 0)
+    yield partial(numpy.copyto, strip[:, a:b, c:d], x[:, top + a:top + b, left + c:left + d])
     return strip
 
 
-def sum_in_parts(shape, x, strips, channels, term, finish=lambda total: total):
+def sum_in_parts(shape, x, strips, channels, term, *arguments, finish=None):
     """Return the weight gradient, of this shape (KH, KW, C_in, C_out) and the dtype of x.
 
     Its input channels `within`, for each slice of `channels`, are Σ finish(Σ term(strip, within)). The inner sum runs
-    over neighbouring strips, in one block; the outer one over at most PARTIAL_SUMS such blocks. `finish` is linear. A
-    term must be a fresh array.
+    over neighbouring strips, in one block; the outer one over at most PARTIAL_SUMS such blocks.
+
+    term     `term(strip, within, name, *arguments)` lists the calls that compute a term, and returns it, in scratch memory of this name
+    finish   `finish(total, out)` lists the calls that write a linear function of the sum of terms into `out`; by default, the sum itself
     """
     groups = cut(len(strips), -(-len(strips) * len(channels) // PARTIAL_SUMS))
-    dweight = empty(shape, x)
+    parts = [empty(shape, x) for _ in groups]
     if any(len(strips[group]) > 1 for group in groups):
         note('strips summed in groups')
     if len(groups) > 1:
         note('partial sums')
+    blocks = [(within, strips[group], number) for within in channels for number, group in enumerate(groups)]
+    run(_part, blocks, tuple(parts), term, finish or _as_it_is, *arguments)
+    rows = [part.reshape(-1, shape[3]) for part in parts]
+    if len(parts) > 1:
+        run(_sum_of_parts, cut(len(rows[0]), max(1, SUMMED_VALUES // shape[3])), tuple(rows))
+    return parts[0]
 
-    def work(block):
-        within, group = block
-        total = term(strips[group.start], within)
-        for strip in strips[group][1:]:
-            total += term(strip, within)
-        part = finish(total).reshape(*shape[:2], -1, shape[3])
-        if group.start > 0:
-            return part
-        dweight[:, :, within] = part                    # the first part is where the others will be added
 
-    blocks = [(within, group) for within in channels for group in groups]
-    for (within, group), part in zip(blocks, parallel_for(blocks, work)):
-        if group.start > 0:
-            dweight[:, :, within] += part
-    return dweight
+def _part(block, parts, term, finish, *arguments):
+    within, strips, number = block
+    total = yield from term(strips[0], within, 'total', *arguments)
+    for strip in strips[1:]:
+        another = yield from term(strip, within, 'term', *arguments)
+        yield partial(numpy.add, total, another, out=total)
+    yield from finish(total, parts[number][:, :, within])
+
+
+def _as_it_is(total, out):
+    yield partial(numpy.copyto, out, total.reshape(out.shape))
+
+
+def _sum_of_parts(rows, parts):
+    first, *others = (part[rows] for part in parts)
+    for other in others:
+        yield partial(numpy.add, first, other, out=first)

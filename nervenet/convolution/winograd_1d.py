@@ -25,16 +25,21 @@ It wins where channels are few (`FEW_CHANNELS` in `__init__.py`): there the two-
 
 The numbers in Bᵀ and Aᵀ nearly cancel. In float32 the error, as the root of the sum of its squares over that of the result, is about
 7e-7, some three times that of the plain sum; the largest error over the largest value is about 2e-6. Both are ten to twenty times as
-large where values are near 1e-39, which float32 holds with fewer digits.
+large where values are near 1e-39, which float32 holds with fewer digits (within a step, they are 0).
 """
+
+from functools import partial
 
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
+from ..engine.calls import run
 from ..engine.memory import empty, scratch
-from ..engine.parallel import block_size, cut_images, parallel_for
+from ..engine.parallel import block_size, cut_images
+from ..engine.pixelwise import repeated
 from .geometry import turn
-from .strips import overlapping, parts_of, pieces, sum_in_parts
+from .kept import empty_to_keep
+from .strips import following, overlapping, parts_of, pieces, sum_in_parts
 
 BT = numpy.array([[4, 0, -5, 0, 1, 0],
                   [0, -4, -4, 1, 1, 0],
@@ -58,7 +63,8 @@ HALF_VALUES = 48 * 1024                 # of each of two blocks, where there are
 
 
 def transform_rows(matrix, x, images, tiles, padding, width, name):
-    """Return values (p, n, tiles, width, C): `matrix` (p, q) times the q rows of x[images] under each row of tiles.
+    """List the calls that make values (p, n, tiles, width, C): `matrix` (p, q) times the q rows of x[images] under each row of tiles.
+    Return the values.
 
     Tile t starts at row 4t − padding[0]. The image starts at column padding[1] of `width`; around it the values are
     zero. Rows above and below the image are zeros too: they are left out of the product, with their columns of the
@@ -68,16 +74,21 @@ def transform_rows(matrix, x, images, tiles, padding, width, name):
     (n, H, W, C), number = x.shape, tiles.stop - tiles.start
     size = p * n * number * width * C
     memory = scratch(name, (size + 2 * C,), x.dtype)
-    memory[size:] = 0                                                        # see `thirds`
+    yield partial(memory[size:].fill, 0)                                     # see `thirds`
     values = memory[:size].reshape(p, n, number, width, C)
     if left == 1 and width == W + 2:
-        values[:, :, :, ::W + 1] = 0                                         # the first and the last column at once
+        yield partial(numpy.copyto, values[:, :, :, ::W + 1], 0)             # the first and the last column at once
     else:
-        values[:, :, :, :left] = 0
-        values[:, :, :, left + W:] = 0
+        for outside in values[:, :, :, :left], values[:, :, :, left + W:]:
+            if outside.size:
+                yield partial(numpy.copyto, outside, 0)
+    if not x.flags.c_contiguous:                                             # some of its channels
+        contiguous = scratch('channels', x.shape, x.dtype)
+        yield partial(numpy.copyto, contiguous, x)
+        x = contiguous
     inside = slice(left * C, (left + W) * C)
     out = values.reshape(p, n, number, width * C)[..., inside].transpose(1, 2, 0, 3)     # (n, tiles, p, W·C)
-    matrix, x = matrix.astype(x.dtype), numpy.ascontiguousarray(x.reshape(n, H, W * C))
+    matrix, x = matrix.astype(x.dtype), x.reshape(n, H, W * C)
     a, b, c = x.strides
     tile = tiles.start
     while tile < tiles.stop:
@@ -85,13 +96,13 @@ def transform_rows(matrix, x, images, tiles, padding, width, name):
         above, below = max(0, -first), max(0, first + q - H)                 # rows of this tile outside the image
         last = tile + 1 if above or below else min(tiles.stop, (H + top - q) // 4 + 1)   # of tiles treated alike
         rows = overlapping(x, (n, last - tile, q - above - below, W * C), (a, 4 * b, b, c), (first + above) * b)
-        numpy.matmul(matrix[:, above:q - below], rows, out=out[:, tile - tiles.start:last - tiles.start])
+        yield partial(numpy.matmul, matrix[:, above:q - below], rows, out=out[:, tile - tiles.start:last - tiles.start])
         tile = last
     return values
 
 
 def write_rows(values, y, images, tiles, channels=slice(None)):
-    """Write y[images, …, channels] under `tiles`: Aᵀ times `values` (6, n, tiles, width ≥ W_out, channels).
+    """List the calls that write y[images, …, channels] under `tiles`: Aᵀ times `values` (6, n, tiles, width ≥ W_out, channels).
 
     Rows below the image and columns right of it are left out.
     """
@@ -104,10 +115,12 @@ def write_rows(values, y, images, tiles, channels=slice(None)):
             first, (a, b, _, d) = 4 * (tiles.start + start), y.strides
             if C == C_out:
                 out = overlapping(y, (n, stop - start, rows, W_out * C), (a, 4 * b, b, d), first * b)
-                numpy.matmul(at[:rows], values[:, start:stop], out=out)
+                yield partial(numpy.matmul, at[:rows], values[:, start:stop], out=out)
             else:
-                part = (at[:rows] @ values[:, start:stop]).reshape(n, -1, W_out, C)
-                y[:, first:first + part.shape[1], :, channels] = part
+                part = scratch('part', (n, stop - start, rows, W_out * C), y.dtype)
+                yield partial(numpy.matmul, at[:rows], values[:, start:stop], out=part)
+                part = part.reshape(n, -1, W_out, C)
+                yield partial(numpy.copyto, y[:, first:first + part.shape[1], :, channels], part)
 
 
 def thirds(values, pixels, window):
@@ -131,44 +144,51 @@ def forward(x, weight, geometry, bias=None, then=None, kept=None, split=None):
     parts = [numpy.ascontiguousarray(part) for part in parts_of(x)]
     (N, H, W, _), (_, _, C_in, C_out) = parts[0].shape, weight.shape
     (H_out, W_out), padding = geometry.output_size((H, W)), geometry.padding
-    width = W_out + 2
     within = [channels for _, channels in pieces(parts, slice(0, C_in))]
     outs = [slice(0, C_out)] if split is None else [slice(0, split), slice(split, C_out)]
 
-    def transformed():
-        """Return U of each output and each part of the input, (6, 3·C_in, C_out) each."""
-        g = G.astype(weight.dtype)
-        return [[(g @ weight[:, :, channels, out].reshape(3, -1)).reshape(6, -1, out.stop - out.start) for channels in within]
-                for out in outs]
+    def transformed(make):
+        """Return U of each output and each part of the input, (6, 3·C_in, C_out) each, in arrays that `make` makes."""
+        U = [[make((6, 3 * (channels.stop - channels.start), out.stop - out.start), weight) for channels in within] for out in outs]
+        for out, of_parts in zip(outs, U):
+            for channels, of_part in zip(within, of_parts):
+                numpy.matmul(G.astype(weight.dtype), weight[:, :, channels, out].reshape(3, -1), out=of_part.reshape(6, -1))
+        return U
 
-    U = kept(('winograd_1d', *(part.shape[3] for part in parts)), transformed) if kept else transformed()
+    U = kept(('winograd_1d', *(part.shape[3] for part in parts)), lambda: transformed(empty_to_keep)) if kept else transformed(empty)
     y = [empty((N, H_out, W_out, out.stop - out.start), parts[0]) for out in outs]
-
-    def work(block):
-        images, tiles = block
-        V = [transform_rows(BT, part, images, tiles, padding, width, f'V{i}') for i, part in enumerate(parts)]
-        pixels = (images.stop - images.start) * (tiles.stop - tiles.start) * width
-        for i, result in enumerate(y):
-            C = result.shape[3]
-            written = (pixels - 2) * C                                       # of each point: the last two windows of a row do not exist
-            shape = 6, images.stop - images.start, tiles.stop - tiles.start, width, C
-            for j, values in enumerate(V):
-                product = scratch(f'M{min(j, 1)}', shape, result.dtype)
-                numpy.matmul(thirds(values, pixels, 3), U[i][j], out=thirds(product, pixels, 1))
-                if j == 0:
-                    M = product
-                else:                                                        # of the parts of a join, the windows that there are
-                    numpy.add(M.reshape(6, -1)[:, :written], product.reshape(6, -1)[:, :written], out=M.reshape(6, -1)[:, :written])
-            if bias is not None:
-                # The second column of Aᵀ is all ones: what is added at this point is added to all four rows.
-                M[1].reshape(-1, width * C)[:, :W_out * C] += numpy.tile(bias, W_out)
-            write_rows(M, result, images, tiles)
-        if then:
-            rows = slice(4 * tiles.start, min(4 * tiles.stop, H_out))
-            then((images, rows), y[0][images, rows])
-
-    parallel_for(blocks_of(N, H_out, width, max(C_in, C_out)), work)
+    row_of_biases = None if bias is None else repeated(bias, W_out)
+    run(_forward_calls, blocks_of(N, H_out, W_out + 2, max(C_in, C_out)), tuple(parts), U, row_of_biases, tuple(y), padding, then)
     return y[0] if split is None else tuple(y)
+
+
+def _forward_calls(block, parts, U, row_of_biases, y, padding, then):
+    images, tiles = block
+    _, H_out, W_out, _ = y[0].shape
+    width, V = W_out + 2, []
+    for i, part in enumerate(parts):
+        V.append((yield from transform_rows(BT, part, images, tiles, padding, width, f'V{i}')))
+    pixels = (images.stop - images.start) * (tiles.stop - tiles.start) * width
+    for i, result in enumerate(y):
+        C = result.shape[3]
+        written = (pixels - 2) * C                                           # of each point: the last two windows of a row do not exist
+        shape = 6, images.stop - images.start, tiles.stop - tiles.start, width, C
+        for j, values in enumerate(V):
+            product = scratch(f'M{min(j, 1)}', shape, result.dtype)
+            yield partial(numpy.matmul, thirds(values, pixels, 3), U[i][j], out=thirds(product, pixels, 1))
+            if j == 0:
+                M = product
+            else:                                                            # of the parts of a join, the windows that there are
+                sums = M.reshape(6, -1)[:, :written]
+                yield partial(numpy.add, sums, product.reshape(6, -1)[:, :written], out=sums)
+        if row_of_biases is not None:
+            # The second column of Aᵀ is all ones: what is added at this point is added to all four rows.
+            point = M[1].reshape(-1, width * C)[:, :W_out * C]
+            yield partial(numpy.add, point, row_of_biases, out=point)
+        yield from write_rows(M, result, images, tiles)
+    if then:
+        rows = slice(4 * tiles.start, min(4 * tiles.stop, H_out))
+        yield from following((images, rows), y[0], then)
 
 
 def input_gradient(dy, weight, input_size, geometry, bias=None, then=None, split=None):
@@ -180,20 +200,28 @@ def weight_gradient(x, dy, geometry):
     """Return dweight (3, 3, C_in, C_out); see `plain.weight_gradient`."""
     parts, dy = [numpy.ascontiguousarray(part) for part in parts_of(x)], numpy.ascontiguousarray(dy)
     (N, H_out, W_out, C_out), C_in = dy.shape, sum(part.shape[3] for part in parts)
-    width = W_out + 2
+    strips = blocks_of(N, H_out, W_out + 2, max(C_in, C_out))
+    return sum_in_parts((3, 3, C_in, C_out), dy, strips, [slice(0, C_in)], _term, tuple(parts), dy, geometry.padding, finish=_finish)
 
-    def term(block, within):
-        images, tiles = block
-        pixels = (images.stop - images.start) * (tiles.stop - tiles.start) * width
-        # Zero in the last two columns of each row, so that the windows that do not exist count for nothing.
-        Z = thirds(transform_rows(AT.T, dy, images, tiles, (0, 0), width, 'Z'), pixels, 1)
-        dU = numpy.empty((6, 3, C_in, C_out), dy.dtype)
-        for part, channels in pieces(parts, within):
-            V = thirds(transform_rows(BT, part, images, tiles, geometry.padding, width, 'V0'), pixels, 3)
-            dU[:, :, channels] = (V.swapaxes(2, 3) @ Z).sum(axis=0).reshape(6, 3, -1, C_out)
-        return dU
 
-    def finish(dU):
-        return G.T.astype(dy.dtype) @ dU.reshape(6, -1)
+def _term(block, within, name, parts, dy, padding):
+    """dU (6, 3, C_in, C_out)."""
+    images, tiles = block
+    width, C_in, C_out = dy.shape[2] + 2, within.stop - within.start, dy.shape[3]
+    pixels = (images.stop - images.start) * (tiles.stop - tiles.start) * width
+    # Zero in the last two columns of each row, so that the windows that do not exist count for nothing.
+    Z = thirds((yield from transform_rows(AT.T, dy, images, tiles, (0, 0), width, 'Z')), pixels, 1)
+    dU = scratch(name, (6, 3, C_in, C_out), dy.dtype)
+    for part, channels in pieces(parts, within):
+        V = thirds((yield from transform_rows(BT, part, images, tiles, padding, width, 'V0')), pixels, 3)
+        of_thirds = scratch('dU', (3, 6, V.shape[3], C_out), dy.dtype)
+        yield partial(numpy.matmul, V.swapaxes(2, 3), Z, out=of_thirds)
+        out = dU[:, :, channels]
+        yield partial(numpy.add.reduce, of_thirds.reshape(3, 6, 3, -1, C_out), axis=0, out=out)
+    return dU
 
-    return sum_in_parts((3, 3, C_in, C_out), dy, blocks_of(N, H_out, width, max(C_in, C_out)), [slice(0, C_in)], term, finish)
+
+def _finish(dU, out):
+    total = scratch('finished', out.shape, dU.dtype)
+    yield partial(numpy.matmul, G.T.astype(dU.dtype), dU.reshape(6, -1), out=total.reshape(3, -1))
+    yield partial(numpy.copyto, out, total)

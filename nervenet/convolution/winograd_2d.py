@@ -29,14 +29,19 @@ It wins where channels are many (`FEW_CHANNELS` in `__init__.py`). With only a f
 it saves; and an image much smaller than a tile wastes most of it.
 """
 
+from functools import partial
+
 import numpy
 
+from ..engine.calls import run, run_once
 from ..engine.memory import empty, scratch
-from ..engine.parallel import block_size, cut, cut_images, parallel_for
+from ..engine.parallel import block_size, cut, cut_images
 from ..engine.paths import note
-from .strips import followed, overlapping, parts_of, pieces, sum_in_parts
+from .kept import empty_to_keep
+from .strips import followed, following, overlapping, parts_of, pieces, sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
+TURNED_G = G[:, ::-1]                   # turns the kernel
 TILE_VALUES = 16 * 1024                 # tiles times channels of one block, which has 36 times as many values in V
 LEAST_TILES = 32                        # of one block, because it reads all of U
 HALF_TILES = 96                         # of each of two blocks, where there are no more
@@ -47,7 +52,7 @@ PIECE = 512 * 1024                      # multiplications of one product
 
 
 def transform_tiles(matrix, parts, images, tiles, padding, columns, name):
-    """Return matrix d matrixᵀ (36, n·tiles·columns, C) for every tile d of the images, in scratch memory.
+    """List the calls that make matrix d matrixᵀ (36, n·tiles·columns, C) for every tile d of the images, in scratch memory; return it.
 
     `parts` are arrays whose channels, side by side, are those of the image. `matrix` (6, q) is applied to q × q pixels. Tile (t, s)
     starts at pixel (4t, 4s) − padding.
@@ -57,21 +62,29 @@ def transform_tiles(matrix, parts, images, tiles, padding, columns, name):
     shape = 6, 6, images.stop - images.start, tiles.stop - tiles.start, columns, C
     values = scratch(name, shape, parts[0].dtype)
     for part, channels in pieces(parts, slice(0, C)):
-        rows = transform_rows(matrix, part, images, tiles, padding, width, 'rows')                # (6, n, tiles, width, C)
+        rows = yield from transform_rows(matrix, part, images, tiles, padding, width, 'rows')     # (6, n, tiles, width, C)
         a, b, c, d, e = rows.strides
         windows = overlapping(rows, (*rows.shape[:3], columns, q, part.shape[3]), (a, b, c, 4 * d, d, e))
-        numpy.matmul(matrix.astype(part.dtype), windows, out=values[..., channels].transpose(0, 2, 3, 4, 1, 5))
+        yield partial(numpy.matmul, matrix.astype(part.dtype), windows, out=values[..., channels].transpose(0, 2, 3, 4, 1, 5))
     return values.reshape(36, -1, C)
 
 
 def transform_weight(matrix, weight, U):
-    """Return U (36, C_in, C_out), filled with matrix weight matrixᵀ for `matrix` (6, 3)."""
+    """List the calls that fill U (36, C_in, C_out) with matrix weight matrixᵀ for `matrix` (6, 3)."""
     _, _, C_in, C_out = weight.shape
-    matrix, taps = matrix.astype(weight.dtype), numpy.ascontiguousarray(weight).reshape(3, 3, -1)
+    matrix, taps = matrix.astype(weight.dtype), scratch('taps', (3, 3, C_in * C_out), weight.dtype)
     rows = scratch('rows', (3, 6, C_in * C_out), weight.dtype)
-    numpy.matmul(matrix, taps.swapaxes(0, 1), out=rows)                      # the columns first
-    numpy.matmul(matrix, rows.swapaxes(0, 1), out=U.reshape(6, 6, -1))
-    return U
+    yield partial(numpy.copyto, taps.reshape(weight.shape), weight)
+    yield partial(numpy.matmul, matrix, taps.swapaxes(0, 1), out=rows)       # the columns first
+    yield partial(numpy.matmul, matrix, rows.swapaxes(0, 1), out=U.reshape(6, 6, -1))
+
+
+def _panel(block, matrix, weight, starts, U):
+    """List the calls that fill the k-th panel of U[i], (panels, 36, C_in, width), from the output channels that begin at starts[i]."""
+    i, k = block
+    width = U[i].shape[3]
+    start = starts[i] + k * width
+    return transform_weight(matrix, weight[..., start:start + width], U[i][k])
 
 
 def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None, split=None):
@@ -79,66 +92,63 @@ def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None,
 
     With `split` a pair: its first `split` channels, and the others.
     """
-    parts, matrix = [numpy.ascontiguousarray(part) for part in parts_of(x)], G
+    parts = tuple(numpy.ascontiguousarray(part) for part in parts_of(x))
     if turned:
-        matrix, weight = G[:, ::-1], weight.swapaxes(2, 3)                   # the reversed columns turn the kernel
-    (N, H, W, _), (C_in, C_out), dtype = parts[0].shape, weight.shape[2:], parts[0].dtype
+        weight = weight.swapaxes(2, 3)
+    (N, H, W, _), (C_in, C_out) = parts[0].shape, weight.shape[2:]
     (H_out, W_out), padding = geometry.output_size((H, W)), geometry.padding
     R, columns = -(-H_out // 4), -(-W_out // 4)
     few = N * R * columns <= FEW_TILES
     tiles_per_block = FEW_TILES if few else block_size(N * R * columns, max(LEAST_TILES, TILE_VALUES // max(C_in, C_out)), HALF_TILES)
-    outs = [slice(0, C_out)] if split is None else [slice(0, split), slice(split, C_out)]
-    y = [empty((N, H_out, W_out, out.stop - out.start), parts[0]) for out in outs]
+    starts = (0,) if split is None else (0, split)
+    y = tuple(empty((N, H_out, W_out, stop - start), parts[0]) for start, stop in zip(starts, (*starts[1:], C_out)))
     most = max(16, min(64, PIECE // (min(tiles_per_block, N * R * columns) * C_in)))
-    widths = [next((n for n in range(most, 15, -1) if result.shape[3] % n == 0), result.shape[3]) for result in y]
-    at = AT.astype(dtype)
+    widths = tuple(next((n for n in range(most, 15, -1) if result.shape[3] % n == 0), result.shape[3]) for result in y)
+    numbers = [result.shape[3] // width for result, width in zip(y, widths)]         # of panels
 
-    def panel(i, k, U):
-        """Fill U (36, C_in, width) with the k-th panel of result i, and return it."""
-        start = outs[i].start + k * widths[i]
-        return transform_weight(matrix, weight[..., start:start + widths[i]], U)
-
-    def all_panels():
-        """Return U of each result, (panels, 36, C_in, width)."""
-        shapes = [(result.shape[3] // width, 36, C_in, width) for result, width in zip(y, widths)]
-        U = [numpy.empty(shape, dtype) if kept else empty(shape, result) for shape, result in zip(shapes, y)]
-        parallel_for([(i, k) for i, panels in enumerate(U) for k in range(len(panels))], lambda block: panel(*block, U[block[0]][block[1]]))
+    def all_panels(make, run):
+        """Return U of each result, (panels, 36, C_in, width), in arrays that `make` makes."""
+        U = tuple(make((number, 36, C_in, width), parts[0]) for number, width in zip(numbers, widths))
+        run(_panel, [(i, k) for i, number in enumerate(numbers) for k in range(number)], TURNED_G if turned else G, weight, starts, U)
         return U
 
     # With few tiles, U would be larger than all else: unless it is kept, each block then makes its panels as it uses them.
     note('few tiles' if few else 'many tiles')
-    U = kept(('winograd_2d', *widths), all_panels) if kept else None if few else all_panels()
-
-    def work(block):
-        (images, tiles), shares = block
-        n, number = images.stop - images.start, tiles.stop - tiles.start
-        V = transform_tiles(BT, parts, images, tiles, padding, columns, 'V')                      # (36, tiles, C_in)
-        for i, share in shares:
-            width, some = widths[i], share.stop - share.start
-            channels = slice(share.start * width, share.stop * width)
-            M = scratch('M', (36, V.shape[1], some * width), dtype)
-            of_panels = M.reshape(36, V.shape[1], some, width).transpose(2, 0, 1, 3)
-            if U is not None:
-                numpy.matmul(V, U[i][share], out=of_panels)                  # (36, tiles, C_in) @ (panels, 36, C_in, width)
-            else:
-                for k in range(some):
-                    numpy.matmul(V, panel(i, share.start + k, scratch('U', (36, C_in, width), dtype)), out=of_panels[k])
-            M = M.reshape(6, 6, n, number, columns, -1)
-            if bias is not None:
-                M[1, 1] += bias[channels]                                    # Aᵀ's column of ones adds it to 16 outputs
-            rows = scratch('rows', (6, n, number, columns, 4, some * width), dtype)
-            numpy.matmul(at, M.transpose(0, 2, 3, 4, 1, 5), out=rows)        # M A
-            write_rows(rows.reshape(6, n, number, 4 * columns, -1), y[i], images, tiles, channels)
-        if then and not few:
-            rows = slice(4 * tiles.start, min(4 * tiles.stop, H_out))
-            then((images, rows), y[0][images, rows])
-
-    shares = [(i, share) for i, (result, width) in enumerate(zip(y, widths)) for panels in [result.shape[3] // width]
-              for share in cut(panels, -(-panels // SHARES) if few else panels)]
+    U = kept(('winograd_2d', *widths), lambda: all_panels(empty_to_keep, run_once)) if kept else None if few else all_panels(empty, run)
+    shares = [(i, share) for i, number in enumerate(numbers) for share in cut(number, -(-number // SHARES) if few else number)]
     strips = cut_images(N, R, tiles_per_block // columns)
-    parallel_for([(strip, [share]) for strip in strips for share in shares] if few else [(strip, shares) for strip in strips], work)
+    blocks = [(strip, (share,)) for strip in strips for share in shares] if few else [(strip, tuple(shares)) for strip in strips]
+    run(_convolve_calls, blocks, parts, weight, turned, starts, widths, U, bias, y, padding, None if few else then)
     followed(y[0], then if few else None)
-    return y[0] if split is None else tuple(y)
+    return y[0] if split is None else y
+
+
+def _convolve_calls(block, parts, weight, turned, starts, widths, U, bias, y, padding, then):
+    (images, tiles), shares = block
+    (_, H_out, W_out, _), dtype, C_in = y[0].shape, y[0].dtype, weight.shape[2]
+    n, number, columns = images.stop - images.start, tiles.stop - tiles.start, -(-W_out // 4)
+    V = yield from transform_tiles(BT, parts, images, tiles, padding, columns, 'V')               # (36, tiles, C_in)
+    for i, share in shares:
+        width, some = widths[i], share.stop - share.start
+        channels = slice(share.start * width, share.stop * width)
+        M = scratch('M', (36, V.shape[1], some * width), dtype)
+        of_panels = M.reshape(36, V.shape[1], some, width).transpose(2, 0, 1, 3)
+        if U is not None:
+            yield partial(numpy.matmul, V, U[i][share], out=of_panels)       # (36, tiles, C_in) @ (panels, 36, C_in, width)
+        else:
+            for k in range(some):
+                start, panel = starts[i] + (share.start + k) * width, scratch('U', (36, C_in, width), dtype)
+                yield from transform_weight(TURNED_G if turned else G, weight[..., start:start + width], panel)
+                yield partial(numpy.matmul, V, panel, out=of_panels[k])
+        M = M.reshape(6, 6, n, number, columns, -1)
+        if bias is not None:
+            yield partial(numpy.add, M[1, 1], bias[channels], out=M[1, 1])   # Aᵀ's column of ones adds it to 16 outputs
+        rows = scratch('rows', (6, n, number, columns, 4, some * width), dtype)
+        yield partial(numpy.matmul, AT.astype(dtype), M.transpose(0, 2, 3, 4, 1, 5), out=rows)    # M A
+        yield from write_rows(rows.reshape(6, n, number, 4 * columns, -1), y[i], images, tiles, channels)
+    if then:
+        rows = slice(4 * tiles.start, min(4 * tiles.stop, H_out))
+        yield from following((images, rows), y[0], then)
 
 
 def forward(x, weight, geometry, bias=None, then=None, kept=None):
@@ -156,24 +166,28 @@ def weight_gradient(x, dy, geometry):
     parts, dy = [numpy.ascontiguousarray(part) for part in parts_of(x)], numpy.ascontiguousarray(dy)
     (N, H_out, W_out, C_out), C_in = dy.shape, sum(part.shape[3] for part in parts)
     columns = -(-W_out // 4)
-    gt = G.T.astype(dy.dtype)
     R = -(-H_out // 4)
     few = N * R * columns <= SUMMED_TILES
     strips = cut_images(N, R, (SUMMED_TILES if few else TILE_VALUES // max(C_in, C_out)) // columns)
     # With few tiles, blocks also share the input channels; each then transforms dy again.
     channels = cut(C_in, C_in if len(strips) > 4 else max(32, C_in // SHARES))
+    return sum_in_parts((3, 3, C_in, C_out), dy, strips, channels, _term, tuple(parts), dy, geometry.padding)
 
-    def term(block, within):
-        images, tiles = block
-        some = [part for part, _ in pieces(parts, within)]
-        V = transform_tiles(BT, some, images, tiles, geometry.padding, columns, 'V').swapaxes(1, 2)
-        Z = transform_tiles(AT.T, [dy], images, tiles, (0, 0), columns, 'Z')
-        dweight = numpy.empty((3, 3, V.shape[1], C_out), dy.dtype)
-        for piece in cut(V.shape[1], max(32, PIECE // (V.shape[2] * C_out))):
-            dU = scratch('M', (36, piece.stop - piece.start, C_out), dy.dtype)
-            numpy.matmul(V[:, piece], Z, out=dU)
-            rows = gt @ dU.reshape(6, 6, -1).swapaxes(0, 1)                  # (6, 3, …)
-            dweight[:, :, piece] = (gt @ rows.swapaxes(0, 1)).reshape(3, 3, -1, C_out)
-        return dweight
 
-    return sum_in_parts((3, 3, C_in, C_out), dy, strips, channels, term)
+def _term(block, within, name, parts, dy, padding):
+    """dweight (3, 3, C, C_out) of the channels `within`."""
+    (images, tiles), columns, C_out = block, -(-dy.shape[2] // 4), dy.shape[3]
+    some = [part for part, _ in pieces(parts, within)]
+    V = (yield from transform_tiles(BT, some, images, tiles, padding, columns, 'V')).swapaxes(1, 2)
+    Z = yield from transform_tiles(AT.T, [dy], images, tiles, (0, 0), columns, 'Z')
+    dweight = scratch(name, (3, 3, V.shape[1], C_out), dy.dtype)
+    gt = G.T.astype(dy.dtype)
+    for piece in cut(V.shape[1], max(32, PIECE // (V.shape[2] * C_out))):
+        number = piece.stop - piece.start
+        dU = scratch('M', (6, 6, number * C_out), dy.dtype)
+        yield partial(numpy.matmul, V[:, piece], Z, out=dU.reshape(36, number, C_out))
+        rows, taps = scratch('rows', (6, 3, number * C_out), dy.dtype), scratch('taps', (3, 3, number * C_out), dy.dtype)
+        yield partial(numpy.matmul, gt, dU.swapaxes(0, 1), out=rows)
+        yield partial(numpy.matmul, gt, rows.swapaxes(0, 1), out=taps)
+        yield partial(numpy.copyto, dweight[:, :, piece], taps.reshape(3, 3, number, C_out))
+    return dweight

@@ -15,6 +15,7 @@ The memory is private: a forked child gets a copy of it, made page by page as ei
 what `mmap` gives unless told otherwise, would let parent and child write into each other's arrays.
 """
 
+import contextlib
 import math
 import mmap
 import threading
@@ -26,24 +27,32 @@ from .backend import get_array_module
 
 WASTE = 1.5                                     # a piece serves an array if it is at most so many times as large
 SLACK = 1.125                                   # all pieces are at most so many times what was in use at once
-LEAST_BYTES = 2**18                             # smaller arrays come from the heap, which keeps such memory itself;
-LEAST_PLANNED_BYTES = 2**14                     # in a planned step only those that are smaller than this
+LEAST_BYTES = 2**18                             # smaller arrays come from the heap, which keeps such memory itself; of a planned step, all have a place
 
 
 def empty(shape, like):
     """Return an uninitialised array of this shape, with the dtype and on the device of the array `like`."""
     xp, dtype = get_array_module(like), like.dtype
     size, step = math.prod(shape) * dtype.itemsize, this_thread.step
-    if xp is not numpy or size < (LEAST_BYTES if step is None else LEAST_PLANNED_BYTES):
+    if xp is not numpy or not size or step is None and size < LEAST_BYTES:
         return xp.empty(shape, dtype)
     return numpy.asarray((step.take if step else lease)(size))[:size].view(dtype).reshape(shape)
 
 
-def scratch(name, shape, dtype):
-    """Return an uninitialised array that belongs to this thread and is handed out again for the same `name`.
+def placed(x):
+    """Return x; in a planned step, an array of the host as a copy in the memory of the step, where the next step will have it too."""
+    if this_thread.step is None or type(x) is not numpy.ndarray:
+        return x
+    y = empty(x.shape, x)
+    y[...] = x
+    return y
 
-    A block of work that ran before has left this memory warm, often in the cache. The contents last until this thread
-    asks for the same name again. It is freed when the thread ends.
+
+def scratch(name, shape, dtype):
+    """Return an uninitialised array that belongs to this thread, or to its lane (`calls.py`), and is handed out again for the same `name`.
+
+    A block of work that ran before has left this memory warm, often in the cache. The contents last until the same name is asked for
+    again. A thread's is freed when it ends, that of its lanes too.
     """
     size = math.prod(shape) * numpy.dtype(dtype).itemsize
     memory = this_thread.scratch.get(name)
@@ -54,13 +63,30 @@ def scratch(name, shape, dtype):
 
 
 class _OfThread(threading.local):
-    """What belongs to one thread: its scratch memory by name, and the step that it is in, if any."""
+    """What belongs to one thread: its scratch memory by name, that of the lanes of its `calls`, and the step that it is in, if any."""
 
     def __init__(self):
-        self.scratch, self.step = {}, None
+        self.scratch, self.lanes, self.step = {}, [], None
 
 
 this_thread = _OfThread()
+
+
+def scratch_of_lanes(number):
+    """Return the scratch memory of so many lanes of work, dicts by name: this thread's and others that it owns, whichever thread uses them."""
+    this_thread.lanes += [{} for _ in range(number - 1 - len(this_thread.lanes))]
+    return [this_thread.scratch, *this_thread.lanes[:number - 1]]
+
+
+@contextlib.contextmanager
+def other_scratch(memory):
+    """Within this context, this thread's scratch memory is this dict."""
+    own, this_thread.scratch = this_thread.scratch, memory
+    try:
+        yield
+    finally:
+        this_thread.scratch = own
+
 
 # Where processes fork, a mapping can be shared with the children or private. (Windows has neither forks nor these flags.)
 _PRIVATE = {'flags': mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, 'MAP_PRIVATE') else {}
@@ -151,8 +177,20 @@ class _Pool:
 _pool = _Pool()
 
 
+def is_lent(array):
+    """Say whether the array, or what it is a view of, holds a lease."""
+    while isinstance(array, numpy.ndarray):
+        array = array.base
+    return isinstance(array, Lease)
+
+
 def lease(size, slack=SLACK):
-    """Return a `Lease` of `size` bytes, or somewhat more, of the pool, which then holds at most so many times what was in use at once."""
+    """Return a `Lease` of `size` bytes, or somewhat more, of the pool, which then holds at most so many times what was in use at once.
+
+    What is small is the heap's.
+    """
+    if size < LEAST_BYTES:
+        return Lease(numpy.empty(size, 'uint8'))
     memory = _pool.take(size, slack)
     taken = Lease(memory)
     taken.tell(_pool.returned, memory)

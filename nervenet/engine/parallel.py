@@ -6,6 +6,8 @@ calls
 
     results = parallel_for(blocks, work)        # [work(block) for block in blocks], on all cores
 
+(What a network does in every step is listed first, and dealt in equal shares: `calls.py`.)
+
 Three rules keep this invisible to everything above it.
 
 - **The blocks never depend on the number of threads.** A floating-point sum depends on its order. With the same blocks
@@ -36,6 +38,7 @@ from pathlib import Path
 import numpy
 
 from . import memory, plan
+from .subnormals import environment, take_over
 
 LINGER = 0.25                                       # seconds: far longer than the gaps between two layers of a network
 PATIENCE = 10                                       # seconds that a fork waits; longer only if blocks wait for who forks
@@ -200,6 +203,7 @@ class _Helpers:
 
     def call(self, job, number):
         """Ask `number` helpers to join `job`."""
+        arithmetic = environment() if number > 0 else None
         for _ in range(number):
             with self.lock:
                 start = self.idle <= 0 and self.alive < number_of_threads() - 1
@@ -208,7 +212,7 @@ class _Helpers:
             # Each helper gets its own copy of the caller's context: one context cannot be entered twice at a time.
             context = contextvars.copy_context()
             context.run(_inside.set, True)
-            self.jobs.put((context, job))
+            self.jobs.put((context, arithmetic, job))
             if start:
                 try:
                     threading.Thread(target=self._help, name='nervenet helper').start()
@@ -220,7 +224,7 @@ class _Helpers:
     def _help(self):
         while True:
             try:
-                context, job = self.jobs.get(timeout=LINGER)
+                context, arithmetic, job = self.jobs.get(timeout=LINGER)
             except queue.Empty:
                 with self.lock:
                     if self.idle > 0:               # else a job was queued in this very moment, counting on this thread
@@ -228,6 +232,7 @@ class _Helpers:
                         self.alive -= 1
                         return
                 continue
+            take_over(arithmetic)
             context.run(job.run)
             del context, job                        # keep no arrays alive while waiting
             with self.lock:

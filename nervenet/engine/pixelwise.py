@@ -29,26 +29,30 @@ What is no real NumPy array (a device array, or complex numbers) is computed in 
 import functools
 import itertools
 import math
+from functools import partial
 
 import numpy
 
 from .backend import get_array_module
+from .calls import make, run
 from .communicator import total, whole_batch
 from .memory import empty, scratch
-from .parallel import block_size, cut, cut_images, parallel_for
+from .parallel import block_size, cut, cut_images
 from .paths import note, only_plain
 
 BLOCK_VALUES = 2**18            # 1 MiB of float32
 HALF_VALUES = 2**17             # of each of two blocks, where there are no more
 ROW_VALUES = 2**12              # values in a row, at most, where pixels are joined
 CHAIN = 128                     # values added in a row before their sum goes on in float64
+_LIKE = numpy.empty(0)           # whose dtype is float64
 
 
 def in_blocks(formula, *arrays, channels=()):
     """Return `formula(*arrays, *channels)`, a new array: arrays and result (N, H, W, C) of one dtype, channels (C,).
 
     The formula treats every value by itself, and writes its result into the array `out` if it is given one. It is called with
-    blocks of the arrays, and with `channels` repeated to fit.
+    blocks of the arrays, and with `channels` repeated to fit. If it is a function of a module, its calls are listed once (`calls.py`); one
+    that is made anew in each step, such as a lambda, costs some time.
     """
     if only_plain():
         return formula(*arrays, *channels)
@@ -56,9 +60,20 @@ def in_blocks(formula, *arrays, channels=()):
     if not are_real_numpy(*arrays):
         formula(*arrays, *channels, out=y)
         return y
-    flat, repeated, blocks = _cut([*arrays, y], channels)
-    parallel_for(blocks, lambda block: formula(*(array[block] for array in flat[:-1]), *repeated, out=flat[-1][block]))
+    (*flat, out), vectors, blocks = _cut([*arrays, y], channels)
+    run(_formula, blocks, formula, tuple(flat), vectors, out)
     return y
+
+
+def _formula(block, formula, arrays, vectors, out):
+    yield partial(formula, *(array[block] for array in arrays), *vectors, out=out[block])
+
+
+def repeated(vector, times):
+    """Return the vector (C,) so many times in a row, (times·C,): NumPy adds long rows faster than short ones."""
+    y = empty((times, len(vector)), vector)
+    y[...] = vector
+    return y.reshape(-1)
 
 
 def add(a, b):
@@ -66,40 +81,46 @@ def add(a, b):
     return in_blocks(get_array_module(a).add, a, b)
 
 
-def for_rows(x, work):
-    """Call `work((images, rows))` with slices that together cover the images and rows of x (N, H, W, C)."""
+def for_rows(x, calls, *arguments):
+    """Make the calls that `calls((images, rows), *arguments)` yields, for slices that together cover the images and rows of x (N, H, W, C)."""
     N, H, W, C = x.shape
-    on_host = get_array_module(x) is numpy
+    if get_array_module(x) is not numpy:
+        make(calls((slice(None), slice(None)), *arguments))
+        return
     rows = block_size(N * H, max(1, BLOCK_VALUES // (W * C)), HALF_VALUES // (W * C))
-    parallel_for(cut_images(N, H, rows) if on_host else [(slice(None), slice(None))], work)
+    run(calls, cut_images(N, H, rows), *arguments)
 
 
 def side_by_side(a, *others):
     """Return the channels of all arrays (N, H, W, ·) side by side, (N, H, W, sum of them); a single one as it is."""
     if not others:
         return a
-    edges = [0, *itertools.accumulate(part.shape[3] for part in (a, *others))]
+    edges = (0, *itertools.accumulate(part.shape[3] for part in (a, *others)))
     y = empty((*a.shape[:3], edges[-1]), a)
-
-    def join(block):
-        for part, start, stop in zip((a, *others), edges, edges[1:]):
-            y[block][..., start:stop] = part[block]
-
-    for_rows(y, join)
+    for_rows(y, _join, (a, *others), y, edges)
     return y
+
+
+def _join(block, parts, y, edges):
+    for part, start, stop in zip(parts, edges, edges[1:]):
+        yield partial(copy_into, y[block][..., start:stop], part[block])
 
 
 def apart(y, *channels):
     """Return copies of the first so many channels of y, of the next so many, …: the way back of `side_by_side`."""
-    parts = [empty((*y.shape[:3], C), y) for C in channels]
-    edges = [0, *itertools.accumulate(channels)]
+    parts = tuple(empty((*y.shape[:3], C), y) for C in channels)
+    for_rows(y, _part, parts, y, (0, *itertools.accumulate(channels)))
+    return parts
 
-    def part(block):
-        for copy, start, stop in zip(parts, edges, edges[1:]):
-            copy[block] = y[block][..., start:stop]
 
-    for_rows(y, part)
-    return tuple(parts)
+def _part(block, parts, y, edges):
+    for part, start, stop in zip(parts, edges, edges[1:]):
+        yield partial(copy_into, part[block], y[block][..., start:stop])
+
+
+def copy_into(y, x):
+    """Copy x into y, on whatever device they are."""
+    y[...] = x
 
 
 def channel_sums(a, *others):
@@ -107,18 +128,30 @@ def channel_sums(a, *others):
     if not are_real_numpy(a, *others):
         return [values.sum(axis=(0, 1, 2), dtype=_accurate(values)) for values in (a, *(a * b for b in others))]
     flat, _, blocks = _cut([a, *others])
-    return _add_up(parallel_for(blocks, lambda block: _sums([array[block] for array in flat], a.shape[3])))
+    sums = empty((len(flat), len(blocks), a.shape[3]), _LIKE)
+    run(_sum_calls, list(enumerate(blocks)), tuple(flat), sums)
+    return list(sums.sum(axis=1))
+
+
+def _sum_calls(block, arrays, sums):
+    number, rows = block
+    yield partial(_write_sums, [array[rows] for array in arrays], sums[:, number])
 
 
 def in_blocks_with_sums(formula, a, b, x):
     """Return (y, [Σy, Σy·x]): y = formula(a, b) as `in_blocks` computes it, and its `channel_sums`, taken while y is in the cache."""
     y = empty(a.shape, a)
-    (a, b, x, flat), _, blocks = _cut([a, b, x, y])
+    (*flat, out), _, blocks = _cut([a, b, x, y])
+    sums = empty((2, len(blocks), a.shape[3]), _LIKE)
+    run(_formula_and_sums, list(enumerate(blocks)), formula, tuple(flat), out, sums)
+    return y, list(sums.sum(axis=1))
 
-    def work(block):
-        return _sums([formula(a[block], b[block], out=flat[block]), x[block]], y.shape[3])
 
-    return y, _add_up(parallel_for(blocks, work))
+def _formula_and_sums(block, formula, arrays, out, sums):
+    number, rows = block
+    a, b, x = (array[rows] for array in arrays)
+    yield partial(formula, a, b, out=out[rows])
+    yield partial(_write_sums, [out[rows], x], sums[:, number])
 
 
 def pixels_of_batch(x):
@@ -142,20 +175,27 @@ def channel_moments(x):
         return mean, total(squares)[0] / M
     (flat,), _, blocks = _cut([x])
     C = x.shape[3]
-
-    def work(block):
-        values = flat[block]
-        pixels = values.size // C
-        m = (_sum(values, C) / pixels).astype(x.dtype)
-        centred = numpy.subtract(values, numpy.tile(m, values.shape[1] // C), scratch('pixelwise', values.shape, x.dtype))
-        return pixels, m, _sum(centred, C), _sum_of_products(centred, centred, C)
-
-    n, m, rest, squares = (numpy.array(part, 'float64') for part in zip(*parallel_for(blocks, work)))
-    n = n[:, None]                                                          # (blocks, 1); the others (blocks, C)
+    moments = empty((3, len(blocks), C), _LIKE)
+    run(_moments, list(enumerate(blocks)), flat, moments)
+    n = numpy.array([[len(range(*block.indices(len(flat)))) * (flat.shape[1] // C)] for block in blocks], 'float64')          # (blocks, 1)
+    m, rest, squares = moments                                              # (blocks, C) each
     m += rest / n                                                           # what rounding m to the dtype of x left over
     squares -= rest * rest / n
     mean = total((n * m).sum(axis=0))[0] / M
     return mean, total((squares + n * (m - mean)**2).sum(axis=0))[0] / M
+
+
+def _moments(block, flat, moments):
+    """Write m, Σ(x − m) and Σ(x − m)² of a block into `moments` (3, blocks, C)."""
+    number, rows = block
+    yield partial(_write_moments, flat[rows], scratch('pixelwise', flat[rows].shape, flat.dtype), moments[:, number])
+
+
+def _write_moments(values, centred, moments):
+    C = moments.shape[1]
+    m = (_sum(values, C) / (values.size // C)).astype(values.dtype)
+    numpy.subtract(values, numpy.tile(m, values.shape[1] // C), centred)
+    moments[...] = m, _sum(centred, C), _sum_of_products(centred, centred, C)
 
 
 def are_real_numpy(*arrays):
@@ -163,14 +203,10 @@ def are_real_numpy(*arrays):
     return all(type(array) is numpy.ndarray and array.ndim == 4 and array.size and array.dtype.kind == 'f' for array in arrays)
 
 
-def _sums(rows, C):
-    """Return [Σy, Σy·x, …], (C,) each, of y and others, all (rows, pixels·C)."""
+def _write_sums(rows, sums):
+    """Write Σy, Σy·x, … of y and others, all (rows, pixels·C), into sums (·, C)."""
     y, *others = rows
-    return [_sum(y, C), *(_sum_of_products(y, other, C) for other in others)]
-
-
-def _add_up(parts):
-    return [numpy.sum(part, axis=0) for part in zip(*parts)]
+    sums[...] = [_sum(y, sums.shape[1]), *(_sum_of_products(y, other, sums.shape[1]) for other in others)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -192,7 +228,7 @@ def _cut(arrays, channels=()):
     blocks = cut(len(flat[0]), block_size(len(flat[0]), max(1, BLOCK_VALUES // (joined * C)), HALF_VALUES // (joined * C)))
     if len(blocks) > 1:
         note('blocks of pixels')
-    return flat, [numpy.tile(vector, joined) for vector in channels], blocks
+    return flat, tuple(repeated(vector, joined) for vector in channels), blocks
 
 
 def _sum(values, C):

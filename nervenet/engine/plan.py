@@ -25,6 +25,9 @@ where the size is not the one expected, the request is served by the pool of `me
 for other sizes than planned is the one that the next plan is made from. What outlived a step and was still there when the next one
 began, such as a prediction that its caller keeps, comes from the pool ever after: it would hold on to all of the region.
 
+Since arrays lie where they lay in the last step, what is worked out from their places holds too: `calls.py` lists the calls of an operation
+once, and here is where a plan remembers those lists.
+
 All plans of a process share one region, as large as the largest of them, since only one step at a time makes full use of it. It
 is given back when the last of the models is gone.
 """
@@ -34,7 +37,10 @@ import threading
 import weakref
 from collections import deque
 
+import numpy
+
 from . import memory
+from .subnormals import no_subnormals
 
 PAGE = 4096                             # bytes: what begins in a region begins at a multiple of it
 MOST_PLANS = 16                         # kinds of steps of one model that are remembered
@@ -45,7 +51,7 @@ def planned(model, *kind):
     """Within this context, this thread's arrays are laid out as they were in the model's last step of this kind.
 
     `kind` is what decides which arrays a step needs, such as training or inference and the shape of the images. A context
-    within another one is a part of that step.
+    within another one is a part of that step. In a step, subnormal numbers are 0 (`subnormals.py`).
     """
     if memory.this_thread.step is not None:
         yield
@@ -58,18 +64,21 @@ def planned(model, *kind):
         step = _Step(plan)
     memory.this_thread.step = step
     try:
-        yield
+        with no_subnormals():
+            yield
         plan.seen(step)                                                 # but not if it was broken off
     finally:
         memory.this_thread.step = None
 
 
 class _Step:
-    """The requests of a step under way: their sizes, and between which requests each array lives."""
+    """The requests of a step under way, their sizes, and between which requests each array lives; and its operations."""
 
     def __init__(self, plan):
-        self.places = plan.places_now()
+        self.plan, self.places = plan, plan.places_now()
         self.region = _region_for(plan) if self.places else None
+        self.operations = plan.operations.setdefault(threading.current_thread(), [])            # of this thread's last step of this kind
+        self.number = 0                         # of operations in this one
         self.sizes, self.gone = [], []          # bytes of each request; the request before which its array was gone, or None
         self.ended = deque()                    # requests whose arrays are gone: they may end at any moment, in any thread
 
@@ -85,9 +94,40 @@ class _Step:
         lease.tell(self.ended, number)
         return lease
 
+    def operation(self, key):
+        """Return the `_Operation` that came at this place of the last step, if it was given just this; else remember it, and return None."""
+        place, self.number = self.number, self.number + 1
+        if place < len(self.operations) and self.operations[place].key == key:
+            return self.operations[place]
+        self.operations[place:place + 1] = [_Operation(key)]
+        return None
+
+    def without_leases(self, argument):
+        """Return the arrays of the region, in tuples or by themselves, as arrays that hold no lease: others may take their places.
+
+        Raises LookupError for an array of the pool, which is to go back there.
+        """
+        if isinstance(argument, (tuple, list)):
+            return tuple(map(self.without_leases, argument))
+        if type(argument) is not numpy.ndarray:
+            return argument
+        offset = argument.__array_interface__['data'][0] - self.region.memory.__array_interface__['data'][0]
+        if not 0 <= offset < self.region.memory.nbytes:
+            if memory.is_lent(argument):
+                raise LookupError('an array of the pool')
+            return argument
+        return numpy.ndarray(argument.shape, argument.dtype, self.region.memory, offset, argument.strides)
+
     def note_ends(self):
         while self.ended:
             self.gone[self.ended.popleft()] = len(self.sizes)
+
+
+class _Operation:
+    """What a step does at one place: `key` is what it is given, `lanes` the calls that it makes, once they are listed (see `calls.py`)."""
+
+    def __init__(self, key):
+        self.key, self.lanes = key, None
 
 
 class _Plan:
@@ -95,13 +135,16 @@ class _Plan:
 
     def __init__(self):
         self.places, self.size = [], 0
+        self.operations = weakref.WeakKeyDictionary()                   # thread: its operations of a step, a list
+        self.uses_kept = False                  # lists may hold what `convolution.kept` keeps
         self.last = None                        # a step that went otherwise, to make the next plan of
 
     def seen(self, step):
         """Compare a finished step with the plan."""
         with _lock:
+            del step.operations[step.number:]
             if step.sizes != [size for size, _ in self.places]:
-                self.last, step.region = step, None                     # the region may go before the next step of this kind
+                self.last, step.region, step.operations = step, None, None      # the region may go before the next step of this kind
 
     def places_now(self):
         """Return the places for a step that begins now, when it shows which arrays have outlived the last one."""
@@ -187,8 +230,26 @@ def _region_for(plan):
     size = max(one.size for plans in [*_models.values()] for one in [*plans.values(), plan])
     region = _region
     if region is None or region.memory.nbytes != size:
+        for plans in [*_models.values()]:
+            for one in [*plans.values()]:
+                one.operations.clear()                                  # they refer to the region of before
         region = _region = _Region(size) if size else None
     return region
+
+
+def using_kept():
+    """Note that this thread's step, if it is in one, uses what `convolution.kept` keeps."""
+    if memory.this_thread.step is not None:
+        memory.this_thread.step.plan.uses_kept = True
+
+
+def forget_kept():
+    """Drop all lists that may hold what was kept and is out of date now."""
+    with _lock:
+        for plans in [*_models.values()]:
+            for plan in [*plans.values()]:
+                if plan.uses_kept:
+                    plan.operations.clear()
 
 
 def forget_region():

@@ -6,22 +6,22 @@ two steps. Of equal values in a window, the first in reading order is the first 
 maximum first, and then the columns of that row.
 """
 
-import functools
 import math
+from functools import partial
 
 import numpy
 
 from . import kernels
 from .backend import get_array_module
-from .memory import empty
+from .memory import empty, scratch
 from .parallel import block_size, cut, parallel_for
 from .paths import note
-from .pixelwise import BLOCK_VALUES, HALF_VALUES, for_rows
+from .pixelwise import BLOCK_VALUES, HALF_VALUES, copy_into, for_rows
 
 
 def largest(x, geometry):
     """Return (y, places): y as `layers.largest`, and, from a kernel that knows them, the places of the maxima in their windows, else None."""
-    xp, (KH, KW), (H_out, W_out) = get_array_module(x), geometry.kernel_size, geometry.output_size(x.shape[1:3])
+    (KH, KW), (H_out, W_out) = geometry.kernel_size, geometry.output_size(x.shape[1:3])
     if not _are_side_by_side(geometry):
         y = empty((len(x), H_out, W_out, x.shape[3]), x)
         _for_images(x, lambda images: _largest_along(_along_columns(x[images], geometry), 1, geometry, out=y[images]))
@@ -30,14 +30,29 @@ def largest(x, geometry):
         return kernels.max_pool(x, KH)
     y = empty((len(x), H_out, W_out, x.shape[3]), x)
 
-    def of_block(block):
-        images, rows = block
-        # First down the columns: there whole rows lie side by side in memory.
-        columns = functools.reduce(xp.maximum, (x[images, i:KH * H_out:KH][:, rows] for i in range(KH)))
-        y[block] = functools.reduce(xp.maximum, (columns[:, :, j:KW * W_out:KW] for j in range(KW)))
-
-    for_rows(y, of_block)
+    for_rows(y, _maxima, x, y, (KH, KW))
     return y, None
+
+
+def _maxima(block, x, y, kernel_size):
+    (KH, KW), (_, H_out, W_out, _), (images, rows) = kernel_size, y.shape, block
+    # First down the columns: there whole rows lie side by side in memory.
+    of_rows = [x[images, i:KH * H_out:KH][:, rows] for i in range(KH)]
+    columns = _temporary('columns', of_rows[0])
+    yield partial(_largest_of, of_rows, columns)
+    yield partial(_largest_of, [columns[:, :, j:KW * W_out:KW] for j in range(KW)], y[block])
+
+
+def _largest_of(arrays, out):
+    """Write the maximum of the arrays, value by value, into `out`."""
+    out[...] = arrays[0] if len(arrays) == 1 else get_array_module(out).maximum(*arrays[:2])
+    for array in arrays[2:]:
+        get_array_module(out).maximum(out, array, out=out)
+
+
+def _temporary(name, like):
+    """Return an array of the shape of `like` that lasts until the next one of this name: scratch memory, on the host."""
+    return scratch(name, like.shape, like.dtype) if type(like) is numpy.ndarray else get_array_module(like).empty(like.shape, like.dtype)
 
 
 def to_the_first(dy, x, y, places, geometry):
@@ -62,29 +77,35 @@ def _are_side_by_side(geometry):
 
 
 def _to_the_first_side_by_side(dy, x, y, geometry):
-    xp, (KH, KW), (_, H_out, W_out, _) = get_array_module(x), geometry.kernel_size, y.shape
+    (KH, KW), (_, H_out, W_out, _) = geometry.kernel_size, y.shape
     dx = empty(x.shape, dy)
     dx[:, KH * H_out:] = 0                                                      # what no window covers moved nothing
     dx[:, :, KW * W_out:] = 0
-
-    def taps(values, block):
-        """Yield KH·KW views of values, (n, rows, W_out, C) each: the first pixel of every window, the second, …"""
-        images, rows = block
-        for i in range(KH):
-            for j in range(KW):
-                yield values[images, i:KH * H_out:KH, j:KW * W_out:KW][:, rows]
-
-    def of_block(block):
-        rest = dy[block].copy()                                                 # what no pixel has claimed yet
-        *others, (_, last) = zip(taps(x, block), taps(dx, block))
-        for pixel, dpixel in others:
-            share = rest * (xp.ascontiguousarray(pixel) == y[block])            # all or nothing
-            dpixel[...] = share
-            rest -= share
-        last[...] = rest                                                        # one of them was the maximum
-
-    for_rows(y, of_block)
+    for_rows(y, _claims, dy, x, y, dx, (KH, KW))
     return dx
+
+
+def _claims(block, dy, x, y, dx, kernel_size):
+    rest = _temporary('rest', dy[block])                                        # what no pixel has claimed yet
+    yield partial(copy_into, rest, dy[block])
+    *others, (_, last) = zip(_taps_of_windows(x, block, y, kernel_size), _taps_of_windows(dx, block, y, kernel_size))
+    for pixel, dpixel in others:
+        yield partial(_claim, rest, pixel, y[block], dpixel)
+    yield partial(copy_into, last, rest)                                        # one of them was the maximum
+
+
+def _claim(rest, x, y, dx):
+    share = rest * (get_array_module(x).ascontiguousarray(x) == y)              # all or nothing
+    dx[...] = share
+    rest -= share
+
+
+def _taps_of_windows(values, block, y, kernel_size):
+    """Yield KH·KW views of values, (n, rows, W_out, C) each: the first pixel of every window, the second, …"""
+    (KH, KW), (_, H_out, W_out, _), (images, rows) = kernel_size, y.shape, block
+    for i in range(KH):
+        for j in range(KW):
+            yield values[images, i:KH * H_out:KH, j:KW * W_out:KW][:, rows]
 
 
 # --- Windows that overlap ---------------------------------------------------------------------------------------------

@@ -21,10 +21,12 @@ from functools import partial
 import numpy
 
 from ..convolution import parts_of
-from ..convolution.kept import drop_kept, kept_for
+from ..convolution.kept import drop_kept, empty_to_keep, kept_for
 from ..engine import kernels
+from ..engine.backend import get_array_module
+from ..engine.memory import empty
 from ..engine.paths import note, only_plain
-from ..engine.pixelwise import are_real_numpy, in_blocks, in_blocks_with_sums
+from ..engine.pixelwise import are_real_numpy, copy_into, in_blocks, in_blocks_with_sums
 from ..layers import Add, BatchNorm2D, Concat, Conv2D, ReLU, relu, relu_gradient, scaled_and_shifted, zeros
 
 FEW_PIXELS = 512                # of all images together: for more, preparing a weight anew is a small part of the convolution, and takes no memory
@@ -79,7 +81,7 @@ def back_in_sequence(dy, *layers, input_gradient=True):
         elif kinds == [Conv2D, ReLU] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
             note('ReLU in the gradient')
             y, = layers.pop().take()
-            dy = layer.backward(dy, then=lambda block, dx: relu_gradient(dx, y[block], out=dx))
+            dy = layer.backward(dy, then=(_relu_gradient_in_place, y))
         elif kinds == [ReLU, BatchNorm2D] and _may_be_fused(dy, [layer, layers[-1]], 'backward'):
             y, = layer.take()
             dy, sums = in_blocks_with_sums(relu_gradient, dy, y, layers[-1].cache[0])
@@ -106,7 +108,7 @@ def _learning(layers):
 def convolution_norm_relu(x, conv, norm=None, activation=None):
     """Return activation(norm(conv(x))), without those that are None; x may be a pair to be joined."""
     group = [layer for layer in (conv, norm, activation) if layer]
-    activate = activation and _relu_in_place
+    activate = activation and (_relu_in_place,)
     if not _learning(group):
         for layer in group:
             layer.forget()
@@ -115,7 +117,7 @@ def convolution_norm_relu(x, conv, norm=None, activation=None):
             note('prepared once')
             weights = [*conv.params.values(), *([*norm.params.values(), *norm.buffers.values(), numpy.array(norm.eps)] if norm else [])]
             kept = kept_for(conv, weights)
-        weight, bias = kept('folded', prepare) if kept else prepare()
+        weight, bias = kept('folded', partial(prepare, make=empty_to_keep)) if kept else prepare()
         return conv.apply(x, weight, bias, then=activate, kept=kept)
     drop_kept(conv)
     if norm is None:
@@ -131,7 +133,7 @@ def convolution_norm_relu(x, conv, norm=None, activation=None):
     return y
 
 
-def _weight_and_bias(conv):
+def _weight_and_bias(conv, make=None):
     return conv.params['weight'], conv.params.get('bias')
 
 
@@ -142,10 +144,14 @@ def _scaled_shifted_relu(x, slope, shift, zero, out=None):
 def _relu_in_place(block, y):
     """Lay ReLU over y, the block that a convolution has just computed."""
     rows = y.reshape(-1, y.shape[2] * y.shape[3])
-    relu(rows, zeros(rows), out=rows)
+    yield partial(relu, rows, zeros(rows), out=rows)
 
 
-def folded(conv, norm):
+def _relu_gradient_in_place(block, dx, y):
+    yield partial(relu_gradient, dx, y[block], out=dx)
+
+
+def folded(conv, norm, make=empty):
     """Return weight and bias of one convolution that computes norm(conv(x)) in inference.
 
     There the norm is a fixed scale and shift of each channel. A convolution is linear and its output channels are the last axis of
@@ -157,7 +163,10 @@ def folded(conv, norm):
     slope, shift = norm.running_slope_and_shift()
     if 'bias' in conv.params:
         shift = conv.params['bias'] * slope + shift
-    return conv.params['weight'] * slope, shift
+    weight, bias = make(conv.params['weight'].shape, slope), make(shift.shape, shift)
+    get_array_module(weight).multiply(conv.params['weight'], slope, out=weight)
+    copy_into(bias, shift)
+    return weight, bias
 
 
 def norm_and_relu(x, norm, activation):

@@ -6,6 +6,7 @@ import numpy
 
 from ..checks import check_channels, positive
 from ..engine.backend import get_array_module
+from ..engine.memory import placed
 from ..layers import Layer
 from . import summary
 
@@ -50,7 +51,7 @@ class Network(Layer):
             if low < -SLIGHTLY or high > 1 + SLIGHTLY:                          # NaN is for training to find and name
                 raise ValueError(f'images hold values from {low:g} to {high:g}; this model standardises intensities in [0, 1] itself, by '
                                  f'mean {mean:g} and deviation {std:g}: divide images of 0 to 255 by 255, and do not standardise them')
-        return self.pad((x - mean) / std)
+        return placed(self.pad((x - mean) / std))
 
     def padded_size(self, size):
         """Return the (H', W') at which the network computes for images of `size` (H, W)."""

@@ -180,6 +180,7 @@ def fit(model, loss, optimizer, training, validation, epochs, run, schedule=None
             with numpy.errstate(over='ignore', invalid='ignore'):       # a diverged network gets one clear error, below
                 batches = progress(watched(averaging(training.epoch(epoch))), len(training), f'epoch {epoch}/{epochs}')
                 scores = {'train': train_epoch(model, loss, optimizer, batches, schedule, max_norm)}
+                model.drop_gradients()                                      # evaluation needs their place
                 speed, waited = len(training.samples) / (time.perf_counter() - start), training.waited_seconds
                 watching = Watching(loss, watch)
                 for part, loader in parts.items():
