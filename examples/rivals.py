@@ -24,6 +24,7 @@ MODULES = {'torch': ['torch'], 'compile': ['torch'], 'onnx': ['torch', 'onnx', '
 CONTENDERS = {'torch': ['torch NCHW', 'torch channels_last'], 'compile': ['torch.compile'], 'onnx': ['ONNX Runtime'],
               'openvino': ['OpenVINO']}
 TRAINABLE = 'torch', 'compile'
+LEARNING_RATE = 1e-5                    # of all contenders: low, so that they are still learning at the end
 TORCH_DEVICE = {'cpu': 'cpu', 'gpu': 'cuda'}
 
 
@@ -235,7 +236,7 @@ def torch_dice_loss(torch, logits, target):
 def torch_jobs(torch, other, memory_format, x, target, compiled=None):
     """Return what is timed: forward, training step, inference; the last two through `compiled`, if it is torch.compile."""
     x, target = torch_batch(torch, memory_format, x, target, device=next(other.parameters()).device)
-    optimizer = torch.optim.Adam(other.parameters(), 1e-4, fused=True)          # in one pass, on a CPU in a third of the time
+    optimizer = torch.optim.Adam(other.parameters(), LEARNING_RATE, fused=True)          # in one pass, on a CPU in a third of the time
     compiled = compiled or (lambda function: function)
     loss = compiled(lambda x, target: torch_dice_loss(torch, other(x), target))
     probabilities = compiled(lambda x: torch.sigmoid(other(x)))
