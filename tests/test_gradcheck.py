@@ -632,7 +632,7 @@ IN_PATHS = [        # module, what is replaced in its text, by what, a layer tha
      {'dbias'}),
     (winograd_2d, 'numpy.matmul, V, U[i][share], out', 'numpy.matmul, V, U[i][share][:1], out', lambda **o: Conv2D(33, 70, **o),
      (4, 21, 26, 33), {'dx', 'dweight'}),
-    (winograd_2d, 'TURNED_G if turned else G, weight[', 'G, weight[', lambda **o: Conv2D(34, 40, **o), (1, 10, 13, 34), {'dx'}),
+    (winograd_2d, 'matrix, weight = TURNED_G, weight', 'matrix, weight = G, weight', lambda **o: Conv2D(34, 40, **o), (1, 10, 13, 34), {'dx'}),
     (winograd_2d, 'piece], taps', 'piece], 1.001 * taps', lambda **o: Conv2D(33, 70, **o), (4, 21, 26, 33), {'dweight'}),
     (strips, 'for strip in strips[1:]:', 'for strip in strips[2:]:', lambda **o: Conv2D(4, 5, **o), (2, 96, 90, 4), {'dweight'}),
     (strips, 'numpy.add, first, other', 'numpy.add, 0 * first, other', lambda **o: Conv2D(4, 5, **o), (2, 96, 90, 4), {'dweight'}),

@@ -65,12 +65,16 @@ def padded_strip(x, images, top, left, height, width, name='strip'):
                       for start, size, length in ((top, height, H), (left, width, W)))
     for outside in strip[:, :a], strip[:, b:], strip[:, a:b, :c], strip[:, a:b, d:]:
         if outside.size:
-            yield partial(outside.fill, 0) if outside.flags.c_contiguous else partial(numpy.copyto, outside, 0)
+            yield partial(numpy.copyto, outside, 0)
     yield partial(numpy.copyto, strip[:, a:b, c:d], x[:, top + a:top + b, left + c:left + d])
     return strip
 
 
-def sum_in_parts(shape, x, strips, channels, term, *arguments, finish=None):
+def _as_it_is(total, out):
+    yield partial(numpy.copyto, out, total.reshape(out.shape))
+
+
+def sum_in_parts(shape, x, strips, channels, term, *arguments, finish=_as_it_is):
     """Return the weight gradient, of this shape (KH, KW, C_in, C_out) and the dtype of x.
 
     Its input channels `within`, for each slice of `channels`, are Σ finish(Σ term(strip, within)). The inner sum runs
@@ -86,10 +90,10 @@ def sum_in_parts(shape, x, strips, channels, term, *arguments, finish=None):
     if len(groups) > 1:
         note('partial sums')
     blocks = [(within, strips[group], number) for within in channels for number, group in enumerate(groups)]
-    run(_part, blocks, tuple(parts), term, finish or _as_it_is, *arguments)
-    rows = [part.reshape(-1, shape[3]) for part in parts]
+    run(_part, blocks, tuple(parts), term, finish, *arguments)
     if len(parts) > 1:
-        run(_sum_of_parts, cut(len(rows[0]), max(1, SUMMED_VALUES // shape[3])), tuple(rows))
+        rows = tuple(part.reshape(-1, shape[3]) for part in parts)
+        run(_sum_of_parts, cut(len(rows[0]), max(1, SUMMED_VALUES // shape[3])), rows)
     return parts[0]
 
 
@@ -100,10 +104,6 @@ def _part(block, parts, term, finish, *arguments):
         another = yield from term(strip, within, 'term', *arguments)
         yield partial(numpy.add, total, another, out=total)
     yield from finish(total, parts[number][:, :, within])
-
-
-def _as_it_is(total, out):
-    yield partial(numpy.copyto, out, total.reshape(out.shape))
 
 
 def _sum_of_parts(rows, parts):

@@ -92,9 +92,9 @@ def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None,
 
     With `split` a pair: its first `split` channels, and the others.
     """
-    parts = tuple(numpy.ascontiguousarray(part) for part in parts_of(x))
+    parts, matrix = tuple(numpy.ascontiguousarray(part) for part in parts_of(x)), G
     if turned:
-        weight = weight.swapaxes(2, 3)
+        matrix, weight = TURNED_G, weight.swapaxes(2, 3)
     (N, H, W, _), (C_in, C_out) = parts[0].shape, weight.shape[2:]
     (H_out, W_out), padding = geometry.output_size((H, W)), geometry.padding
     R, columns = -(-H_out // 4), -(-W_out // 4)
@@ -109,7 +109,7 @@ def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None,
     def all_panels(make, run):
         """Return U of each result, (panels, 36, C_in, width), in arrays that `make` makes."""
         U = tuple(make((number, 36, C_in, width), parts[0]) for number, width in zip(numbers, widths))
-        run(_panel, [(i, k) for i, number in enumerate(numbers) for k in range(number)], TURNED_G if turned else G, weight, starts, U)
+        run(_panel, [(i, k) for i, number in enumerate(numbers) for k in range(number)], matrix, weight, starts, U)
         return U
 
     # With few tiles, U would be larger than all else: unless it is kept, each block then makes its panels as it uses them.
@@ -118,12 +118,12 @@ def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None,
     shares = [(i, share) for i, number in enumerate(numbers) for share in cut(number, -(-number // SHARES) if few else number)]
     strips = cut_images(N, R, tiles_per_block // columns)
     blocks = [(strip, (share,)) for strip in strips for share in shares] if few else [(strip, tuple(shares)) for strip in strips]
-    run(_convolve_calls, blocks, parts, weight, turned, starts, widths, U, bias, y, padding, None if few else then)
+    run(_convolve_calls, blocks, parts, matrix, weight, starts, widths, U, bias, y, padding, None if few else then)
     followed(y[0], then if few else None)
     return y[0] if split is None else y
 
 
-def _convolve_calls(block, parts, weight, turned, starts, widths, U, bias, y, padding, then):
+def _convolve_calls(block, parts, matrix, weight, starts, widths, U, bias, y, padding, then):
     (images, tiles), shares = block
     (_, H_out, W_out, _), dtype, C_in = y[0].shape, y[0].dtype, weight.shape[2]
     n, number, columns = images.stop - images.start, tiles.stop - tiles.start, -(-W_out // 4)
@@ -138,7 +138,7 @@ def _convolve_calls(block, parts, weight, turned, starts, widths, U, bias, y, pa
         else:
             for k in range(some):
                 start, panel = starts[i] + (share.start + k) * width, scratch('U', (36, C_in, width), dtype)
-                yield from transform_weight(TURNED_G if turned else G, weight[..., start:start + width], panel)
+                yield from transform_weight(matrix, weight[..., start:start + width], panel)
                 yield partial(numpy.matmul, V, panel, out=of_panels[k])
         M = M.reshape(6, 6, n, number, columns, -1)
         if bias is not None:

@@ -26,10 +26,9 @@ in float64. That is nearly as exact as float64 throughout, at the speed of the d
 What is no real NumPy array (a device array, or complex numbers) is computed in one piece by the same formulas.
 """
 
-import functools
 import itertools
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy
 
@@ -44,7 +43,7 @@ BLOCK_VALUES = 2**18            # 1 MiB of float32
 HALF_VALUES = 2**17             # of each of two blocks, where there are no more
 ROW_VALUES = 2**12              # values in a row, at most, where pixels are joined
 CHAIN = 128                     # values added in a row before their sum goes on in float64
-_LIKE = numpy.empty(0)           # whose dtype is float64
+_LIKE = numpy.empty(0)          # its dtype is float64
 
 
 def in_blocks(formula, *arrays, channels=()):
@@ -209,7 +208,7 @@ def _write_sums(rows, sums):
     sums[...] = [_sum(y, sums.shape[1]), *(_sum_of_products(y, other, sums.shape[1]) for other in others)]
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def _pixels_in_a_row(pixels, C):
     """Return the largest divisor of `pixels` of which a row is no longer than ROW_VALUES, or 1."""
     return next(number for number in range(max(1, ROW_VALUES // C), 0, -1) if pixels % number == 0)
