@@ -31,7 +31,7 @@ from ..engine.parallel import cut, cut_images
 from ..engine.paths import note
 from . import plain
 from .geometry import turn
-from .strips import followed, following, overlapping, padded_strip, sum_in_parts
+from .strips import followed, following, multiply, overlapping, padded_strip, sum_in_parts, sum_products
 
 COLUMN_BYTES = 512 * 1024               # of one strip; they must stay in a core's own cache (1 MiB) beside the weight
 LEAST_PIXELS = 64                       # of one strip, because it reads the whole weight
@@ -93,7 +93,7 @@ def _forward_calls(block, x, matrix, y, bias, geometry, then):
         product = scratch('product', (len(columns), out.stop - out.start), y.dtype)
     else:
         product = y[images, rows].reshape(len(columns), -1)                  # a view
-    yield partial(numpy.matmul, columns, matrix[:, out], out=product)        # (n·rows·W_out, channels)
+    yield from multiply(columns, matrix[:, out], product)                    # (n·rows·W_out, channels)
     if bias is not None:
         yield partial(numpy.add, product, bias[out], out=product)
     if shared:
@@ -141,5 +141,5 @@ def _term(strip, within, name, x, dy, geometry):
     images, rows = strip
     columns = yield from columns_of(x[..., within], images, rows, geometry, dy.shape[2])
     product = scratch(name, (columns.shape[1], dy.shape[3]), dy.dtype)
-    yield partial(numpy.matmul, columns.T, dy[images, rows].reshape(-1, dy.shape[3]), out=product)      # (KH·KW·C, pixels) @ (pixels, C_out)
+    yield from sum_products(columns[None], dy[images, rows].reshape(1, -1, dy.shape[3]), product)       # (KH·KW·C, pixels) @ (pixels, C_out)
     return product

@@ -19,7 +19,7 @@ from ..engine.calls import run
 from ..engine.memory import empty, scratch
 from ..engine.parallel import cut
 from ..engine.pixelwise import repeated
-from .strips import sum_in_parts
+from .strips import multiply, sum_in_parts, sum_products
 
 BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still in the cache when it is rearranged
 LEAST_PIXELS = 128                      # a product reads the whole weight for them
@@ -63,7 +63,7 @@ def forward(x, weight, geometry, bias=None):
 
 def _forward_calls(block, windows, matrix, y, bias):
     pixels = y[block].reshape(-1, matrix.shape[1])
-    yield partial(numpy.matmul, (yield from _matrix(windows, block)), matrix, out=pixels)
+    yield from multiply((yield from _matrix(windows, block)), matrix, pixels)
     if bias is not None:
         yield partial(numpy.add, pixels, bias, out=pixels)
 
@@ -82,7 +82,7 @@ def input_gradient(dy, weight, input_size, geometry, bias=None):
 def _input_gradient_calls(block, dy, matrix, dwindows, row_of_biases):
     pixels, dwindows = dy[block].reshape(-1, matrix.shape[1]), dwindows[block]
     dpatches = scratch('patches', (len(pixels), len(matrix)), dy.dtype)
-    yield partial(numpy.matmul, pixels, matrix.T, out=dpatches)              # (pixels, C_out) @ (C_out, KH·KW·C_in)
+    yield from multiply(pixels, matrix.T, dpatches)                          # (pixels, C_out) @ (C_out, KH·KW·C_in)
     if row_of_biases is not None:
         long = dpatches.reshape(-1, len(row_of_biases))
         yield partial(numpy.add, long, row_of_biases, out=long)
@@ -102,5 +102,5 @@ def weight_gradient(x, dy, geometry):
 def _term(block, within, name, windows, dy):
     patches = yield from _matrix(windows[..., within], block)
     product = scratch(name, (patches.shape[1], dy.shape[2]), dy.dtype)
-    yield partial(numpy.matmul, patches.T, dy[block].reshape(-1, dy.shape[2]), out=product)
+    yield from sum_products(patches[None], dy[block].reshape(1, -1, dy.shape[2]), product)
     return product

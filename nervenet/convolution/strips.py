@@ -1,4 +1,4 @@
-"""Strips of padded images, and sums over them, for the fast paths beside this file."""
+"""Strips of padded images, sums over them, and products of tall matrices, for the fast paths beside this file."""
 
 from functools import partial
 
@@ -12,6 +12,12 @@ from ..engine.pixelwise import for_rows
 
 SUMMED_VALUES = 2**17                   # of one block, where partial sums are added
 PARTIAL_SUMS = 8                        # at most; a fixed number, because a sum's last bits depend on its order
+# Of a product (rows, K) @ (K, N). OpenBLAS multiplies small matrices as they lie, on processors with AVX-512; those of more than a million
+# multiplications it rearranges first, which takes as long again where K or N is small. It takes rows by twelves.
+PIECE = 768 * 1024                      # multiplications, at most
+PIECE_VALUES = 12 * 1024                # rows times K, at most: they stay in the first cache
+LEAST_ROWS = 48                         # because all of the other matrix is read for them, unless it is
+NARROW = 32                             # N, at most
 
 
 def parts_of(x):
@@ -68,6 +74,47 @@ def padded_strip(x, images, top, left, height, width, name='strip'):
             yield partial(numpy.copyto, outside, 0)
     yield partial(numpy.copyto, strip[:, a:b, c:d], x[:, top + a:top + b, left + c:left + d])
     return strip
+
+
+def _pieces_of_rows(number, K, N):
+    """Return slices, and how many equal pieces to cut each into, that cover the rows of a product (number, K) @ (K, N)."""
+    most = max(12, min(PIECE_VALUES // K, PIECE // (K * N)) // 12 * 12)
+    if number <= most or most < LEAST_ROWS and N > NARROW:
+        return [(slice(0, number), 1)]
+    rows = next((rows for rows in range(most, max(most // 2, LEAST_ROWS - 1), -1) if number % rows == 0), most)
+    whole = number // rows * rows
+    return [(slice(0, whole), whole // rows)] + ([(slice(whole, number), 1)] if whole < number else [])
+
+
+def _cut_rows(x, rows, count):
+    """Return these rows of x (…, M, K) as a view (…, count, rows, K)."""
+    x = x[..., rows, :]
+    return x.reshape(*x.shape[:-2], count, -1, x.shape[-1])
+
+
+def multiply(a, b, out):
+    """List the calls that write a @ b, (…, M, K) @ (…, K, N) or (K, N), into `out` (…, M, N), some rows at a time."""
+    (M, K), N = a.shape[-2:], b.shape[-1]
+    for rows, count in _pieces_of_rows(M, K, N) if M * K * N > PIECE else [(slice(0, M), 1)]:
+        yield partial(numpy.matmul, _cut_rows(a, rows, count), b if b.ndim == 2 else b[..., None, :, :], out=_cut_rows(out, rows, count))
+
+
+def sum_products(a, b, out):
+    """List the calls that write Σ aᵀ @ b, the sum over the first axis of a (S, …, M, K) and b (S, …, M, N), into `out`, (…, K, N) in any shape.
+
+    A sum of one term needs an `out` whose values lie side by side.
+    """
+    (S, *others, M, K), N = a.shape, b.shape[-1]
+    pieces = _pieces_of_rows(M, K, N)
+    number, start = S * sum(count for _, count in pieces), 0
+    terms = scratch('terms', (number, *others, K, N), out.dtype) if number > 1 else out.reshape(1, *others, K, N)
+    for rows, count in pieces:
+        some = terms[start:start + S * count].reshape(S, count, *others, K, N)
+        yield partial(numpy.matmul, numpy.moveaxis(_cut_rows(a, rows, count), -3, 1).swapaxes(-2, -1),
+                      numpy.moveaxis(_cut_rows(b, rows, count), -3, 1), out=some)
+        start += S * count
+    if number > 1:
+        yield partial(numpy.add.reduce, terms.reshape(number, *out.shape), axis=0, out=out)
 
 
 def _as_it_is(total, out):

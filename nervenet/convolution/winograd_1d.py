@@ -39,7 +39,7 @@ from ..engine.parallel import block_size, cut_images
 from ..engine.pixelwise import repeated
 from .geometry import turn
 from .kept import empty_to_keep
-from .strips import following, overlapping, parts_of, pieces, sum_in_parts
+from .strips import following, multiply, overlapping, parts_of, pieces, sum_in_parts, sum_products
 
 BT = numpy.array([[4, 0, -5, 0, 1, 0],
                   [0, -4, -4, 1, 1, 0],
@@ -175,7 +175,7 @@ def _forward_calls(block, parts, U, row_of_biases, y, padding, then):
         shape = 6, images.stop - images.start, tiles.stop - tiles.start, width, C
         for j, values in enumerate(V):
             product = scratch(f'M{min(j, 1)}', shape, result.dtype)
-            yield partial(numpy.matmul, thirds(values, pixels, 3), U[i][j], out=thirds(product, pixels, 1))
+            yield from multiply(thirds(values, pixels, 3), U[i][j], thirds(product, pixels, 1))
             if j == 0:
                 M = product
             else:                                                            # of the parts of a join, the windows that there are
@@ -214,10 +214,7 @@ def _term(block, within, name, parts, dy, padding):
     dU = scratch(name, (6, 3, C_in, C_out), dy.dtype)
     for part, channels in pieces(parts, within):
         V = thirds((yield from transform_rows(BT, part, images, tiles, padding, width, 'V0')), pixels, 3)
-        of_thirds = scratch('dU', (3, 6, V.shape[3], C_out), dy.dtype)
-        yield partial(numpy.matmul, V.swapaxes(2, 3), Z, out=of_thirds)
-        out = dU[:, :, channels]
-        yield partial(numpy.add.reduce, of_thirds.reshape(3, 6, 3, -1, C_out), axis=0, out=out)
+        yield from sum_products(V, Z, dU[:, :, channels])
     return dU
 
 

@@ -38,7 +38,7 @@ from ..engine.memory import empty, scratch
 from ..engine.parallel import block_size, cut, cut_images
 from ..engine.paths import note
 from .kept import empty_to_keep
-from .strips import followed, following, overlapping, parts_of, pieces, sum_in_parts
+from .strips import NARROW, followed, following, multiply, overlapping, parts_of, pieces, sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
 TURNED_G = G[:, ::-1]                   # turns the kernel
@@ -48,7 +48,8 @@ HALF_TILES = 96                         # of each of two blocks, where there are
 FEW_TILES = 128                         # up to so many in all, blocks share the channels, not the tiles
 SUMMED_TILES = 256                      # tiles that one term of a weight gradient sums over, if there are no more
 SHARES = 8                              # blocks that share the channels
-PIECE = 512 * 1024                      # multiplications of one product
+U_VALUES = 8 * 1024                     # of one panel at one point
+DU_VALUES = 16 * 1024                   # at one point, of what is transformed back at once
 
 
 def transform_tiles(matrix, parts, images, tiles, padding, columns, name):
@@ -79,6 +80,11 @@ def transform_weight(matrix, weight, U):
     yield partial(numpy.matmul, matrix, rows.swapaxes(0, 1), out=U.reshape(6, 6, -1))
 
 
+def _width(channels, most):
+    """Return the largest divisor of the number of channels from 16 to `most`, or all of them."""
+    return next((width for width in range(most, 15, -1) if channels % width == 0), channels)
+
+
 def _panel(block, matrix, weight, starts, U):
     """List the calls that fill the k-th panel of U[i], (panels, 36, C_in, width), from the output channels that begin at starts[i]."""
     i, k = block
@@ -102,8 +108,7 @@ def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None,
     tiles_per_block = FEW_TILES if few else block_size(N * R * columns, max(LEAST_TILES, TILE_VALUES // max(C_in, C_out)), HALF_TILES)
     starts = (0,) if split is None else (0, split)
     y = tuple(empty((N, H_out, W_out, stop - start), parts[0]) for start, stop in zip(starts, (*starts[1:], C_out)))
-    most = max(16, min(64, PIECE // (min(tiles_per_block, N * R * columns) * C_in)))
-    widths = tuple(next((n for n in range(most, 15, -1) if result.shape[3] % n == 0), result.shape[3]) for result in y)
+    widths = tuple(_width(result.shape[3], max(NARROW, min(64, U_VALUES // C_in))) for result in y)
     numbers = [result.shape[3] // width for result, width in zip(y, widths)]         # of panels
 
     def all_panels(make, run):
@@ -134,12 +139,12 @@ def _convolve_calls(block, parts, matrix, weight, starts, widths, U, bias, y, pa
         M = scratch('M', (36, V.shape[1], some * width), dtype)
         of_panels = M.reshape(36, V.shape[1], some, width).transpose(2, 0, 1, 3)
         if U is not None:
-            yield partial(numpy.matmul, V, U[i][share], out=of_panels)       # (36, tiles, C_in) @ (panels, 36, C_in, width)
+            yield from multiply(V, U[i][share], of_panels)                   # (36, tiles, C_in) @ (panels, 36, C_in, width)
         else:
             for k in range(some):
                 start, panel = starts[i] + (share.start + k) * width, scratch('U', (36, C_in, width), dtype)
                 yield from transform_weight(matrix, weight[..., start:start + width], panel)
-                yield partial(numpy.matmul, V, panel, out=of_panels[k])
+                yield from multiply(V, panel, of_panels[k])
         M = M.reshape(6, 6, n, number, columns, -1)
         if bias is not None:
             yield partial(numpy.add, M[1, 1], bias[channels], out=M[1, 1])   # Aᵀ's column of ones adds it to 16 outputs
@@ -181,11 +186,12 @@ def _term(block, within, name, parts, dy, padding):
     V = (yield from transform_tiles(BT, some, images, tiles, padding, columns, 'V')).swapaxes(1, 2)
     Z = yield from transform_tiles(AT.T, [dy], images, tiles, (0, 0), columns, 'Z')
     dweight = scratch(name, (3, 3, V.shape[1], C_out), dy.dtype)
-    gt = G.T.astype(dy.dtype)
-    for piece in cut(V.shape[1], max(32, PIECE // (V.shape[2] * C_out))):
+    gt, width = G.T.astype(dy.dtype), _width(C_out, 128)
+    panels = Z.reshape(36, -1, C_out // width, width).swapaxes(1, 2)                              # (36, panels, tiles, width)
+    for piece in cut(V.shape[1], max(48, DU_VALUES // C_out)):
         number = piece.stop - piece.start
         dU = scratch('M', (6, 6, number * C_out), dy.dtype)
-        yield partial(numpy.matmul, V[:, piece], Z, out=dU.reshape(36, number, C_out))
+        yield from multiply(V[:, None, piece], panels, dU.reshape(36, number, C_out // width, width).swapaxes(1, 2))
         rows, taps = scratch('rows', (6, 3, number * C_out), dy.dtype), scratch('taps', (3, 3, number * C_out), dy.dtype)
         yield partial(numpy.matmul, gt, dU.swapaxes(0, 1), out=rows)
         yield partial(numpy.matmul, gt, rows.swapaxes(0, 1), out=taps)
