@@ -88,7 +88,8 @@ def test_lists_give_the_bits_of_operations_done_anew(name, norm, seen):
 
 
 @pytest.mark.parametrize('file, old, new', [
-    ('convolution/winograd_1d.py', 'yield partial(numpy.matmul, thirds(values', 'numpy.matmul(thirds(values'),
+    ('convolution/strips.py', 'yield partial(numpy.matmul, _cut_rows(a', 'yield int; numpy.matmul(_cut_rows(a'),
+    ('convolution/strips.py', 'yield partial(numpy.add.reduce, terms', 'yield int; numpy.add.reduce(terms'),
     ('convolution/winograd_2d.py', 'yield partial(numpy.copyto, taps.reshape(weight.shape), weight)', 'taps.reshape(weight.shape)[...] = weight'),
     ('convolution/winograd_1d.py', 'yield partial(numpy.copyto, contiguous, x)', 'contiguous[...] = x; yield int'),
     ('convolution/patches.py', 'yield partial(numpy.copyto, patches, windows)', 'patches[...] = windows; yield int'),

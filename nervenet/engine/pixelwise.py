@@ -33,7 +33,7 @@ from functools import lru_cache, partial
 import numpy
 
 from .backend import get_array_module
-from .calls import make, run
+from .calls import make, run, run_once
 from .communicator import total, whole_batch
 from .memory import empty, scratch
 from .parallel import block_size, cut, cut_images
@@ -43,6 +43,7 @@ BLOCK_VALUES = 2**18            # 1 MiB of float32
 HALF_VALUES = 2**17             # of each of two blocks, where there are no more
 ROW_VALUES = 2**12              # values in a row, at most, where pixels are joined
 CHAIN = 128                     # values added in a row before their sum goes on in float64
+FAR = 16                        # variances that the square of a mean may be, or the squares have lost too many digits of those about the mean
 _LIKE = numpy.empty(0)          # its dtype is float64
 
 
@@ -134,7 +135,7 @@ def channel_sums(a, *others):
 
 def _sum_calls(block, arrays, sums):
     number, rows = block
-    yield partial(_write_sums, [array[rows] for array in arrays], sums[:, number])
+    yield from _sums([array[rows] for array in arrays], sums[:, number])
 
 
 def in_blocks_with_sums(formula, a, b, x):
@@ -150,7 +151,7 @@ def _formula_and_sums(block, formula, arrays, out, sums):
     number, rows = block
     a, b, x = (array[rows] for array in arrays)
     yield partial(formula, a, b, out=out[rows])
-    yield partial(_write_sums, [out[rows], x], sums[:, number])
+    yield from _sums([out[rows], x], sums[:, number])
 
 
 def pixels_of_batch(x):
@@ -163,9 +164,10 @@ def channel_moments(x):
 
     Where processes share a batch, these are the moments of the whole batch: the sums over blocks are sums over those of all processes.
 
-    One walk over x: each block has a mean m and a sum of squares about it. The squares about the common mean are those about m,
-    plus n times the square of m's distance from it: Σ(x − mean)² = Σ(x − m)² + n·(m − mean)². Nothing large is subtracted from
-    something large, as it would be in Σx² − n·mean² (Chan, Golub & LeVeque 1979).
+    One walk over x: each block of n pixels has a mean m and a sum of squares about it, Σx² − n·m². The squares about the common mean are
+    those about m, plus n times the square of m's distance from it: Σ(x − mean)² = Σ(x − m)² + n·(m − mean)² (Chan, Golub & LeVeque 1979).
+    Where a mean is far from 0, as its spread goes, Σx² − n·m² is the small difference of large numbers; then x − m is squared instead, in
+    a second walk.
     """
     M = pixels_of_batch(x)
     if not are_real_numpy(x):
@@ -173,28 +175,26 @@ def channel_moments(x):
         squares = get_array_module(x).square(x - mean.astype(x.dtype)).sum(axis=(0, 1, 2), dtype=_accurate(x))
         return mean, total(squares)[0] / M
     (flat,), _, blocks = _cut([x])
-    C = x.shape[3]
-    moments = empty((3, len(blocks), C), _LIKE)
-    run(_moments, list(enumerate(blocks)), flat, moments)
-    n = numpy.array([[len(range(*block.indices(len(flat)))) * (flat.shape[1] // C)] for block in blocks], 'float64')          # (blocks, 1)
-    m, rest, squares = moments                                              # (blocks, C) each
-    m += rest / n                                                           # what rounding m to the dtype of x left over
-    squares -= rest * rest / n
+    n = numpy.array([[len(range(*block.indices(len(flat)))) * (flat.shape[1] // x.shape[3])] for block in blocks], 'float64')  # (blocks, 1)
+    sums = empty((2, len(blocks), x.shape[3]), _LIKE)
+    run(_sum_calls, list(enumerate(blocks)), (flat, flat), sums)
+    m, squares = sums[0] / n, sums[1] - sums[0] * sums[0] / n                # (blocks, C) each
+    if (n * m * m > FAR * squares).any():                                   # too many digits were lost: subtract the means first
+        centres, sums = m.astype(x.dtype), numpy.empty_like(sums)
+        run_once(_centred_calls, list(enumerate(blocks)), flat, centres, sums)
+        m, squares = centres + sums[0] / n, sums[1] - sums[0] * sums[0] / n
     mean = total((n * m).sum(axis=0))[0] / M
     return mean, total((squares + n * (m - mean)**2).sum(axis=0))[0] / M
 
 
-def _moments(block, flat, moments):
-    """Write m, Σ(x − m) and Σ(x − m)² of a block into `moments` (3, blocks, C)."""
+def _centred_calls(block, flat, centres, sums):
+    """Write Σ(x − centre) and Σ(x − centre)² of a block."""
     number, rows = block
-    yield partial(_write_moments, flat[rows], scratch('pixelwise', flat[rows].shape, flat.dtype), moments[:, number])
-
-
-def _write_moments(values, centred, moments):
-    C = moments.shape[1]
-    m = (_sum(values, C) / (values.size // C)).astype(values.dtype)
-    numpy.subtract(values, numpy.tile(m, values.shape[1] // C), centred)
-    moments[...] = m, _sum(centred, C), _sum_of_products(centred, centred, C)
+    centred = scratch('pixelwise', flat[rows].shape, flat.dtype)
+    repeated_centres = scratch('centres', (flat.shape[1] // centres.shape[1], centres.shape[1]), flat.dtype)
+    yield partial(numpy.copyto, repeated_centres, centres[number])
+    yield partial(numpy.subtract, flat[rows], repeated_centres.reshape(-1), out=centred)
+    yield from _sums((centred, centred), sums[:, number])
 
 
 def are_real_numpy(*arrays):
@@ -202,10 +202,14 @@ def are_real_numpy(*arrays):
     return all(type(array) is numpy.ndarray and array.ndim == 4 and array.size and array.dtype.kind == 'f' for array in arrays)
 
 
-def _write_sums(rows, sums):
-    """Write Σy, Σy·x, … of y and others, all (rows, pixels·C), into sums (·, C)."""
-    y, *others = rows
-    sums[...] = [_sum(y, sums.shape[1]), *(_sum_of_products(y, other, sums.shape[1]) for other in others)]
+def _sums(arrays, sums):
+    """List the calls that write Σy, and Σy·x for each other x, over the pixels of arrays (rows, pixels·C), into `sums` (·, C)."""
+    (y, *others), C = arrays, sums.shape[1]
+    chains = scratch('chains', (1 + len(others), y.shape[1]), y.dtype if len(y) <= CHAIN else 'float64')
+    yield partial(numpy.matmul, numpy.ones(len(y), chains.dtype), y, out=chains[0])
+    for chain, other in zip(chains[1:], others):
+        yield partial(numpy.einsum, 'rc,rc->c', y, other, out=chain, dtype=chains.dtype)
+    yield partial(numpy.add.reduce, chains.reshape(len(chains), -1, C), axis=1, dtype='float64', out=sums)
 
 
 @lru_cache(maxsize=1024)
@@ -229,20 +233,3 @@ def _cut(arrays, channels=()):
         note('blocks of pixels')
     return flat, tuple(repeated(vector, joined) for vector in channels), blocks
 
-
-def _sum(values, C):
-    """Return the sum over the pixels of values (rows, pixels·C), (C,), in float64."""
-    return _finish(numpy.ones(len(values), _dtype_of_chain(values)) @ values, C)
-
-
-def _sum_of_products(a, b, C):
-    """Return the sum over the pixels of a·b, both (rows, pixels·C), (C,), in float64."""
-    return _finish(numpy.einsum('rc,rc->c', a, b, dtype=_dtype_of_chain(a)), C)
-
-
-def _dtype_of_chain(values):
-    return values.dtype if len(values) <= CHAIN else 'float64'
-
-
-def _finish(sums, C):
-    return sums.reshape(-1, C).sum(axis=0, dtype='float64')

@@ -51,15 +51,15 @@ class Network(Layer):
             if low < -SLIGHTLY or high > 1 + SLIGHTLY:                          # NaN is for training to find and name
                 raise ValueError(f'images hold values from {low:g} to {high:g}; this model standardises intensities in [0, 1] itself, by '
                                  f'mean {mean:g} and deviation {std:g}: divide images of 0 to 255 by 255, and do not standardise them')
-        return placed(self.pad((x - mean) / std))
+        return self.pad((x - mean) / std)
 
     def padded_size(self, size):
         """Return the (H', W') at which the network computes for images of `size` (H, W)."""
         return padded_size(size, self.multiple, self.least)
 
     def pad(self, x):
-        """Return x (N, H, W, C) with zeros at the bottom and right, as large as the network computes."""
-        return padded(x, self.padded_size(x.shape[1:3]))
+        """Return x (N, H, W, C) with zeros at the bottom and right, as large as the network computes; in a step, where it lay in the last one."""
+        return placed(padded(x, self.padded_size(x.shape[1:3])))
 
     def input_gradient_of(self, dx, size):
         """Return ∂L/∂(the images) of this size (H, W) from that of what `prepare` made of them; None of None."""
