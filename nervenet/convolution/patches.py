@@ -23,6 +23,7 @@ from .strips import multiply, sum_in_parts, sum_products
 
 BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still in the cache when it is rearranged
 LEAST_PIXELS = 128                      # a product reads the whole weight for them
+FEW_VALUES = 64 * 64                    # of one row of a kernel: up to so many, BLAS multiplies the pixels of each row of an image by themselves well
 
 
 def fits(geometry, input_size):
@@ -75,8 +76,37 @@ def input_gradient(dy, weight, input_size, geometry, bias=None):
     dwindows = _rows_of_windows(dx, (KH, KW))                                # (rows, W/KW, KH, KW, C_in), a view of dx
     rows = numpy.ascontiguousarray(dy).reshape(len(dwindows), -1, C_out)
     row_of_biases = None if bias is None else repeated(bias, KH * KW * rows.shape[1])          # NumPy adds long rows faster
-    run(_input_gradient_calls, _blocks(dwindows), rows, weight.reshape(-1, C_out), dwindows, row_of_biases)
+    if KW * C_in * C_out <= FEW_VALUES:
+        matrices = _matrices_of_rows(weight, rows.shape[1])
+        rows, drows = rows.reshape(len(rows), 1, -1, matrices.shape[1]), dx.reshape(len(rows), KH, -1, matrices.shape[2])
+        run(_row_calls, _blocks(dwindows), rows, matrices, drows, row_of_biases)
+    else:
+        run(_input_gradient_calls, _blocks(dwindows), rows, weight.reshape(-1, C_out), dwindows, row_of_biases)
     return dx
+
+
+def _matrices_of_rows(weight, W):
+    """Return (KH, j·C_out, j·KW·C_in): what j neighbouring pixels of a row, as one, are multiplied by for each row of their windows.
+
+    j is 1, but where a pixel is a single value. A product with so short an inner side takes the longer way to be the faster one: its matrix
+    has the weights j times along its diagonal, and zeros elsewhere.
+    """
+    KH, KW, C_in, C_out = weight.shape
+    most = math.isqrt(FEW_VALUES // (KW * C_in)) if C_out == 1 else 1
+    number = next(number for number in range(most, 0, -1) if W % number == 0)
+    matrices = empty((KH, number, C_out, number, KW * C_in), weight)
+    matrices[...] = 0
+    for pixel in range(number):
+        matrices[:, pixel, :, pixel] = weight.reshape(KH, -1, C_out).swapaxes(1, 2)
+    return matrices.reshape(KH, number * C_out, -1)
+
+
+def _row_calls(block, rows, matrices, drows, row_of_biases):
+    """A row of pixels makes KH rows of dx, (W/KW, KW·C_in) each, where they lie."""
+    yield partial(numpy.matmul, rows[block], matrices, out=drows[block])     # (rows, 1, pixels, C_out) @ (KH, C_out, KW·C_in)
+    if row_of_biases is not None:
+        long = drows[block].reshape(-1, len(row_of_biases))
+        yield partial(numpy.add, long, row_of_biases, out=long)
 
 
 def _input_gradient_calls(block, dy, matrix, dwindows, row_of_biases):

@@ -131,29 +131,28 @@ def sum_in_parts(shape, x, strips, channels, term, *arguments, finish=_as_it_is)
     finish   `finish(total, out)` lists the calls that write a linear function of the sum of terms into `out`; by default, the sum itself
     """
     groups = cut(len(strips), -(-len(strips) * len(channels) // PARTIAL_SUMS))
-    parts = [empty(shape, x) for _ in groups]
+    total, others = empty(shape, x), empty((len(groups) - 1, *shape), x)
     if any(len(strips[group]) > 1 for group in groups):
         note('strips summed in groups')
     if len(groups) > 1:
         note('partial sums')
     blocks = [(within, strips[group], number) for within in channels for number, group in enumerate(groups)]
-    run(_part, blocks, tuple(parts), term, finish, *arguments)
-    if len(parts) > 1:
-        rows = tuple(part.reshape(-1, shape[3]) for part in parts)
-        run(_sum_of_parts, cut(len(rows[0]), max(1, SUMMED_VALUES // shape[3])), rows)
-    return parts[0]
+    run(_part, blocks, total, others, term, finish, *arguments)
+    if len(others):
+        rows = total.reshape(-1, shape[3])
+        run(_sum_of_parts, cut(len(rows), max(1, SUMMED_VALUES // shape[3])), rows, others.reshape(len(others), -1, shape[3]))
+    return total
 
 
-def _part(block, parts, term, finish, *arguments):
+def _part(block, first, others, term, finish, *arguments):
     within, strips, number = block
     total = yield from term(strips[0], within, 'total', *arguments)
     for strip in strips[1:]:
         another = yield from term(strip, within, 'term', *arguments)
         yield partial(numpy.add, total, another, out=total)
-    yield from finish(total, parts[number][:, :, within])
+    yield from finish(total, (others[number - 1] if number else first)[:, :, within])
 
 
-def _sum_of_parts(rows, parts):
-    first, *others = (part[rows] for part in parts)
+def _sum_of_parts(rows, total, others):
     for other in others:
-        yield partial(numpy.add, first, other, out=first)
+        yield partial(numpy.add, total[rows], other[rows], out=total[rows])
