@@ -6,7 +6,7 @@ import numpy
 
 from ..engine.calls import run
 from ..engine.memory import empty, scratch
-from ..engine.parallel import cut
+from ..engine.parallel import cut, cut_into
 from ..engine.paths import note
 from ..engine.pixelwise import for_rows
 
@@ -130,7 +130,7 @@ def sum_in_parts(shape, x, strips, channels, term, *arguments, finish=_as_it_is)
     term     `term(strip, within, name, *arguments)` lists the calls that compute a term, and returns it, in scratch memory of this name
     finish   `finish(total, out)` lists the calls that write a linear function of the sum of terms into `out`; by default, the sum itself
     """
-    groups = cut(len(strips), -(-len(strips) * len(channels) // PARTIAL_SUMS))
+    groups = cut_into(min(len(strips), max(1, PARTIAL_SUMS // len(channels))), len(strips))
     total, others = empty(shape, x), empty((len(groups) - 1, *shape), x)
     if any(len(strips[group]) > 1 for group in groups):
         note('strips summed in groups')

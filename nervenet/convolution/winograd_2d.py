@@ -121,7 +121,7 @@ def convolve(x, weight, geometry, turned=False, bias=None, then=None, kept=None,
     note('few tiles' if few else 'many tiles')
     U = kept(('winograd_2d', *widths), lambda: all_panels(empty_to_keep, run_once)) if kept else None if few else all_panels(empty, run)
     shares = [(i, share) for i, number in enumerate(numbers) for share in cut(number, -(-number // SHARES) if few else number)]
-    strips = cut_images(N, R, tiles_per_block // columns)
+    strips = cut_images(N, R, max(tiles_per_block // columns, -(-LEAST_TILES // columns)))
     blocks = [(strip, (share,)) for strip in strips for share in shares] if few else [(strip, tuple(shares)) for strip in strips]
     run(_convolve_calls, blocks, parts, matrix, weight, starts, widths, U, bias, y, padding, None if few else then)
     followed(y[0], then if few else None)

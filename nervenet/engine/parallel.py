@@ -70,15 +70,21 @@ def parallel_for(blocks, work):
 
 def cut(length, size):
     """Return slices that cover range(length) in nearly equal parts of at most `size`, at least one each."""
-    parts = -(-length // max(1, size))
+    return cut_into(-(-length // max(1, size)), length)
+
+
+def cut_into(parts, length):
+    """Return so many slices that cover range(length) in nearly equal parts."""
     edges = [length * part // parts for part in range(parts)] + [length]
     return [slice(start, stop) for start, stop in zip(edges, edges[1:])]
 
 
 def cut_images(images, rows, rows_per_block):
-    """Return pairs of slices (images, rows) of about `rows_per_block` rows, of several small images or of one."""
+    """Return pairs of slices (images, rows) of about `rows_per_block` rows, of several small images or of one; of one, in an even number."""
     if rows_per_block < rows:
-        return [(image, strip) for image in cut(images, 1) for strip in cut(rows, rows_per_block)]
+        parts = -(-rows // max(1, rows_per_block))
+        parts += images * parts % 2 if parts < rows else 0
+        return [(image, strip) for image in cut(images, 1) for strip in cut_into(parts, rows)]
     return [(several, slice(0, rows)) for several in cut(images, rows_per_block // rows)]
 
 
