@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from nervenet import convolution
-from nervenet.convolution import Geometry, im2col, patches, plain, runs, winograd_1d, winograd_2d
+from nervenet.convolution import Geometry, im2col, patches, plain, runs, strips, winograd_1d, winograd_2d
 from nervenet.engine import backend, memory, parallel, paths
 
 TOLERANCE = {'float64': 1e-10, 'float32': 1e-4}
@@ -77,6 +77,9 @@ SHAPES = [
     dict(N=2, H=16, W=17, C_in=6, C_out=5, kernel_size=(2, 4), stride=(2, 1), padding=(1, 2), dilation=(3, 2)),
     dict(N=2, H=9, W=7, C_in=5, C_out=4, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0), dilation=(2, 2)),   # holes: no tiles
     dict(N=2, H=8, W=6, C_in=5, C_out=4, kernel_size=(1, 1), padding=(0, 0), dilation=(3, 3)),   # one tap is never dilated
+    dict(N=2, H=12, W=26, C_in=6, C_out=1, kernel_size=(1, 1), padding=(0, 0)),                  # pixels of a single value
+    dict(N=2, H=12, W=22, C_in=3, C_out=1, kernel_size=(3, 2), stride=(3, 2), padding=(0, 0)),
+    dict(N=1, H=6, W=8, C_in=70, C_out=66, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0)),   # too many for rows by themselves
 ]
 
 
@@ -118,6 +121,26 @@ def test_winograd_serves_every_shape_with_a_3_by_3_kernel(rng, shape, dtype, pat
     arguments = problem(rng, **shape, dtype=dtype)
     in_float64 = *(array.astype('float64') for array in arguments[:3]), arguments[3]
     assert_close(three(path, *arguments), three(plain, *in_float64), dtype, shape)
+
+
+@pytest.mark.parametrize('M, K, N', [(1, 5, 3), (47, 5, 3), (96, 5, 3), (97, 5, 3), (200, 7, 40), (500, 3, 2), (1000, 16, 4)])
+def test_products_in_pieces_are_those_of_the_whole(rng, M, K, N, monkeypatch):
+    monkeypatch.setattr(strips, 'PIECE', 48 * 60)
+    monkeypatch.setattr(strips, 'PIECE_VALUES', 48 * 16)
+    a, b, c = rng.standard_normal((3, 2, M, K)), rng.standard_normal((2, K, N)), rng.standard_normal((3, 2, M, N))
+    wide = numpy.full((3, 2, M, N + 2), numpy.nan)
+    out, of_one, sums, sum_of_one = wide[..., 1:-1], numpy.empty((M, N)), numpy.empty((2, K, N)), numpy.empty((K * N,))
+    listed = [[*strips.multiply(a, b, out)], [*strips.multiply(a[0, 0], b[0], of_one)], [*strips.sum_products(a, c, sums)],
+              [*strips.sum_products(a[:1, 0], c[:1, 0], sum_of_one)]]
+    for call in (call for calls in listed for call in calls):
+        call()
+    numpy.testing.assert_allclose(out, a @ b, atol=1e-12)
+    numpy.testing.assert_allclose(of_one, a[0, 0] @ b[0], atol=1e-12)
+    numpy.testing.assert_allclose(sums, (a.swapaxes(2, 3) @ c).sum(axis=0), atol=1e-11)
+    numpy.testing.assert_allclose(sum_of_one.reshape(K, N), a[0, 0].T @ c[0, 0], atol=1e-11)
+    assert numpy.isnan(wide[..., [0, -1]]).all()
+    rows = max(call.args[0].shape[-2] for call in listed[0])
+    assert rows * K * N <= max(strips.PIECE, 12 * K * N) or N > strips.NARROW
 
 
 def test_winograd_matrices_compute_a_filter(rng):

@@ -245,6 +245,8 @@ def test_cut_images_gives_several_small_images_or_strips_of_one():
     assert cut_images(3, 6, 12) == [(slice(0, 1), whole), (slice(1, 3), whole)]
     assert cut_images(2, 6, 6) == [(slice(0, 1), whole), (slice(1, 2), whole)]
     assert cut_images(2, 6, 3) == [(slice(n, n + 1), rows) for n in (0, 1) for rows in (slice(0, 3), slice(3, 6))]
+    assert [rows for _, rows in cut_images(1, 13, 3)] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8), slice(8, 10), slice(10, 13)]
+    assert [len(cut_images(images, 13, rows)) for images, rows in [(1, 5), (3, 5), (2, 5), (1, 1), (1, 12)]] == [4, 12, 6, 13, 2]
 
 
 @pytest.mark.skipif(not hasattr(os, 'sched_getaffinity'), reason='this system does not say which cores a process may use')

@@ -65,6 +65,26 @@ def test_sums_and_moments_of_large_values_keep_their_digits(rng):
     assert abs(channel_sums(x)[0][0] / x.sum(dtype=float) - 1) < 1e-7
 
 
+def test_sums_of_pixels_in_a_prime_number_keep_their_digits(rng):
+    """Such pixels are joined to no rows, so that tens of thousands of values are added in a row."""
+    x = (3.5 + rng.random((1, 1, 65537, 3))).astype('float32')
+    numpy.testing.assert_allclose(channel_sums(x, x), [x.sum(axis=(0, 1, 2), dtype=float), numpy.square(x, dtype=float).sum(axis=(0, 1, 2))], rtol=1e-9)
+
+
+@pytest.mark.parametrize('blocks', [1, 20])
+@pytest.mark.parametrize('offsets', [(0, 1, -2, 3.5), (3.9, 4.1, -4.1, 0), (30, 0, -1000, 1), (1e6, 0, 3, 1)], ids=str)
+def test_moments_are_as_exact_near_0_as_far_from_it(offsets, blocks, rng, monkeypatch):
+    """Where the square of a mean is sixteen variances, one walk over the values ends, and two begin."""
+    monkeypatch.setattr(pixelwise, 'BLOCK_VALUES', 2**18 // blocks)
+    x = (numpy.array(offsets) + rng.standard_normal((2, 128, 256, 4))).astype('float32')
+    x[1, :, :, 3] = 7                                                       # the same value in many blocks
+    mean, variance = channel_moments(x)
+    numpy.testing.assert_allclose(mean, x.mean(axis=(0, 1, 2), dtype=float), rtol=1e-9, atol=1e-6)
+    numpy.testing.assert_allclose(variance, x.astype(float).var(axis=(0, 1, 2)), rtol=5e-6)
+    x[...] = 0.1
+    assert numpy.all(channel_moments(x)[1] < 1e-12)
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 def test_sums_taken_in_the_same_walk_are_those_of_the_result(shape, rng, monkeypatch):
     monkeypatch.setattr(pixelwise, 'BLOCK_VALUES', 4096)

@@ -80,10 +80,14 @@ def _pieces_of_rows(number, K, N):
     """Return slices, and how many equal pieces to cut each into, that cover the rows of a product (number, K) @ (K, N)."""
     most = max(12, min(PIECE_VALUES // K, PIECE // (K * N)) // 12 * 12)
     if number <= most or most < LEAST_ROWS and N > NARROW:
-        return [(slice(0, number), 1)]
+        return _whole(number)
     rows = next((rows for rows in range(most, max(most // 2, LEAST_ROWS - 1), -1) if number % rows == 0), most)
     whole = number // rows * rows
     return [(slice(0, whole), whole // rows)] + ([(slice(whole, number), 1)] if whole < number else [])
+
+
+def _whole(number):
+    return [(slice(0, number), 1)]
 
 
 def _cut_rows(x, rows, count):
@@ -95,7 +99,7 @@ def _cut_rows(x, rows, count):
 def multiply(a, b, out):
     """List the calls that write a @ b, (…, M, K) @ (…, K, N) or (K, N), into `out` (…, M, N), some rows at a time."""
     (M, K), N = a.shape[-2:], b.shape[-1]
-    for rows, count in _pieces_of_rows(M, K, N) if M * K * N > PIECE else [(slice(0, M), 1)]:
+    for rows, count in _pieces_of_rows(M, K, N) if M * K * N > PIECE else _whole(M):
         yield partial(numpy.matmul, _cut_rows(a, rows, count), b if b.ndim == 2 else b[..., None, :, :], out=_cut_rows(out, rows, count))
 
 

@@ -49,7 +49,7 @@ FEW_TILES = 128                         # up to so many in all, blocks share the
 SUMMED_TILES = 256                      # tiles that one term of a weight gradient sums over, if there are no more
 SHARES = 8                              # blocks that share the channels
 U_VALUES = 8 * 1024                     # of one panel at one point
-DU_VALUES = 16 * 1024                   # at one point, of what is transformed back at once
+DU_VALUES = 8 * 1024                    # at one point, of a weight gradient's channels that are transformed back at once
 
 
 def transform_tiles(matrix, parts, images, tiles, padding, columns, name):
