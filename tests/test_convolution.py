@@ -79,6 +79,8 @@ SHAPES = [
     dict(N=2, H=8, W=6, C_in=5, C_out=4, kernel_size=(1, 1), padding=(0, 0), dilation=(3, 3)),   # one tap is never dilated
     dict(N=2, H=12, W=26, C_in=6, C_out=1, kernel_size=(1, 1), padding=(0, 0)),                  # pixels of a single value
     dict(N=2, H=12, W=22, C_in=3, C_out=1, kernel_size=(3, 2), stride=(3, 2), padding=(0, 0)),
+    dict(N=2, H=6, W=52, C_in=6, C_out=1, kernel_size=(1, 1), padding=(0, 0)),
+    dict(N=2, H=6, W=88, C_in=5, C_out=1, kernel_size=(3, 2), stride=(3, 2), padding=(0, 0)),
     dict(N=1, H=6, W=8, C_in=70, C_out=66, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0)),   # too many for rows by themselves
 ]
 
@@ -123,10 +125,11 @@ def test_winograd_serves_every_shape_with_a_3_by_3_kernel(rng, shape, dtype, pat
     assert_close(three(path, *arguments), three(plain, *in_float64), dtype, shape)
 
 
-@pytest.mark.parametrize('M, K, N', [(1, 5, 3), (47, 5, 3), (96, 5, 3), (97, 5, 3), (200, 7, 40), (500, 3, 2), (1000, 16, 4)])
-def test_products_in_pieces_are_those_of_the_whole(rng, M, K, N, monkeypatch):
-    monkeypatch.setattr(strips, 'PIECE', 48 * 60)
-    monkeypatch.setattr(strips, 'PIECE_VALUES', 48 * 16)
+@pytest.mark.parametrize('M, K, N, pieces', [(1, 5, 3, 1), (59, 5, 3, 1), (60, 5, 3, 1), (120, 5, 3, 2), (121, 5, 3, 3), (997, 5, 3, 17),
+                                             (500, 3, 2, 5), (300, 9, 3, 13), (300, 9, 40, 1), (300, 70, 3, 1)])
+def test_products_in_pieces_are_those_of_the_whole(rng, M, K, N, pieces, monkeypatch):
+    monkeypatch.setattr(strips, 'PIECE', 960)
+    monkeypatch.setattr(strips, 'PIECE_VALUES', 336)
     a, b, c = rng.standard_normal((3, 2, M, K)), rng.standard_normal((2, K, N)), rng.standard_normal((3, 2, M, N))
     wide = numpy.full((3, 2, M, N + 2), numpy.nan)
     out, of_one, sums, sum_of_one = wide[..., 1:-1], numpy.empty((M, N)), numpy.empty((2, K, N)), numpy.empty((K * N,))
@@ -139,8 +142,7 @@ def test_products_in_pieces_are_those_of_the_whole(rng, M, K, N, monkeypatch):
     numpy.testing.assert_allclose(sums, (a.swapaxes(2, 3) @ c).sum(axis=0), atol=1e-11)
     numpy.testing.assert_allclose(sum_of_one.reshape(K, N), a[0, 0].T @ c[0, 0], atol=1e-11)
     assert numpy.isnan(wide[..., [0, -1]]).all()
-    rows = max(call.args[0].shape[-2] for call in listed[0])
-    assert rows * K * N <= max(strips.PIECE, 12 * K * N) or N > strips.NARROW
+    assert sum(call.args[0].shape[-3] for call in listed[0]) == pieces
 
 
 def test_winograd_matrices_compute_a_filter(rng):
@@ -217,6 +219,17 @@ def test_bias_is_added_to_every_pixel(rng, path, dtype):
         expected = {'forward': plain.forward(x, weight, geometry) + bias,
                     'input_gradient': plain.input_gradient(dy, weight, x.shape[1:3], geometry) + dbias}
         assert_close(results, expected, dtype, path)
+
+
+def test_kernels_that_tile_the_image_may_have_many_channels(rng):
+    """More than a row of pixels multiplies by itself, in several blocks, with a bias, on any number of threads."""
+    x, weight, dy, geometry = problem(rng, N=3, H=64, W=96, C_in=70, C_out=66, kernel_size=(2, 2), stride=(2, 2), padding=(0, 0))
+    bias = rng.standard_normal(70)
+    expected = plain.input_gradient(dy, weight, (64, 96), geometry) + bias
+    for threads in (1, 2, 5):
+        with parallel.set_threads(threads):
+            found = convolution.input_gradient(dy, weight, (64, 96), geometry, bias)
+        assert_close({'input_gradient': found}, {'input_gradient': expected}, 'float64', threads)
 
 
 def test_large_images_are_cut_into_strips_without_a_seam(rng):

@@ -68,21 +68,36 @@ def test_sums_and_moments_of_large_values_keep_their_digits(rng):
 def test_sums_of_pixels_in_a_prime_number_keep_their_digits(rng):
     """Such pixels are joined to no rows, so that tens of thousands of values are added in a row."""
     x = (3.5 + rng.random((1, 1, 65537, 3))).astype('float32')
-    numpy.testing.assert_allclose(channel_sums(x, x), [x.sum(axis=(0, 1, 2), dtype=float), numpy.square(x, dtype=float).sum(axis=(0, 1, 2))], rtol=1e-9)
+    expected = [x.sum(axis=(0, 1, 2), dtype=float), numpy.square(x, dtype=float).sum(axis=(0, 1, 2))]
+    numpy.testing.assert_allclose(channel_sums(x, x), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize('blocks', [1, 20])
-@pytest.mark.parametrize('offsets', [(0, 1, -2, 3.5), (3.9, 4.1, -4.1, 0), (30, 0, -1000, 1), (1e6, 0, 3, 1)], ids=str)
-def test_moments_are_as_exact_near_0_as_far_from_it(offsets, blocks, rng, monkeypatch):
-    """Where the square of a mean is sixteen variances, one walk over the values ends, and two begin."""
-    monkeypatch.setattr(pixelwise, 'BLOCK_VALUES', 2**18 // blocks)
+@pytest.mark.parametrize('largest', [2**18, 2**13])
+@pytest.mark.parametrize('offsets, walks', [((0, 1, -2, 3.5), 1), ((3.9, 0, 0, 0), 1), ((0, 4.1, 0, 0), 2), ((30, 0, -1000, 1), 2), ((0, 1e6, 3, 1), 2)])
+def test_moments_are_as_exact_near_0_as_far_from_it(offsets, walks, largest, rng, monkeypatch):
+    """Where the square of a mean is more than sixteen variances, a second walk over the values is needed."""
+    seen, run_once = [], pixelwise.run_once
+    monkeypatch.setattr(pixelwise, 'run_once', lambda *arguments: seen.append(arguments) or run_once(*arguments))
+    monkeypatch.setattr(pixelwise, 'BLOCK_VALUES', largest)
     x = (numpy.array(offsets) + rng.standard_normal((2, 128, 256, 4))).astype('float32')
-    x[1, :, :, 3] = 7                                                       # the same value in many blocks
     mean, variance = channel_moments(x)
     numpy.testing.assert_allclose(mean, x.mean(axis=(0, 1, 2), dtype=float), rtol=1e-9, atol=1e-6)
     numpy.testing.assert_allclose(variance, x.astype(float).var(axis=(0, 1, 2)), rtol=5e-6)
-    x[...] = 0.1
-    assert numpy.all(channel_moments(x)[1] < 1e-12)
+    assert len(seen) == walks - 1
+
+
+def test_blocks_of_a_single_value_need_no_second_walk(rng, monkeypatch):
+    monkeypatch.setattr(pixelwise, 'BLOCK_VALUES', 2**13)
+    monkeypatch.setattr(pixelwise, 'run_once', None)
+    x = rng.standard_normal((2, 128, 256, 4)).astype('float32')
+    x[1, ..., 3] = 7
+    numpy.testing.assert_allclose(channel_moments(x)[1], x.astype(float).var(axis=(0, 1, 2)), rtol=5e-6)
+
+
+@pytest.mark.parametrize('value', [0, 0.1, -3e19])
+def test_the_variance_of_a_single_value_is_0(value):
+    mean, variance = channel_moments(numpy.full((2, 64, 64, 3), value, 'float32'))
+    assert numpy.array_equal(mean.astype('float32'), numpy.full(3, value, 'float32')) and numpy.all(variance <= 1e-12 * mean**2)
 
 
 @pytest.mark.parametrize('shape', SHAPES)

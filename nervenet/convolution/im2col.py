@@ -141,5 +141,5 @@ def _term(strip, within, name, x, dy, geometry):
     images, rows = strip
     columns = yield from columns_of(x[..., within], images, rows, geometry, dy.shape[2])
     product = scratch(name, (columns.shape[1], dy.shape[3]), dy.dtype)
-    yield from sum_products(columns[None], dy[images, rows].reshape(1, -1, dy.shape[3]), product)       # (KH·KW·C, pixels) @ (pixels, C_out)
+    yield from sum_products(columns[None], dy[images, rows].reshape(1, -1, dy.shape[3]), product)            # columnsᵀ @ dy
     return product

@@ -23,7 +23,7 @@ from .strips import multiply, sum_in_parts, sum_products
 
 BLOCK_BYTES = 512 * 1024                # of patches: so that a block is still in the cache when it is rearranged
 LEAST_PIXELS = 128                      # a product reads the whole weight for them
-FEW_VALUES = 64 * 64                    # of one row of a kernel: up to so many, BLAS multiplies the pixels of each row of an image by themselves well
+FEW_VALUES = 64 * 64                    # of one row of a kernel: up to so many, a product for each row of an image is as fast, and saves the copy
 
 
 def fits(geometry, input_size):
@@ -89,7 +89,7 @@ def _matrices_of_rows(weight, W):
     """Return (KH, j·C_out, j·KW·C_in): what j neighbouring pixels of a row, as one, are multiplied by for each row of their windows.
 
     j is 1, but where a pixel is a single value. A product with so short an inner side takes the longer way to be the faster one: its matrix
-    has the weights j times along its diagonal, and zeros elsewhere.
+    has the weights j times along its diagonal, and zeros elsewhere. (So a value that is not finite spoils its j − 1 neighbours too.)
     """
     KH, KW, C_in, C_out = weight.shape
     most = math.isqrt(FEW_VALUES // (KW * C_in)) if C_out == 1 else 1
@@ -102,8 +102,8 @@ def _matrices_of_rows(weight, W):
 
 
 def _row_calls(block, rows, matrices, drows, row_of_biases):
-    """A row of pixels makes KH rows of dx, (W/KW, KW·C_in) each, where they lie."""
-    yield partial(numpy.matmul, rows[block], matrices, out=drows[block])     # (rows, 1, pixels, C_out) @ (KH, C_out, KW·C_in)
+    """A row of pixels, (pixels/j, j·C_out), makes KH rows of dx, (pixels/j, j·KW·C_in) each, where they lie."""
+    yield partial(numpy.matmul, rows[block], matrices, out=drows[block])     # (rows, 1, pixels/j, j·C_out) @ (KH, j·C_out, j·KW·C_in)
     if row_of_biases is not None:
         long = drows[block].reshape(-1, len(row_of_biases))
         yield partial(numpy.add, long, row_of_biases, out=long)

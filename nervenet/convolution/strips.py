@@ -12,12 +12,12 @@ from ..engine.pixelwise import for_rows
 
 SUMMED_VALUES = 2**17                   # of one block, where partial sums are added
 PARTIAL_SUMS = 8                        # at most; a fixed number, because a sum's last bits depend on its order
-# Of a product (rows, K) @ (K, N). OpenBLAS multiplies small matrices as they lie, on processors with AVX-512; those of more than a million
-# multiplications it rearranges first, which takes as long again where K or N is small. It takes rows by twelves.
-PIECE = 768 * 1024                      # multiplications, at most
-PIECE_VALUES = 12 * 1024                # rows times K, at most: they stay in the first cache
-LEAST_ROWS = 48                         # because all of the other matrix is read for them, unless it is
-NARROW = 32                             # N, at most
+# A product (rows, K) @ (K, N) is made some rows at a time. OpenBLAS multiplies small matrices as they lie, on processors with AVX-512; those
+# of more than a million multiplications it rearranges first, which takes as long again where K or N is small. It takes rows by twelves.
+PIECE = 768 * 1024                      # multiplications of a piece, at most
+PIECE_VALUES = 12 * 1024                # rows times K of a piece, at most: 48 KiB of float32 stay in a core's first cache
+LEAST_ROWS = 48                         # of a piece: for fewer it does not pay to read the other matrix again
+NARROW = 32                             # columns that the other matrix may have to be read again for as few as twelve rows
 
 
 def parts_of(x):
@@ -76,10 +76,10 @@ def padded_strip(x, images, top, left, height, width, name='strip'):
     return strip
 
 
-def _pieces_of_rows(number, K, N):
-    """Return slices, and how many equal pieces to cut each into, that cover the rows of a product (number, K) @ (K, N)."""
-    most = max(12, min(PIECE_VALUES // K, PIECE // (K * N)) // 12 * 12)
-    if number <= most or most < LEAST_ROWS and N > NARROW:
+def _pieces_of_rows(number, K, N, least):
+    """Return slices, and how many equal pieces to cut each into, that cover the rows of a product (number, K) @ (K, N); of at least so many."""
+    most = min(PIECE_VALUES // K, PIECE // (K * N)) // 12 * 12
+    if number <= most or most < least:
         return _whole(number)
     rows = next((rows for rows in range(most, max(most // 2, LEAST_ROWS - 1), -1) if number % rows == 0), most)
     whole = number // rows * rows
@@ -99,17 +99,18 @@ def _cut_rows(x, rows, count):
 def multiply(a, b, out):
     """List the calls that write a @ b, (…, M, K) @ (…, K, N) or (K, N), into `out` (…, M, N), some rows at a time."""
     (M, K), N = a.shape[-2:], b.shape[-1]
-    for rows, count in _pieces_of_rows(M, K, N) if M * K * N > PIECE else _whole(M):
+    for rows, count in _pieces_of_rows(M, K, N, 12 if N <= NARROW else LEAST_ROWS) if M * K * N > PIECE else _whole(M):
         yield partial(numpy.matmul, _cut_rows(a, rows, count), b if b.ndim == 2 else b[..., None, :, :], out=_cut_rows(out, rows, count))
 
 
 def sum_products(a, b, out):
-    """List the calls that write Σ aᵀ @ b, the sum over the first axis of a (S, …, M, K) and b (S, …, M, N), into `out`, (…, K, N) in any shape.
+    """List the calls that write Σ aᵀ @ b into `out`: the sum over the first axis of a (S, …, M, K) and b (S, …, M, N).
 
-    A sum of one term needs an `out` whose values lie side by side.
+    `out` has the values of (…, K, N) in any shape; for a sum of one term they must lie side by side. Some rows at a time make a term each,
+    in scratch memory, and the terms are added in the end.
     """
     (S, *others, M, K), N = a.shape, b.shape[-1]
-    pieces = _pieces_of_rows(M, K, N)
+    pieces = _pieces_of_rows(M, K, N, LEAST_ROWS)
     number, start = S * sum(count for _, count in pieces), 0
     terms = scratch('terms', (number, *others, K, N), out.dtype) if number > 1 else out.reshape(1, *others, K, N)
     for rows, count in pieces:
@@ -143,8 +144,8 @@ def sum_in_parts(shape, x, strips, channels, term, *arguments, finish=_as_it_is)
     blocks = [(within, strips[group], number) for within in channels for number, group in enumerate(groups)]
     run(_part, blocks, total, others, term, finish, *arguments)
     if len(others):
-        rows = total.reshape(-1, shape[3])
-        run(_sum_of_parts, cut(len(rows), max(1, SUMMED_VALUES // shape[3])), rows, others.reshape(len(others), -1, shape[3]))
+        flat = total.reshape(-1, shape[3])
+        run(_sum_of_parts, cut(len(flat), max(1, SUMMED_VALUES // shape[3])), flat, others.reshape(len(others), -1, shape[3]))
     return total
 
 

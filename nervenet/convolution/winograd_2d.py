@@ -15,8 +15,8 @@ With channels, each of the 36 is a matrix product that all tiles share (Lavin & 
 Bᵀ is applied to whole rows of the image at once, then B to six neighbouring pixels at a time: (6×6) @ (6×C), written
 where the 36 products want it. Nothing is gathered; neighbouring tiles overlap by being views of the same memory.
 
-The products come in pieces of about half a million multiplications: such small matrices BLAS multiplies where they lie,
-without rearranging them first. So U is made as panels of a few output channels.
+The products come in pieces, small enough for BLAS to multiply them where they lie (`multiply` in `strips.py`). So U is made as panels of a
+few output channels.
 
 Gradients as in one dimension: Z = A dy Aᵀ, dU = Vᵀ Z, dweight = Gᵀ dU G; the gradient to the input is a convolution of
 dy with the turned kernel, which here means G with its columns reversed.
@@ -38,7 +38,7 @@ from ..engine.memory import empty, scratch
 from ..engine.parallel import block_size, cut, cut_images
 from ..engine.paths import note
 from .kept import empty_to_keep
-from .strips import NARROW, followed, following, multiply, overlapping, parts_of, pieces, sum_in_parts
+from .strips import LEAST_ROWS, NARROW, followed, following, multiply, overlapping, parts_of, pieces, sum_in_parts
 from .winograd_1d import AT, BT, G, transform_rows, write_rows
 
 TURNED_G = G[:, ::-1]                   # turns the kernel
@@ -48,8 +48,9 @@ HALF_TILES = 96                         # of each of two blocks, where there are
 FEW_TILES = 128                         # up to so many in all, blocks share the channels, not the tiles
 SUMMED_TILES = 256                      # tiles that one term of a weight gradient sums over, if there are no more
 SHARES = 8                              # blocks that share the channels
-U_VALUES = 8 * 1024                     # of one panel at one point
-DU_VALUES = 8 * 1024                    # at one point, of a weight gradient's channels that are transformed back at once
+U_VALUES = 8 * 1024                     # of one panel at one point, unless it is narrow: it is read for every few tiles
+DU_VALUES = 8 * 1024                    # at one point, of the part of a weight gradient that is transformed back while it is in the cache
+DU_WIDTH = 128                          # output channels of one product of a weight gradient: by measurement
 
 
 def transform_tiles(matrix, parts, images, tiles, padding, columns, name):
@@ -186,9 +187,9 @@ def _term(block, within, name, parts, dy, padding):
     V = (yield from transform_tiles(BT, some, images, tiles, padding, columns, 'V')).swapaxes(1, 2)
     Z = yield from transform_tiles(AT.T, [dy], images, tiles, (0, 0), columns, 'Z')
     dweight = scratch(name, (3, 3, V.shape[1], C_out), dy.dtype)
-    gt, width = G.T.astype(dy.dtype), _width(C_out, 128)
+    gt, width = G.T.astype(dy.dtype), _width(C_out, DU_WIDTH)
     panels = Z.reshape(36, -1, C_out // width, width).swapaxes(1, 2)                              # (36, panels, tiles, width)
-    for piece in cut(V.shape[1], max(48, DU_VALUES // C_out)):
+    for piece in cut(V.shape[1], max(LEAST_ROWS, DU_VALUES // C_out)):
         number = piece.stop - piece.start
         dU = scratch('M', (6, 6, number * C_out), dy.dtype)
         yield from multiply(V[:, None, piece], panels, dU.reshape(36, number, C_out // width, width).swapaxes(1, 2))

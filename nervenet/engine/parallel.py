@@ -80,7 +80,10 @@ def cut_into(parts, length):
 
 
 def cut_images(images, rows, rows_per_block):
-    """Return pairs of slices (images, rows) of about `rows_per_block` rows, of several small images or of one; of one, in an even number."""
+    """Return pairs of slices (images, rows) of about `rows_per_block` rows, of several small images or of one.
+
+    Of an odd number of images, each is cut into an even number of strips, unless they are single rows: so two cores end together.
+    """
     if rows_per_block < rows:
         parts = -(-rows // max(1, rows_per_block))
         parts += images * parts % 2 if parts < rows else 0

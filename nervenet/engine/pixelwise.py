@@ -43,7 +43,7 @@ BLOCK_VALUES = 2**18            # 1 MiB of float32
 HALF_VALUES = 2**17             # of each of two blocks, where there are no more
 ROW_VALUES = 2**12              # values in a row, at most, where pixels are joined
 CHAIN = 128                     # values added in a row before their sum goes on in float64
-FAR = 16                        # variances that the square of a mean may be, or the squares have lost too many digits of those about the mean
+FAR = 16                        # mean² / variance beyond which Σx² − n·m² has lost too many digits: it costs four bits
 _LIKE = numpy.empty(0)          # its dtype is float64
 
 
@@ -179,7 +179,8 @@ def channel_moments(x):
     sums = empty((2, len(blocks), x.shape[3]), _LIKE)
     run(_sum_calls, list(enumerate(blocks)), (flat, flat), sums)
     m, squares = sums[0] / n, sums[1] - sums[0] * sums[0] / n                # (blocks, C) each
-    if (n * m * m > FAR * squares).any():                                   # too many digits were lost: subtract the means first
+    about = (squares + n * (m - (n * m).sum(axis=0) / n.sum())**2).sum(axis=0)              # the common mean of this process's blocks
+    if ((n * m * m).sum(axis=0) > FAR * about).any() or not numpy.isfinite(about).all():
         centres, sums = m.astype(x.dtype), numpy.empty_like(sums)
         run_once(_centred_calls, list(enumerate(blocks)), flat, centres, sums)
         m, squares = centres + sums[0] / n, sums[1] - sums[0] * sums[0] / n
@@ -232,4 +233,3 @@ def _cut(arrays, channels=()):
     if len(blocks) > 1:
         note('blocks of pixels')
     return flat, tuple(repeated(vector, joined) for vector in channels), blocks
-

@@ -58,7 +58,7 @@ class Network(Layer):
         return padded_size(size, self.multiple, self.least)
 
     def pad(self, x):
-        """Return x (N, H, W, C) with zeros at the bottom and right, as large as the network computes; in a step, where it lay in the last one."""
+        """Return x (N, H, W, C) with zeros at the bottom and right, as large as the network computes; in a step, `placed`."""
         return placed(padded(x, self.padded_size(x.shape[1:3])))
 
     def input_gradient_of(self, dx, size):
