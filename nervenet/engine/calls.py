@@ -34,7 +34,7 @@ thread comes first takes the next lane. That memory belongs to the thread that c
 import numpy
 
 from . import memory
-from .parallel import cut, number_of_threads, parallel_for
+from .parallel import cut_into, number_of_threads, parallel_for
 
 
 def run(calls, blocks, *arguments):
@@ -56,7 +56,7 @@ def run(calls, blocks, *arguments):
             arguments = step.without_leases(arguments)
         except LookupError:                             # a list would keep what belongs to the pool
             operation = None
-    shares = [blocks[share] for share in cut(len(blocks), -(-len(blocks) // number))]
+    shares = [blocks[share] for share in cut_into(number, len(blocks))]
     lanes = parallel_for(zip(shares, memory.scratch_of_lanes(number)), lambda lane: _listed(calls, *lane, arguments))
     if operation is not None:
         operation.lanes = lanes

@@ -128,9 +128,14 @@ def channel_sums(a, *others):
     if not are_real_numpy(a, *others):
         return [values.sum(axis=(0, 1, 2), dtype=_accurate(values)) for values in (a, *(a * b for b in others))]
     flat, _, blocks = _cut([a, *others])
-    sums = empty((len(flat), len(blocks), a.shape[3]), _LIKE)
-    run(_sum_calls, list(enumerate(blocks)), tuple(flat), sums)
-    return list(sums.sum(axis=1))
+    return list(_sums_of_blocks(tuple(flat), blocks, a.shape[3]).sum(axis=1))
+
+
+def _sums_of_blocks(arrays, blocks, C):
+    """Return Σy, and Σy·x for each other x, of each block of rows of the arrays (rows, pixels·C): (·, blocks, C), in float64."""
+    sums = empty((len(arrays), len(blocks), C), _LIKE)
+    run(_sum_calls, list(enumerate(blocks)), arrays, sums)
+    return sums
 
 
 def _sum_calls(block, arrays, sums):
@@ -175,9 +180,9 @@ def channel_moments(x):
         squares = get_array_module(x).square(x - mean.astype(x.dtype)).sum(axis=(0, 1, 2), dtype=_accurate(x))
         return mean, total(squares)[0] / M
     (flat,), _, blocks = _cut([x])
-    n = numpy.array([[len(range(*block.indices(len(flat)))) * (flat.shape[1] // x.shape[3])] for block in blocks], 'float64')  # (blocks, 1)
-    sums = empty((2, len(blocks), x.shape[3]), _LIKE)
-    run(_sum_calls, list(enumerate(blocks)), (flat, flat), sums)
+    C = x.shape[3]
+    n = numpy.array([[(block.stop - block.start) * flat.shape[1] // C] for block in blocks], 'float64')                  # (blocks, 1)
+    sums = _sums_of_blocks((flat, flat), blocks, C)
     m, squares = sums[0] / n, sums[1] - sums[0] * sums[0] / n                # (blocks, C) each
     about = (squares + n * (m - (n * m).sum(axis=0) / n.sum())**2).sum(axis=0)              # the common mean of this process's blocks
     if ((n * m * m).sum(axis=0) > FAR * about).any() or not numpy.isfinite(about).all():

@@ -216,6 +216,11 @@ def _plans_of(model):
     return _models[id(model)]
 
 
+def _all_plans():
+    """Return the plans of all models, a list: a model may go at any moment, even while somebody walks over them."""
+    return [plan for plans in [*_models.values()] for plan in [*plans.values()]]
+
+
 def _forget(key):
     """Drop the plans of a model that is gone, and the region with the last of them. It may run at any moment, so it takes no lock."""
     global _region
@@ -227,12 +232,11 @@ def _forget(key):
 def _region_for(plan):
     """Return the region, of a size for the largest of all plans."""
     global _region
-    size = max(one.size for plans in [*_models.values()] for one in [*plans.values(), plan])
+    size = max(one.size for one in [*_all_plans(), plan])
     region = _region
     if region is None or region.memory.nbytes != size:
-        for plans in [*_models.values()]:
-            for one in [*plans.values()]:
-                one.operations.clear()                                  # they refer to the region of before
+        for one in _all_plans():
+            one.operations.clear()                                      # they refer to the region of before
         region = _region = _Region(size) if size else None
     return region
 
@@ -246,10 +250,9 @@ def using_kept():
 def forget_kept():
     """Drop all lists that may hold what was kept and is out of date now."""
     with _lock:
-        for plans in [*_models.values()]:
-            for plan in [*plans.values()]:
-                if plan.uses_kept:
-                    plan.operations.clear()
+        for plan in _all_plans():
+            if plan.uses_kept:
+                plan.operations.clear()
 
 
 def forget_region():

@@ -21,6 +21,7 @@ import sys
 FLUSH_TO_ZERO, DENORMALS_ARE_ZERO = 0x8000, 0x0040
 SIZE, MXCSR = 32, 28                    # bytes of C's fenv_t for x86-64, and where that register begins
 
+# PyDLL keeps Python's lock during a call; CDLL would let go of it, and who asks for it back may have to wait.
 _library = ctypes.PyDLL(None) if sys.platform == 'linux' and platform.machine() == 'x86_64' else None
 if not hasattr(_library, 'fesetenv'):
     _library = None

@@ -112,12 +112,15 @@ def convolution_norm_relu(x, conv, norm=None, activation=None):
     if not _learning(group):
         for layer in group:
             layer.forget()
-        prepare, kept = partial(folded, conv, norm) if norm else partial(_weight_and_bias, conv), None
+        kept = None
         if math.prod(parts_of(x)[0].shape[:3]) <= FEW_PIXELS:
             note('prepared once')
             weights = [*conv.params.values(), *([*norm.params.values(), *norm.buffers.values(), numpy.array(norm.eps)] if norm else [])]
             kept = kept_for(conv, weights)
-        weight, bias = kept('folded', partial(prepare, make=empty_to_keep)) if kept else prepare()
+        if norm is None:
+            weight, bias = conv.params['weight'], conv.params.get('bias')
+        else:
+            weight, bias = kept('folded', partial(folded, conv, norm, empty_to_keep)) if kept else folded(conv, norm)
         return conv.apply(x, weight, bias, then=activate, kept=kept)
     drop_kept(conv)
     if norm is None:
@@ -131,10 +134,6 @@ def convolution_norm_relu(x, conv, norm=None, activation=None):
         note('ReLU in the same walk')
         activation.keep(y)
     return y
-
-
-def _weight_and_bias(conv, make=None):
-    return conv.params['weight'], conv.params.get('bias')
 
 
 def _scaled_shifted_relu(x, slope, shift, zero, out=None):
